@@ -1,0 +1,64 @@
+"""Climb from the weights w to w + e, and come back bit for bit."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+class Perturbation:
+    """The perturbed weights w + e, with e = rho * g / ||g|| (SAM, Foret et al., ICLR 2021, equation 2).
+
+    The way back is a copy of w: adding and then subtracting e would drift.
+
+    Args:
+        params: the tensors to perturb in place.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = list(params)
+        self._weights: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def climb(self, grads: Sequence[Tensor], rho: float, *, adaptive: bool = False) -> None:
+        """Add e to the weights, in place. `grads` is overwritten by e.
+
+        Args:
+            grads: g, one tensor for each parameter. Where any element is not finite, nothing is perturbed; where
+                g is 0, e is 0.
+            rho: length of e (of e / w where `adaptive`).
+            adaptive: e = rho * w^2 g / ||w g|| instead (ASAM, Kwon et al., ICML 2021).
+        """
+        grads = list(grads)
+        self._weights = [p.detach().clone() for p in self._params]
+        if adaptive:
+            torch._foreach_mul_(grads, self._weights)
+        norm = _norm(grads)
+        if adaptive:
+            torch._foreach_mul_(grads, self._weights)
+        # no Python branch on the norm: that would wait for the GPU
+        finite = torch.isfinite(norm)
+        scale = torch.where(finite & (norm > 0), rho / norm, 0.0)
+        for device in {g.device for g in grads}:
+            on_device = [g for g in grads if g.device == device]
+            torch._foreach_mul_(on_device, scale.to(device))
+            for g in on_device:
+                g.masked_fill_(~finite.to(device), 0.0)  # 0 * inf is nan
+        torch._foreach_add_(self._params, grads)
+        torch.clear_autocast_cache()  # autocast would go on with the casts of w: the pass at w + e would be one at w
+
+    @torch.no_grad()
+    def come_back(self) -> None:
+        """Copy w back. May be called again, and does nothing before `climb`."""
+        if self._weights is not None:
+            torch._foreach_copy_(self._params, self._weights)
+            torch.clear_autocast_cache()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all elements, at least in float32, on the first tensor's device."""
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in norms]))
+    return norm

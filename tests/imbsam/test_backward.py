@@ -1,0 +1,298 @@
+"""The gradient: against one computed by `torch.autograd.grad` straight from the objective (DESIGN, equation of L)."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+
+COUNTS = [200, 60, 15, 4]
+BATCH = 24
+
+
+def batch_norm_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 4),
+    )
+
+
+def group_norm_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+NETS = {"batch norm": batch_norm_net, "group norm": group_norm_net, "mlp": mlp}
+METHODS: dict[str, Callable[..., ClassAwareSAM]] = {
+    "sam": lambda module, **kw: SAM(module, **kw),
+    "imbsam": lambda module, **kw: ImbSAM(module, COUNTS, **kw),
+    "focal_sam": lambda module, **kw: FocalSAM(module, COUNTS, focal_lambda=1.1, focal_gamma=2.0, **kw),
+}
+CLASS_WEIGHT = [0.5, 1.0, 2.0, 3.0]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make(net: str) -> tuple[nn.Module, Tensor, Tensor]:
+    model = NETS[net]().double()
+    x = torch.randn(BATCH, 2, 6, 6, dtype=torch.float64)
+    y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 2)
+    return model, x, y
+
+
+def cross_entropies(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: F.cross_entropy(model(x[rows]), y[rows], reduction="none")
+
+
+def objective_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, c: Tensor, a: Tensor, rho: float, adaptive: bool, rows_see_batch: Tensor
+) -> list[Tensor]:
+    """d/dw of 1/B sum a [(1 - c) l(w) + c l(w + e)], e held fixed; `rows_see_batch` splits BatchNorm's batches."""
+
+    def losses(net: nn.Module) -> Tensor:
+        parts = [F.cross_entropy(net(x[part]), y[part], reduction="none") for part in rows_see_batch.split(x.shape[0])]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    at_w = copy.deepcopy(model)
+    params = list(at_w.parameters())
+    g_s = torch.autograd.grad((a * c * losses(at_w)).sum() / len(x), params)
+    direction = [p * g for p, g in zip(params, g_s, strict=True)] if adaptive else list(g_s)
+    norm = torch.sqrt(sum((d**2).sum() for d in direction))
+    at_w_plus_e = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, w, d in zip(at_w_plus_e.parameters(), params, direction, strict=True):
+            p += rho * (w * d if adaptive else d) / norm
+    plain = torch.autograd.grad((a * (1 - c) * losses(at_w)).sum() / len(x), params)
+    sharp = torch.autograd.grad((a * c * losses(at_w_plus_e)).sum() / len(x), list(at_w_plus_e.parameters()))
+    return [p + s for p, s in zip(plain, sharp, strict=True)]
+
+
+def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    wanted = torch.cat([g.flatten() for g in expected])
+    assert torch.linalg.vector_norm(found - wanted) <= 1e-10 * torch.linalg.vector_norm(wanted)
+
+
+def per_class(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
+    """c_i and a_i of labels or probabilities, written out."""
+    p = F.one_hot(y, 4).double() if y.dim() == 1 else y
+    c = p @ sam.sharpness.expand(4)
+    return c, p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weights", [None, CLASS_WEIGHT], ids=["unweighted", "class weights"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("net", "context_rows"), [*itertools.product(NETS, ["batch"]), ("group norm", 0), ("mlp", 0), ("mlp", "auto")]
+)
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights, soft):
+    model, x, y = make(net)
+    if soft:
+        y = 0.7 * F.one_hot(y, 4).double() + 0.3 * F.one_hot(y.roll(5), 4).double()
+    sam = METHODS[method](model, rho=0.1, adaptive=adaptive, class_weight=weights, context_rows=context_rows)
+    c, a = per_class(sam, y, weights)
+    expected = objective_gradient(model, x, y, c, a, 0.1, adaptive, torch.arange(BATCH))
+    plain = (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+    loss = sam.backward(cross_entropies(model, x, y), y)
+
+    assert_gradient(model, expected)
+    torch.testing.assert_close(loss, plain.detach())
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("context_rows", ["batch", 0])
+@pytest.mark.parametrize("net", ["group norm", "mlp"])
+def test_micro_batches_are_one_batch(net, context_rows, method):
+    model, x, y = make(net)
+    sam = METHODS[method](model, rho=0.1, class_weight=CLASS_WEIGHT, context_rows=context_rows)
+    c, a = per_class(sam, y, CLASS_WEIGHT)
+    expected = objective_gradient(model, x, y, c, a, 0.1, False, torch.arange(BATCH))
+    # unequal ones, the first without a tail row
+    parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]
+    loss = sam.backward([(cross_entropies(model, x[part], y[part]), y[part]) for part in parts])
+    assert_gradient(model, expected)
+    torch.testing.assert_close(loss, (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach())
+
+
+def test_rows_own_sharpness_in_place_of_the_classes():
+    model, x, y = make("mlp")
+    c = torch.zeros(BATCH, dtype=torch.float64)
+    c[[3, 7, 20]] = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    expected = objective_gradient(model, x, y, c, torch.ones(BATCH), 0.1, False, torch.arange(BATCH))
+    ClassAwareSAM(model, 0.0, rho=0.1).backward(cross_entropies(model, x, y), sharpness=c)
+    assert_gradient(model, expected)
+
+
+def test_sam_without_the_middle_pass_is_the_gradient_at_w_plus_e():
+    model, x, y = make("batch norm")
+    calls = []
+
+    def losses(rows):
+        calls.append(len(rows))
+        return cross_entropies(model, x, y)(rows)
+
+    SAM(model).backward(losses, y)
+    assert calls == [BATCH, BATCH]
+
+
+def test_row_passes_are_no_more_than_the_method_needs():
+    """A guard against an accidental pass: rows forward and backward in one step."""
+    model, x, y = make("batch norm")
+    tail = int((torch.tensor(COUNTS)[y] < 20).sum())
+    assert tail == 8
+
+    def count(sam):
+        rows_forward, backwards = [], []
+
+        def losses(rows):
+            rows_forward.append(len(rows))
+            return cross_entropies(model, x, y)(rows)
+
+        def backward(loss, **kw):
+            backwards.append(kw)
+            loss.backward(**kw)
+
+        sam.backward(losses, y, backward=backward)
+        return rows_forward, len(backwards)
+
+    assert count(ClassAwareSAM(model, 0.0)) == ([BATCH], 1)
+    assert count(SAM(model)) == ([BATCH] * 2, 2)
+    assert count(ImbSAM(model, COUNTS, context_rows="batch")) == ([BATCH] * 2, 3)
+    assert count(ImbSAM(model, COUNTS, context_rows=0)) == ([BATCH, 8, 8], 3)
+    assert count(ImbSAM(model, COUNTS, context_rows=3)) == ([BATCH, 12, 12], 3)
+    assert count(ImbSAM(model, COUNTS, context_rows="auto")) == ([BATCH] * 2, 3)  # 8 + 32 rows are the whole batch
+    assert count(ImbSAM(model.eval(), COUNTS, context_rows="auto")) == ([BATCH, 8, 8], 3)
+    assert count(ImbSAM(model, COUNTS, rho=0.0)) == ([BATCH], 1)
+
+
+@pytest.mark.parametrize("context_rows", ["batch", 0, 4])
+def test_dropout_sees_the_same_masks_at_w_and_at_w_plus_e(context_rows):
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+    x, y = torch.randn(BATCH, 6), make("mlp")[2]
+    masks = []
+    model[1].register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+
+    ImbSAM(model, COUNTS, context_rows=context_rows).backward(cross_entropies(model, x, y), y)
+
+    # of the passes that follow each other, the last is at w + e and the one before it gave g_s(w)
+    assert torch.equal(masks[-1], masks[-2])
+    assert not masks[-1].all()
+
+
+def test_first_call_is_for_all_rows_in_order_and_comes_once():
+    model, x, y = make("batch norm")
+    seen = []
+
+    def losses(rows):
+        seen.append(rows)
+        return cross_entropies(model, x, y)(rows)
+
+    ImbSAM(model, COUNTS, context_rows=3).backward(losses, y)
+    assert seen[0].tolist() == list(range(BATCH))
+    assert seen[0].dtype == torch.int64
+    sharp = [i for i in range(BATCH) if COUNTS[y[i]] < 20]
+    assert seen[1].tolist()[: len(sharp)] == sharp
+    assert torch.equal(seen[1], seen[2])
+
+
+def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
+    model, x, y = make("mlp")
+    sam = ImbSAM(model, COUNTS, context_rows=8)
+
+    def losses(rows):
+        values = cross_entropies(model, x, y)(rows)
+        # the non-sharp rows of the extra passes
+        return torch.where((torch.tensor(COUNTS)[y[rows]] >= 20) & (len(rows) < BATCH), torch.inf, values)
+
+    sam.backward(losses, y)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda sam, f, y: sam.backward(lambda rows: f(rows).mean(), y), r"shape \(\) for 24 rows.*reduction=\"none\""),
+        (lambda sam, f, y: sam.backward(lambda rows: f(rows)[:5], y), r"shape \(5,\) for 24 rows"),
+        (lambda sam, f, y: sam.backward(lambda rows: 0.0, y), "float for 24 rows"),
+        (lambda sam, f, y: sam.backward(f, torch.where(y == 3, 4, y)), "targets holds the label 4: with 4 classes"),
+        (lambda sam, f, y: sam.backward(f, torch.where(y == 3, -1, y)), "targets holds the label -1"),
+        (lambda sam, f, y: sam.backward(f, torch.rand(24, 3)), "3 columns for the 4 classes"),
+        (lambda sam, f, y: sam.backward(f, y.float()), "float32"),
+        (lambda sam, f, y: sam.backward(f), "targets is None"),
+        (lambda sam, f, y: sam.backward([(f, y)], y), "micro-batches"),
+        (lambda sam, f, y: sam.backward(f, y, sharpness=torch.ones(3)), r"sharpness= has shape \(3,\)"),
+        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
+        (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_the_mend(call, message):
+    model, x, y = make("mlp")
+    sam = ImbSAM(model, COUNTS, context_rows="batch")
+    with pytest.raises(SettingError, match=message) as caught:
+        call(sam, cross_entropies(model, x, y), y)
+    assert "\n" not in str(caught.value)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rho": -0.1}, "rho is -0.1"),
+        ({"rho": float("nan")}, "rho is nan"),
+        ({"tail_weight": -1}, "tail_weight is -1"),
+        ({"class_weight": [1.0, 2.0]}, "class_weight has 2"),
+        ({"class_weight": [1.0, 2.0, 3.0, -1.0]}, "class_weight holds -1"),
+        ({"context_rows": "all"}, "context_rows is 'all'"),
+        ({"context_rows": -1}, "context_rows is -1"),
+        ({"tail_weight": 2.0, "class_weight": [1.0, 2.0]}, "class_weight has 2"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(SettingError, match=message):
+        ImbSAM(mlp(), COUNTS, **settings)
+
+
+def test_eta_that_makes_it_plain_training_or_sam_warns():
+    with pytest.warns(UserWarning, match=r"eta=2 leaves no tail class \(the smallest class has 4"):
+        ImbSAM(mlp(), COUNTS, eta=2)
+    with pytest.warns(UserWarning, match=r"eta=300 makes every class a tail class \(the largest has 200"):
+        ImbSAM(mlp(), COUNTS, eta=300)
+
+
+def test_tail_weight_multiplies_the_class_weight_of_the_tail():
+    assert ImbSAM(mlp(), COUNTS, tail_weight=2).class_weight.tolist() == [1, 1, 2, 2]
+    assert ImbSAM(mlp(), COUNTS, tail_weight=2, class_weight=CLASS_WEIGHT).class_weight.tolist() == [0.5, 1, 4, 6]
+    assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness.tolist() == [1, 0, 0, 0]
+
+
+def test_rho_may_be_scheduled():
+    model, x, y = make("mlp")
+    sam = ImbSAM(model, COUNTS, rho=0.0)
+    sam.backward(cross_entropies(model, x, y), y)
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sam.rho = 0.5
+    sam.backward(cross_entropies(model, x, y), y)
+    assert not torch.allclose(plain[0], next(model.parameters()).grad)
