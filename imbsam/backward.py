@@ -163,7 +163,11 @@ class ClassAwareSAM:
             with self.no_sync():
                 return step.run()
         except BaseException:
-            step.undo()
+            try:
+                step.undo()
+            except BaseException:  # a second Ctrl-C
+                step.undo()
+                raise
             raise
 
     def _batch(self, losses: Losses, targets: Tensor | None, sharpness: Tensor | None) -> Batch:
@@ -347,13 +351,6 @@ class _Step:
 
     def undo(self) -> None:
         """Put parameters, buffers, generators and `.grad` back to where they were at entry."""
-        try:
-            self._undo()
-        except BaseException:  # a second Ctrl-C
-            self._undo()
-            raise
-
-    def _undo(self) -> None:
         if self._perturbation is not None:
             self._perturbation.come_back()
         self._buffers.restore()

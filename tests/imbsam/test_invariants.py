@@ -228,6 +228,34 @@ def test_ctrl_c_at_any_line_leaves_everything_as_it_was(method):
     assert interrupted > 100
 
 
+@pytest.mark.parametrize("method", ["imbsam 4"])
+def test_second_ctrl_c_while_the_first_is_undone(method):
+    interrupted = 0
+    for n in range(1, 10_000):
+        model, _, y, losses = make()
+        before = state(model)
+        calls = []
+        tracer = InterruptAtLine(n)
+
+        def failing_losses(rows, losses=losses, calls=calls, tracer=tracer):
+            calls.append(rows)
+            if len(calls) == 3:
+                sys.settrace(tracer)  # sees only the functions that are called from here on
+                raise ValueError
+            return losses(rows)
+
+        try:
+            METHODS[method](model).backward(failing_losses, y)
+        except (ValueError, KeyboardInterrupt) as error:
+            interrupted += isinstance(error, KeyboardInterrupt)
+        finally:
+            sys.settrace(None)
+        assert_same(state(model), before)
+        if tracer.left > 0:
+            break
+    assert interrupted > 10
+
+
 def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad():
     model, x, y, _ = make()
     model.eval()

@@ -1,0 +1,33 @@
+.PHONY: install run test test-slow lint bench
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+install: $(INSTALLED)  ## make the virtual environment
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of the table
+	$(BIN)/imbsam fit --config configs/digits_lt/sgd.yaml
+	$(BIN)/imbsam fit --config configs/digits_lt/imbsam.yaml
+	$(BIN)/python scripts/compare_runs.py logs/digits_lt/sgd logs/digits_lt/imbsam
+
+test: install  ## what every change must pass
+	$(BIN)/python -m pytest -q
+
+test-slow: install  ## torch.compile
+	$(BIN)/python -m pytest -q -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## a short version of the cost table
+	$(BIN)/python benchmarks/step_cost.py --short

@@ -1,0 +1,96 @@
+"""What a run leaves behind: a table, a file of predictions, or nothing at all."""
+
+import csv
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from imbsam import SettingError
+
+GROUPS = ("many", "medium", "few", "all")
+
+
+class AccuracyTable(Callback):
+    """Print many / medium / few / all after a test, and where the checkpoint and the log lie."""
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table of the test that has just ended."""
+        metrics = trainer.callback_metrics
+        if not all(f"test/{group}" in metrics for group in GROUPS):
+            return
+        accuracy: Any = pl_module.test_accuracy
+        sizes = dict(zip(accuracy.group_names, accuracy.groups.sum(dim=1).tolist(), strict=True))
+        table = Table(title="test accuracy in %, the mean over the classes of each group")
+        table.add_column("method")
+        for group in GROUPS:
+            table.add_column(f"{group}\n({sizes[group]} classes)", justify="right")
+        table.add_row(
+            str(pl_module.hparams.get("method", "")), *(f"{100 * float(metrics[f'test/{group}']):.1f}" for group in GROUPS)
+        )
+        console = Console()
+        console.print(table)
+        for name, place in (("checkpoint", _checkpoint(trainer)), ("log", trainer.log_dir)):
+            if place:
+                console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
+
+
+def _checkpoint(trainer: Trainer) -> str | None:
+    if trainer.ckpt_path:
+        return str(trainer.ckpt_path)
+    paths = [c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return next((path for path in paths if path), None)
+
+
+class PredictionsCSV(BasePredictionWriter):
+    """Write what ``predict`` found to ``predictions.csv``: row, predicted class, its name, its probability.
+
+    Args:
+        path: the file; default ``predictions.csv`` in the run's folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    @rank_zero_only
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write the file and say where it lies."""
+        names: Any = pl_module.class_names
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "class", "class_name", "probability"])
+            for row, (c, p) in enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True)):
+                writer.writerow([row, c, names[c], f"{p:.6g}"])
+        Console().print(f"predictions: {path}", soft_wrap=True, highlight=False)
+
+
+class DiscardRefusedRun(Callback):
+    """Remove the folder of a run that a wrong setting stopped before its first checkpoint."""
+
+    def __init__(self) -> None:
+        self._existed = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look before anything is written."""
+        self._existed = trainer.log_dir is None or Path(trainer.log_dir).exists()
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove what this run wrote."""
+        folder = trainer.log_dir
+        if isinstance(exception, SettingError) and not self._existed and folder and not any(Path(folder).rglob("*.ckpt")):
+            shutil.rmtree(folder, ignore_errors=True)

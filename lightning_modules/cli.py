@@ -1,0 +1,87 @@
+"""The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
+import lightning_modules  # noqa: F401
+from imbsam import SettingError
+from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+
+INSTALLED = Path(__file__).parent.parent
+"""The folder that holds `configs/`, in a checkout and in an installation."""
+
+EXPECTED_WARNINGS = [
+    ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
+    ".*Total length of `list` across ranks is zero.*",  # no validation split
+    ".*LeafSpec.*",  # Lightning calls a deprecated torch function
+]
+
+
+class ImbSAMCLI(LightningCLI):
+    """`imbsam fit | validate | test | predict`; after `fit` the last epoch's weights are tested once."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our callbacks can be configured, and left out by `null`, like any other setting."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "epoch={epoch}", "checkpoint.auto_insert_metric_name": False})
+        parser.add_lightning_class_args(PredictionsCSV, "predictions")
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run's folder after its config, where nobody named it."""
+        config = self.config[self.subcommand]
+        files = [Path(path.relative) for path in config.get("config") or []]
+        logger = config.trainer.logger
+        if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
+            logger.init_args.name = f"{files[0].parent.name}/{files[0].stem}"
+
+    def after_fit(self) -> None:
+        """Test the last epoch's weights."""
+        if self.trainer.state.finished:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def main() -> None:
+    """Run the command line; a wrong setting is one line and exit code 2."""
+    sys.argv[1:] = _find_configs(sys.argv[1:])
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    try:
+        ImbSAMCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
+                "callbacks": [AccuracyTable(), DiscardRefusedRun()],
+            },
+            parser_kwargs={"exit_on_error": False},
+        )
+    except (argparse.ArgumentError, SettingError) as error:
+        print(f"imbsam: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _find_configs(args: list[str]) -> list[str]:
+    """`configs/...` that is not in the current folder is looked for beside the installed packages."""
+
+    def find(value: str) -> str:
+        if value.startswith("configs/") and not Path(value).exists() and (INSTALLED / value).exists():
+            return str(INSTALLED / value)
+        return value
+
+    return ["--config=" + find(a.removeprefix("--config=")) if a.startswith("--config=") else find(a) for a in args]
+
+
+if __name__ == "__main__":
+    main()
