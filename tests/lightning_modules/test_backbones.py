@@ -153,7 +153,7 @@ def test_torchvision_networks_with_auxiliary_logits_return_logits(recwarn):
     [
         ("cifar_resnet23", "cifar_resnet"),
         ("resnet_50", "resnet50"),
-        ("ResNet50", "resnet50"),
+        ("RESNET50", "resnet50"),
         ("smal_cnn", "small_cnn"),
         ("zzzz", "small_cnn"),
         ("fasterrcnn_resnet50_fpn", "resnet"),
