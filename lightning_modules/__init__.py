@@ -1,0 +1,1 @@
+"""LightningModules, backbones and the command line for training on long-tailed data."""
