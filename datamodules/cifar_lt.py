@@ -28,9 +28,8 @@ class CIFAR10LTDataModule(LongTailedDataModule):
     std: tuple[float, ...] = (62.99, 62.09, 66.70)
 
     def __init__(self, root: str | Path = "data", augment: bool = True, **settings: Any) -> None:
-        root = os.fspath(
-            root
-        )  # checkpoints keep the settings, and a Path stops torch.load(weights_only=True)
+        # Checkpoints keep the settings, and torch.load(weights_only=True) refuses a Path.
+        root = os.fspath(root)
         super().__init__(**settings)
         self.root = Path(root).expanduser()
         self.train_collate = BatchTransform(self.mean, self.std, crop_padding=4 * augment, flip=augment)

@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_lightning_injects_its_distributed_sampler():
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_settings_are_logged_and_come_back_with_the_checkpoint(tmp_path, cifar100_root):
+def test_settings_are_logged_and_come_back_with_the_checkpoint(tmp_path):
     run = trainer(max_steps=1, logger=CSVLogger(tmp_path), default_root_dir=tmp_path, limit_train_batches=1)
     run.fit(Linear(), datamodule=DigitsLTDataModule(ratio=20, seed=3))
     path = tmp_path / "checkpoint.ckpt"
@@ -240,7 +241,7 @@ def test_settings_are_logged_and_come_back_with_the_checkpoint(tmp_path, cifar10
     again = DigitsLTDataModule.load_from_checkpoint(path, batch_size=8)
     assert (again.ratio, again.seed, again.batch_size) == (20, 3, 8)
     assert "ratio: 20" in next(tmp_path.rglob("hparams.yaml")).read_text()
-    assert CIFAR100LTDataModule(cifar100_root).hparams["root"] == str(cifar100_root)
+    assert CIFAR100LTDataModule(Path("sets")).hparams["root"] == "sets"  # weights_only refuses a Path
 
 
 def command_line(*arguments, data=None):
