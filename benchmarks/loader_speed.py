@@ -71,9 +71,7 @@ def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
 
 def main() -> None:
     """Measure both and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder that holds cifar-100-python")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the loader alone")
     parser.add_argument("--steps", type=int, default=20, help="training steps")

@@ -20,9 +20,7 @@ class BatchTransform:
         flip: Mirror each image left to right with probability 1/2.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], crop_padding: int = 0, flip: bool = False
-    ) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], crop_padding: int = 0, flip: bool = False) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.crop_padding = crop_padding

@@ -151,9 +151,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         shuffle: bool = False,
     ) -> DataLoader[Any]:
         if dataset is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no data yet: call prepare_data() and setup() first."
-            )
+            raise RuntimeError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first.")
         return DataLoader(
             dataset,
             batch_size=batch_size,

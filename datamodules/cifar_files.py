@@ -41,9 +41,7 @@ def fetch_cifar(root: Path, source: type[CIFAR10]) -> None:
         download_and_extract_archive(source.url, root, filename=source.filename, md5=source.tgz_md5)
     except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a wrong checksum
         reason = " ".join(str(error).split())
-        raise SettingError(
-            _missing(root, source, f"downloading {source.filename} failed ({reason})")
-        ) from error
+        raise SettingError(_missing(root, source, f"downloading {source.filename} failed ({reason})")) from error
 
 
 def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArrays, list[str]]:

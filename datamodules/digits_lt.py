@@ -27,9 +27,7 @@ class DigitsLTDataModule(LongTailedDataModule):
 
     shuffle_classes = True
 
-    def __init__(
-        self, ratio: float = 50, batch_size: int = 32, augment: bool = True, **settings: Any
-    ) -> None:
+    def __init__(self, ratio: float = 50, batch_size: int = 32, augment: bool = True, **settings: Any) -> None:
         super().__init__(ratio=ratio, batch_size=batch_size, **settings)
         self.class_names = [str(digit) for digit in range(10)]
         self.train_collate = BatchTransform(_MEAN, _STD, crop_padding=int(augment))
@@ -44,9 +42,7 @@ class DigitsLTDataModule(LongTailedDataModule):
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 8, 8)
         targets = torch.from_numpy(labels).long()
-        train, test = train_test_split(
-            torch.arange(len(targets)), test_size=0.3, stratify=labels, random_state=0
-        )
+        train, test = train_test_split(torch.arange(len(targets)), test_size=0.3, stratify=labels, random_state=0)
         return (
             ImageArrays(images[train], targets[train]),
             targets[train],

@@ -26,8 +26,7 @@ def check_imbalance(ratio: float, profile: str) -> None:
         raise SettingError(f"profile={profile!r} is unknown: choose one of {', '.join(get_args(Profile))}.")
     if 0 < ratio < 1:
         raise SettingError(
-            f"ratio={ratio} is smallest / largest class: pass its inverse, ratio={1 / ratio:g} "
-            "(largest / smallest)."
+            f"ratio={ratio} is smallest / largest class: pass its inverse, ratio={1 / ratio:g} (largest / smallest)."
         )
     if not ratio >= 1:
         raise SettingError(f"ratio={ratio} is no imbalance ratio: pass largest / smallest class, at least 1.")
@@ -95,9 +94,7 @@ def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) 
     return (_random_ranks(labels, generator) < class_counts[labels]).nonzero().flatten()
 
 
-def validation_mask(
-    labels: Tensor, class_names: Sequence[str], val_share: float, generator: torch.Generator
-) -> Tensor:
+def validation_mask(labels: Tensor, class_names: Sequence[str], val_share: float, generator: torch.Generator) -> Tensor:
     """Draw the share of every class that is held out for validation.
 
     A class with at least two samples has at least one on either side. A class with a single sample keeps it

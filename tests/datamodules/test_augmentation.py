@@ -24,8 +24,7 @@ def test_random_crop_gives_every_crop_of_the_padded_image_equally_often(padding)
     one = image()
     padded = F.pad(one, [padding] * 4)
     crops = {
-        (y, x): v2.functional.crop(padded, y, x, 5, 6)
-        for y, x in itertools.product(range(2 * padding + 1), repeat=2)
+        (y, x): v2.functional.crop(padded, y, x, 5, 6) for y, x in itertools.product(range(2 * padding + 1), repeat=2)
     }
     repeats = 200
     cropped = random_crop(one.expand(repeats * len(crops), -1, -1, -1), padding)

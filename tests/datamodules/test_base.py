@@ -258,9 +258,7 @@ def command_line(*arguments, data=None):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_line_makes_and_refuses_datamodules():
-    data = command_line(
-        "--data=datamodules.DigitsLTDataModule", "--data.ratio=20", "--data.profile=step"
-    ).datamodule
+    data = command_line("--data=datamodules.DigitsLTDataModule", "--data.ratio=20", "--data.profile=step").datamodule
     assert (type(data), data.ratio, data.profile, data.batch_size) == (DigitsLTDataModule, 20, "step", 32)
     assert (data.hparams["ratio"], data.hparams["profile"]) == (20, "step")
     data = command_line("--data.root=sets", "--data.augment=false", data=CIFAR100LTDataModule).datamodule

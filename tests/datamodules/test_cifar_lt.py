@@ -141,9 +141,7 @@ def local_source(tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=archive.parent)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-        yield type(
-            "Local", (datasets.CIFAR10,), {"url": url, "tgz_md5": md5(archive.read_bytes()).hexdigest()}
-        )
+        yield type("Local", (datasets.CIFAR10,), {"url": url, "tgz_md5": md5(archive.read_bytes()).hexdigest()})
         server.shutdown()
 
 

@@ -105,9 +105,7 @@ def test_validation_keeps_a_sample_of_every_class_on_both_sides():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for share in (0.001, 0.1, 0.5, 0.999):
-            held_out = torch.bincount(
-                labels[validation_mask(labels, "abcde", share, generator())], minlength=5
-            )
+            held_out = torch.bincount(labels[validation_mask(labels, "abcde", share, generator())], minlength=5)
             assert held_out.min() >= 1
             assert (counts - held_out).min() >= 1
     tenth = validation_mask(labels, "abcde", 0.1, generator())
