@@ -1,0 +1,14 @@
+"""Long-tailed data sets as LightningDataModules."""
+
+from datamodules.base import LongTailedDataModule
+from datamodules.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
+from datamodules.digits_lt import DigitsLTDataModule
+from datamodules.long_tail import imbalanced_class_counts
+
+__all__ = [
+    "CIFAR10LTDataModule",
+    "CIFAR100LTDataModule",
+    "DigitsLTDataModule",
+    "LongTailedDataModule",
+    "imbalanced_class_counts",
+]

@@ -1,0 +1,163 @@
+"""The settings, splits and loaders that all long-tailed data sets share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from datamodules.long_tail import (
+    Profile,
+    check_imbalance,
+    check_val_share,
+    imbalanced_class_counts,
+    subsample,
+    validation_mask,
+)
+from imbsam.errors import SettingError
+
+
+class LongTailedDataModule(LightningDataModule, ABC):
+    """A classification data set whose training part is cut down to a long tail.
+
+    A subclass says where the samples come from (:meth:`load_datasets`) and how a batch is made of them
+    (``train_collate``, ``eval_collate``). Batches are ``(inputs, labels)`` with int64 labels of shape (B,).
+
+    Attributes:
+        class_counts: Training samples per class after the validation split, int64 (C,); known after
+            ``setup``, whatever its stage.
+        class_names: The C names of the classes; known after ``setup``.
+        shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
+        train_collate: ``collate_fn`` of the training loader, None for PyTorch's own.
+        eval_collate: ``collate_fn`` of the other loaders, None for PyTorch's own.
+
+    Args:
+        ratio: Imbalance ratio, largest class / smallest class, at least 1.
+        profile: How the class counts fall: "exponential", "step" (half of the classes frequent, half rare),
+            or "none" (every training sample is kept, and the ratio plays no part).
+        val_share: Share of the long-tailed training samples to hold out for validation, in [0, 1). With 0
+            there is no validation: nothing is ever selected on the test set.
+        batch_size: Rows of a training batch.
+        eval_batch_size: Rows of a validation, test or prediction batch.
+        num_workers: Loader processes; with 0 the batches are made in the main process.
+        seed: Seed of the draw of the training samples and of the validation split.
+
+    Raises:
+        SettingError: A setting is outside its range.
+    """
+
+    class_counts: Tensor
+    class_names: list[str]
+    shuffle_classes: bool = False
+    train_collate: Callable[[Any], Any] | None = None
+    eval_collate: Callable[[Any], Any] | None = None
+
+    def __init__(
+        self,
+        ratio: float = 100,
+        profile: Profile = "exponential",
+        val_share: float = 0.0,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # those of the subclass's constructor too
+        check_imbalance(ratio, profile)
+        check_val_share(val_share)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise SettingError(f"{name}={value} is too small: pass at least {least}.")
+        self.ratio = ratio
+        self.profile = profile
+        self.val_share = val_share
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._train: Subset[Any] | None = None
+        self._val: Subset[Any] | None = None
+        self._test: Dataset[Any] | None = None
+
+    @abstractmethod
+    def load_datasets(self) -> tuple[Dataset[Any], Tensor, Dataset[Any]]:
+        """Read the whole data set and set ``class_names``.
+
+        Returns:
+            The map-style training set before any subsampling, its labels, int64 (N,) in [0, C), and the
+            map-style test set.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
+
+        Args:
+            stage: Lightning's stage. Every stage needs the class counts, so all of them do the same.
+
+        Raises:
+            SettingError: A label is outside the classes, or the ratio leaves a class without a sample.
+        """
+        if self._train is not None:
+            return
+        train, labels, self._test = self.load_datasets()
+        num_classes = len(self.class_names)
+        if outside := sorted(set(labels.tolist()) - set(range(num_classes))):
+            raise SettingError(
+                f"{type(self).__name__}: training labels {outside} are outside [0, {num_classes}): "
+                f"class_names must name every class, in the order of the labels."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = torch.arange(len(labels))
+        if self.profile != "none":
+            largest = int(torch.bincount(labels, minlength=num_classes).min())
+            counts = torch.tensor(imbalanced_class_counts(largest, num_classes, self.ratio, self.profile))
+            if self.shuffle_classes:
+                counts = counts[torch.randperm(num_classes, generator=generator)]
+            kept = subsample(labels, counts, generator)
+        held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
+        self._val = Subset(train, kept[held_out].tolist())
+        self._train = Subset(train, kept[~held_out].tolist())
+        self.class_counts = torch.bincount(labels[kept[~held_out]], minlength=num_classes)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The shuffled training batches; the last one may be smaller."""
+        return self._loader(self._train, self.batch_size, self.train_collate, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation batches, or an empty list where ``val_share`` is 0."""
+        return self._loader(self._val, self.eval_batch_size, self.eval_collate) if self.val_share else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test batches, in order."""
+        return self._loader(self._test, self.eval_batch_size, self.eval_collate)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test batches again."""
+        return self.test_dataloader()
+
+    def _loader(
+        self,
+        dataset: Dataset[Any] | None,
+        batch_size: int,
+        collate_fn: Callable[[Any], Any] | None,
+        shuffle: bool = False,
+    ) -> DataLoader[Any]:
+        if dataset is None:
+            raise RuntimeError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first.")
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,68 @@
+"""CIFAR-10-LT and CIFAR-100-LT."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from datamodules.augmentation import BatchTransform
+from datamodules.base import LongTailedDataModule
+from datamodules.cifar_files import fetch_cifar, read_cifar
+from datamodules.image_arrays import ImageArrays
+
+
+class CIFAR10LTDataModule(LongTailedDataModule):
+    """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
+
+    Args:
+        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing.
+        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
+            them left to right.
+        **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
+    """
+
+    source: type[CIFAR10] = CIFAR10
+    mean: tuple[float, ...] = (125.31, 122.95, 113.87)  # of the 50,000 training images
+    std: tuple[float, ...] = (62.99, 62.09, 66.70)
+
+    def __init__(self, root: str | Path = "data", augment: bool = True, **settings: Any) -> None:
+        # Checkpoints keep the settings, and torch.load(weights_only=True) refuses a Path.
+        root = os.fspath(root)
+        super().__init__(**settings)
+        self.root = Path(root).expanduser()
+        self.train_collate = BatchTransform(self.mean, self.std, crop_padding=4 * augment, flip=augment)
+        self.eval_collate = BatchTransform(self.mean, self.std)
+
+    def prepare_data(self) -> None:
+        """Download the data set to ``root`` where its folder is missing.
+
+        Raises:
+            SettingError: It is missing and cannot be downloaded.
+        """
+        fetch_cifar(self.root, self.source)
+
+    def load_datasets(self) -> tuple[ImageArrays, Tensor, ImageArrays]:
+        """Read the files, whatever their checksums, and set ``class_names``.
+
+        Raises:
+            SettingError: A file is missing or damaged.
+        """
+        train, test, self.class_names = read_cifar(self.root, self.source)
+        return train, train.labels, test
+
+
+class CIFAR100LTDataModule(CIFAR10LTDataModule):
+    """CIFAR-100, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
+
+    Args:
+        root: Folder that holds ``cifar-100-python``, torchvision's layout; downloaded there if missing.
+        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
+            them left to right.
+        **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
+    """
+
+    source = CIFAR100
+    mean = (129.30, 124.07, 112.43)
+    std = (68.17, 65.39, 70.42)

@@ -1,0 +1,48 @@
+"""Images that live in memory, read a whole batch at a time."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from imbsam.errors import SettingError
+
+
+class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
+    """Pixels and labels in two tensors.
+
+    PyTorch's loader reads a batch through ``__getitems__``: one gather, with no Python loop over the
+    samples, so ``collate_fn`` receives the batch's pixels and labels as two tensors, not a list of samples.
+
+    Args:
+        images: Pixels, uint8 (N, C, H, W).
+        labels: Class indices, int64 (N,).
+
+    Raises:
+        SettingError: Another dtype or shape, or as many labels as images are not there.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise SettingError(
+                f"images is {images.dtype} of shape {tuple(images.shape)}: pass uint8 pixels (N, C, H, W)."
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise SettingError(
+                f"labels is {labels.dtype} of shape {tuple(labels.shape)}: pass int64 class indices, "
+                f"one for each of the {len(images)} images."
+            )
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One image, uint8 (C, H, W), and its label, int64 ()."""
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,)."""
+        rows = torch.tensor(indices, dtype=torch.int64)
+        return self.images[rows], self.labels[rows]
