@@ -1,1 +1,5 @@
-"""LightningModules, backbones and the command line for training on long-tailed data."""
+"""Lightning modules, backbones, callbacks and the command line."""
+
+from lightning_modules.classifier import LongTailedClassifier
+
+__all__ = ["LongTailedClassifier"]
