@@ -12,38 +12,9 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from datamodules import CIFAR100LTDataModule
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if inputs != outputs else nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
-        return F.relu(self.convolutions(images) + self.shortcut(images))
-
-
-def resnet20() -> nn.Module:
-    """A network of the size of CIFAR's ResNet-20: 0.27 million parameters, 41 million multiplications."""
-    blocks = [
-        Block(inputs, outputs, 1 if inputs == outputs else 2)
-        for inputs, outputs in ((16, 16),) * 3 + ((16, 32),) + ((32, 32),) * 2 + ((32, 64),) + ((64, 64),) * 2
-    ]
-    stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100))
+from lightning_modules.backbones import create_backbone
 
 
 def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
@@ -57,7 +28,7 @@ def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
 
 def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
     """Images per second of SGD steps on batches that are already there."""
-    model = resnet20()
+    model = create_backbone("cifar_resnet20", num_classes=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = list(islice(data.train_dataloader(), steps + 2))
     for step, (images, labels) in enumerate(batches):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,8 @@ class AccuracyTable(Callback):
         for group in GROUPS:
             table.add_column(f"{group}\n({sizes[group]} classes)", justify="right")
         table.add_row(
-            str(pl_module.hparams.get("method", "")), *(f"{100 * float(metrics[f'test/{group}']):.1f}" for group in GROUPS)
+            str(pl_module.hparams.get("method", "")),
+            *(f"{100 * float(metrics[f'test/{group}']):.1f}" for group in GROUPS),
         )
         console = Console()
         console.print(table)
@@ -46,7 +48,9 @@ class AccuracyTable(Callback):
 def _checkpoint(trainer: Trainer) -> str | None:
     if trainer.ckpt_path:
         return str(trainer.ckpt_path)
-    paths = [c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    paths = [
+        c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
+    ]
     return next((path for path in paths if path), None)
 
 
@@ -79,18 +83,13 @@ class PredictionsCSV(BasePredictionWriter):
 
 
 class DiscardRefusedRun(Callback):
-    """Remove the folder of a run that a wrong setting stopped before its first checkpoint."""
-
-    def __init__(self) -> None:
-        self._existed = True
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look before anything is written."""
-        self._existed = trainer.log_dir is None or Path(trainer.log_dir).exists()
+    """Remove the folder of a run that a wrong setting stopped before it logged anything or wrote a checkpoint."""
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove what this run wrote."""
-        folder = trainer.log_dir
-        if isinstance(exception, SettingError) and not self._existed and folder and not any(Path(folder).rglob("*.ckpt")):
-            shutil.rmtree(folder, ignore_errors=True)
+        logger = trainer.logger
+        if isinstance(exception, SettingError) and isinstance(logger, CSVLogger):
+            folder = Path(logger.log_dir)
+            if not (folder / "metrics.csv").exists() and not any(folder.rglob("*.ckpt")):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -80,6 +80,7 @@ class LongTailedClassifier(LightningModule):
             raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
         if start_epoch < 0:
             raise SettingError(f"start_epoch is {start_epoch}: give a number from 0")
+        self.settings: Any = self.hparams
         self.automatic_optimization = False
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -90,7 +91,7 @@ class LongTailedClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Learn the class counts from the DataModule."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         counts = getattr(data, "class_counts", None)
         if counts is None:
             raise SettingError(
@@ -110,11 +111,13 @@ class LongTailedClassifier(LightningModule):
         if hasattr(self, "backbone"):
             return
         assert self.class_counts is not None
-        hp = self.hparams
+        hp = self.settings
         self.backbone = create_backbone(hp.backbone, num_classes=len(self.class_counts), **(hp.backbone_args or {}))
         self.loss = self._loss(self.class_counts)
-        groups = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
-        self.val_accuracy, self.test_accuracy = groups, groups.clone()
+        self.val_accuracy: ClassGroupAccuracy = ClassGroupAccuracy(
+            self.class_counts, hp.many, hp.few, class_names=self.class_names
+        )
+        self.test_accuracy: ClassGroupAccuracy = self.val_accuracy.clone()
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""
@@ -124,7 +127,7 @@ class LongTailedClassifier(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         self._check_length(scheduler)
         # manual optimization: Lightning keeps the scheduler in checkpoints, and we step it
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.hparams.lr_interval}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.settings.lr_interval}}
 
     def on_fit_start(self) -> None:
         """Make the backward pass."""
@@ -137,7 +140,7 @@ class LongTailedClassifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Perturb from `start_epoch` on."""
-        self.sam.rho = self.hparams.rho if self.current_epoch >= self.hparams.start_epoch else 0.0
+        self.sam.rho = self.settings.rho if self.current_epoch >= self.settings.start_epoch else 0.0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Keep the targets on the host too: which rows are sharp is decided there, without waiting for the GPU."""
@@ -149,8 +152,10 @@ class LongTailedClassifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
         images, targets, on_host = batch
-        self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), torch.from_numpy(on_host)))
-        if len(self._micro_batches) < self.hparams.accumulate_grad_batches and not self.trainer.is_last_batch:
+        self._micro_batches.append(
+            (lambda rows: self.loss(self(images[rows]), targets[rows]), torch.from_numpy(on_host))
+        )
+        if len(self._micro_batches) < self.settings.accumulate_grad_batches and not self.trainer.is_last_batch:
             return
         optimizer: Any = self.optimizers()
         loss = self.sam.backward(self._micro_batches, backward=self.manual_backward)
@@ -161,21 +166,21 @@ class LongTailedClassifier(LightningModule):
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
         optimizer.step()
         optimizer.zero_grad()
-        if self.hparams.lr_interval == "step":
+        if self.settings.lr_interval == "step":
             self._step_scheduler()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are unscaled by now."""
-        if self.hparams.gradient_clip_val is not None:
+        if self.settings.gradient_clip_val is not None:
             self.clip_gradients(
                 optimizer,
-                gradient_clip_val=self.hparams.gradient_clip_val,
-                gradient_clip_algorithm=self.hparams.gradient_clip_algorithm,
+                gradient_clip_val=self.settings.gradient_clip_val,
+                gradient_clip_algorithm=self.settings.gradient_clip_algorithm,
             )
 
     def on_train_epoch_end(self) -> None:
         """Step the scheduler."""
-        if self.hparams.lr_interval == "epoch":
+        if self.settings.lr_interval == "epoch":
             self._step_scheduler()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -197,7 +202,8 @@ class LongTailedClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return self(images).float().softmax(dim=1)
+        probabilities: Tensor = self(images).float().softmax(dim=1)
+        return probabilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its classes."""
@@ -210,13 +216,14 @@ class LongTailedClassifier(LightningModule):
         self.configure_model()
 
     def _engine(self) -> ClassAwareSAM:
-        hp = self.hparams
+        hp = self.settings
         assert self.class_counts is not None
         tail = tail_mask(self.class_counts, hp.eta, hp.tail_classes)
         weight = torch.where(tail, hp.tail_weight, 1.0) if hp.tail_weight != 1 else None
         settings: dict[str, Any] = {"class_weight": weight, "adaptive": hp.adaptive, "context_rows": hp.context_rows}
+        strategy: Any = self.trainer.strategy
         if self.trainer.world_size > 1:
-            settings["no_sync"] = lambda: self.trainer.strategy.block_backward_sync()
+            settings["no_sync"] = strategy.block_backward_sync
             settings["process_group"] = torch.distributed.group.WORLD
         if hp.method == "imbsam":
             return ImbSAM(self.backbone, self.class_counts, hp.eta, hp.tail_classes, hp.rho, **settings)
@@ -227,14 +234,17 @@ class LongTailedClassifier(LightningModule):
         return ClassAwareSAM(self.backbone, torch.zeros(len(self.class_counts)), hp.rho, **settings)
 
     def _loss(self, class_counts: Tensor) -> nn.Module:
-        args = self.hparams.loss_args or {}
+        args = self.settings.loss_args or {}
         try:
-            return CrossEntropy(**args) if self.hparams.loss == "cross_entropy" else LogitAdjusted(class_counts, **args)
+            return (
+                CrossEntropy(**args) if self.settings.loss == "cross_entropy" else LogitAdjusted(class_counts, **args)
+            )
         except TypeError as error:
             raise SettingError(f"loss_args is {args}: {error}") from error
 
     def _tail_rows(self, targets: Tensor) -> float:
-        tail = tail_mask(self.class_counts, self.hparams.eta, self.hparams.tail_classes)
+        assert self.class_counts is not None
+        tail = tail_mask(self.class_counts, self.settings.eta, self.settings.tail_classes)
         return float((tail[targets] if targets.dim() == 1 else targets @ tail.to(targets)).sum())
 
     def _step_scheduler(self) -> None:
@@ -249,11 +259,11 @@ class LongTailedClassifier(LightningModule):
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""
         end = getattr(scheduler, "T_max", None)
         steps = (
-            self.trainer.max_epochs if self.hparams.lr_interval == "epoch" else self.trainer.estimated_stepping_batches
+            self.trainer.max_epochs if self.settings.lr_interval == "epoch" else self.trainer.estimated_stepping_batches
         )
         if end is not None and steps is not None and steps > 0 and end != steps:
             rank_zero_warn(
-                f"the scheduler's T_max is {end} and the run has {steps} {self.hparams.lr_interval}s: "
+                f"the scheduler's T_max is {end} and the run has {steps} {self.settings.lr_interval}s: "
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
             )
 

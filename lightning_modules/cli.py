@@ -4,12 +4,10 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
@@ -32,7 +30,13 @@ class ImbSAMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks can be configured, and left out by `null`, like any other setting."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "epoch={epoch}", "checkpoint.auto_insert_metric_name": False})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "epoch={epoch}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
 
     def before_instantiate_classes(self) -> None:
@@ -67,9 +71,30 @@ def main() -> None:
             },
             parser_kwargs={"exit_on_error": False},
         )
-    except (argparse.ArgumentError, SettingError) as error:
-        print(f"imbsam: error: {error}", file=sys.stderr)
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"imbsam: error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: BaseException | None) -> str | None:
+    """What a wrong setting or argument says, or None where the error is a bug and its traceback is wanted."""
+    while error is not None:
+        if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
+            return str(error)
+        if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):
+            return _shorten(str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _shorten(message: str) -> str:
+    """Of jsonargparse's report on every type that a value was tried as, the lines that say what is wrong."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if not line.startswith(noise))
 
 
 def _find_configs(args: list[str]) -> list[str]:

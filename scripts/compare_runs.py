@@ -20,7 +20,9 @@ COLUMNS = ["test/many", "test/medium", "test/few", "test/all", "train/loss_epoch
 
 def find_run(folder: Path) -> Path:
     """The folder itself where it holds a log, else its newest version that does."""
-    runs = [folder] if (folder / "metrics.csv").exists() else [log.parent for log in folder.glob("version_*/metrics.csv")]
+    runs = (
+        [folder] if (folder / "metrics.csv").exists() else [log.parent for log in folder.glob("version_*/metrics.csv")]
+    )
     if not runs:
         raise SystemExit(f"{folder}: no metrics.csv in it or in its version_* folders; is it a run's folder?")
     return max(runs, key=lambda run: int(run.name.rpartition("_")[2]) if run != folder else 0)

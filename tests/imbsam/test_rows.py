@@ -1,5 +1,7 @@
 """Which rows the extra passes run on."""
 
+from itertools import pairwise
+
 import pytest
 
 from imbsam.rows import extra_pass_rows, pass_size
@@ -23,7 +25,7 @@ def test_sharp_rows_come_first_then_evenly_spaced_others(sharp, context_rows):
     assert others == sorted(others)
     left = [r for r in range(32) if r not in sharp]
     places = [left.index(r) for r in others]
-    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(places)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
