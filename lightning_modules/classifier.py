@@ -114,10 +114,10 @@ class LongTailedClassifier(LightningModule):
         hp = self.settings
         self.backbone = create_backbone(hp.backbone, num_classes=len(self.class_counts), **(hp.backbone_args or {}))
         self.loss = self._loss(self.class_counts)
-        self.val_accuracy: ClassGroupAccuracy = ClassGroupAccuracy(
+        self.val_accuracy = ClassGroupAccuracy(
             self.class_counts, hp.many, hp.few, class_names=self.class_names
         )
-        self.test_accuracy: ClassGroupAccuracy = self.val_accuracy.clone()
+        self.test_accuracy = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""
