@@ -108,15 +108,12 @@ class LongTailedClassifier(LightningModule):
 
     def configure_model(self) -> None:
         """Build what needs the number of classes."""
-        if hasattr(self, "backbone"):
+        if hasattr(self, "backbone") or self.class_counts is None:  # load_from_checkpoint asks before it has them
             return
-        assert self.class_counts is not None
         hp = self.settings
         self.backbone = create_backbone(hp.backbone, num_classes=len(self.class_counts), **(hp.backbone_args or {}))
         self.loss = self._loss(self.class_counts)
-        self.val_accuracy = ClassGroupAccuracy(
-            self.class_counts, hp.many, hp.few, class_names=self.class_names
-        )
+        self.val_accuracy = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
         self.test_accuracy = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
 
     def configure_optimizers(self) -> Any:

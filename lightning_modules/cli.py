@@ -1,6 +1,7 @@
 """The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -32,7 +33,7 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": "link",
                 "checkpoint.filename": "epoch={epoch}",
                 "checkpoint.auto_insert_metric_name": False,
             }
@@ -58,6 +59,9 @@ def main() -> None:
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip" not in record.getMessage()
+    )
     try:
         ImbSAMCLI(
             LightningModule,

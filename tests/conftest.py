@@ -1,8 +1,10 @@
 """Where the tests find real data."""
 
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -13,4 +15,19 @@ def cifar100_root() -> Path:
     root = Path(os.environ.get("IMBSAM_DATA", default))
     if not (root / "cifar-100-python").is_dir():
         pytest.skip(f"no cifar-100-python in {root}; set IMBSAM_DATA to the folder that holds it")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of CIFAR-10's layout with 100 training images of each class (the real one is not at hand)."""
+    root = tmp_path_factory.mktemp("cifar10")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        labels = np.arange(10).repeat(20).tolist()
+        pixels = random.integers(0, 256, (200, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
     return root

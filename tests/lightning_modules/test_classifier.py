@@ -1,0 +1,277 @@
+"""LongTailedClassifier: the same steps as a plain loop around the engine, and what Lightning adds to them."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from datamodules import DigitsLTDataModule
+from imbsam import SettingError
+from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import create_backbone
+
+SMALL: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8}, "many": 50, "few": 10}
+
+
+def trainer(tmp_path, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": CSVLogger(tmp_path),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(**{**defaults, **settings})
+
+
+def fit(
+    tmp_path, data: LightningDataModule | None = None, trainer_settings: dict[str, Any] | None = None, **settings: Any
+):
+    seed_everything(0)
+    model = LongTailedClassifier(**{**SMALL, **settings})
+    run = trainer(tmp_path, **(trainer_settings or {}))
+    run.fit(model, datamodule=data or DigitsLTDataModule())
+    return model, run
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "imbsam", "focal_sam"])
+def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
+    model, run = fit(tmp_path, method=method, optimizer=sgd, rho=0.1, tail_weight=2.0)
+
+    seed_everything(0)
+    data = DigitsLTDataModule()
+    data.setup()
+    plain = create_backbone("small_cnn", num_classes=10, width=8)
+    optimizer = sgd(plain.parameters())
+    model.backbone, backbone = plain, model.backbone
+    engine = model._engine()
+    for _ in range(2):
+        for x, y in data.train_dataloader():
+            engine.backward(lambda rows, x=x, y=y: F.cross_entropy(plain(x[rows]), y[rows], reduction="none"), y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert run.global_step == 2 * 11
+    for (name, found), wanted in zip(backbone.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=name)
+
+
+def test_methods_differ(tmp_path):
+    weights = {}
+    for method in ("sgd", "sam", "imbsam", "focal_sam"):
+        model, _ = fit(tmp_path, method=method, optimizer=sgd, rho=0.5)
+        weights[method] = torch.cat([p.detach().flatten() for p in model.backbone.parameters()])
+    for method in ("sam", "imbsam", "focal_sam"):
+        assert (weights[method] - weights["sgd"]).norm() > 1e-3
+    assert (weights["sam"] - weights["imbsam"]).norm() > 1e-3
+
+
+def test_tail_weight_is_for_every_method(tmp_path):
+    losses = []
+    for weight in (1.0, 2.0):
+        _, run = fit(tmp_path, method="sgd", tail_weight=weight, trainer_settings={"max_steps": 1})
+        losses.append(float(run.callback_metrics["train/loss"]))
+    assert losses[1] > losses[0]
+
+
+def test_logs(tmp_path):
+    model, run = fit(tmp_path, data=DigitsLTDataModule(val_share=0.3), optimizer=sgd)
+    logged = run.callback_metrics
+    assert {"train/loss", "train/tail_rows", "lr", "val/loss", "val/many", "val/medium", "val/few", "val/all"} <= set(
+        logged
+    )
+    assert logged["lr"] == pytest.approx(0.1)
+    run.test(model, datamodule=run.datamodule, verbose=False)
+    assert {"test/loss", "test/many", "test/medium", "test/few", "test/all"} <= set(run.callback_metrics)
+
+
+def test_tail_rows_are_the_rows_of_tail_classes(tmp_path):
+    data = DigitsLTDataModule(batch_size=10_000)
+    _, run = fit(tmp_path, data=data, eta=20, trainer_settings={"max_epochs": 1})
+    assert run.callback_metrics["train/tail_rows"] == data.class_counts[data.class_counts < 20].sum()
+
+
+def test_accumulated_batches_count_as_one(tmp_path):
+    """4 batches of 8 rows are one of 32, for the perturbation too (GroupNorm net)."""
+
+    class Fixed(DigitsLTDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*self.rows), batch_size=self.batch_size)
+
+    weights = []
+    for batch_size, accumulate in ((32, 1), (8, 4)):
+        data = Fixed(batch_size=batch_size)
+        data.setup()
+        x, y = next(iter(DigitsLTDataModule.train_dataloader(DigitsLTDataModuleWith(batch_size=70))))
+        data.rows = (x.double(), y)
+        model = LongTailedClassifier(**SMALL, accumulate_grad_batches=accumulate, optimizer=sgd, rho=0.5)
+        seed_everything(0)
+        run = trainer(tmp_path, precision="64-true", max_epochs=1)
+        run.fit(model, datamodule=data)
+        assert run.global_step == 3  # 32 + 32 + 6 rows
+        weights.append(torch.cat([p.detach().flatten() for p in model.backbone.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
+
+
+def DigitsLTDataModuleWith(**settings: Any) -> DigitsLTDataModule:
+    seed_everything(0)
+    data = DigitsLTDataModule(**settings)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"), [("epoch", [0.1] * 11 + [0.05] * 11), ("step", [0.1 / 2**i for i in range(22)])]
+)
+def test_scheduler_steps_by_epoch_or_by_optimizer_step(tmp_path, interval, expected):
+    rates = []
+
+    class Watch(LongTailedClassifier):
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    seed_everything(0)
+    model = Watch(**SMALL, optimizer=sgd, lr_scheduler=lambda o: StepLR(o, 1, 0.5), lr_interval=interval)
+    trainer(tmp_path).fit(model, datamodule=DigitsLTDataModule())
+    assert rates == pytest.approx(expected)
+
+
+def test_reduce_lr_on_plateau_watches_the_loss(tmp_path):
+    model, _ = fit(
+        tmp_path,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        lr_scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.9),
+        trainer_settings={"max_epochs": 3},
+    )
+    assert model.lr_schedulers().num_bad_epochs + model.lr_schedulers().last_epoch >= 3
+
+
+def test_cosine_of_another_length_than_the_run_warns(tmp_path):
+    with pytest.warns(UserWarning, match="T_max is 7 and the run has 2 epochs"):
+        fit(tmp_path, lr_scheduler=lambda o: CosineAnnealingLR(o, 7))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*T_max.*")
+        fit(tmp_path, lr_scheduler=lambda o: CosineAnnealingLR(o, 2))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["32", "16-mixed"])
+def test_clips_the_unscaled_gradient(tmp_path, algorithm, precision):
+    moved = []
+
+    class Watch(LongTailedClassifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.before = [p.detach().clone() for p in self.backbone.parameters()]
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            steps = [b - p.detach() for p, b in zip(self.backbone.parameters(), self.before, strict=True)]
+            flat = torch.cat([s.flatten() for s in steps])
+            moved.append(float(flat.norm() if algorithm == "norm" else flat.abs().max()))
+
+    plugins = []
+    if precision == "16-mixed":  # on the CPU Lightning's own setting of that name is bf16 without a scaler
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+    seed_everything(0)
+    model = Watch(
+        **SMALL,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        gradient_clip_val=1e-3,
+        gradient_clip_algorithm=algorithm,
+    )
+    run = trainer(tmp_path, plugins=plugins, max_epochs=1)
+    run.fit(model, datamodule=DigitsLTDataModule())
+    assert max(moved) == pytest.approx(1e-3, rel=0.01)
+    assert min(moved) > 0
+
+
+def test_perturbs_from_start_epoch_on(tmp_path):
+    rhos = []
+
+    class Watch(LongTailedClassifier):
+        def on_before_optimizer_step(self, optimizer):
+            rhos.append(self.sam.rho)
+
+    seed_everything(0)
+    trainer(tmp_path, max_epochs=3).fit(Watch(**SMALL, start_epoch=1, rho=0.1), datamodule=DigitsLTDataModule())
+    assert rhos == [0.0] * 11 + [0.1] * 22
+
+
+def test_checkpoint_brings_its_classes(tmp_path):
+    model, run = fit(tmp_path, data=DigitsLTDataModule(ratio=10), optimizer=sgd)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = LongTailedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert torch.equal(loaded.class_counts, run.datamodule.class_counts)
+    assert loaded.class_names == [str(i) for i in range(10)]
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    # the groups stay those of the training it went through
+    trainer(tmp_path).test(loaded, datamodule=DigitsLTDataModule(ratio=50), verbose=False)
+    assert torch.equal(loaded.class_counts, run.datamodule.class_counts)
+
+
+class Plain(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), self.labels), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "labels", "message"),
+    [
+        (None, [0, 1] * 4, r"the data \(Plain\) has no class_counts"),
+        ([5, 3], [0, 1, 2, 1] * 2, "targets holds the label 2: with 2 classes"),
+        ([5, 3], [0, 1, -1, 1] * 2, "targets holds the label -1"),
+    ],
+)
+def test_data_that_does_not_fit(tmp_path, counts, labels, message):
+    data = Plain()
+    data.labels = torch.tensor(labels)
+    if counts:
+        data.class_counts, data.class_names = torch.tensor(counts), ["a", "b"]
+    with pytest.raises(SettingError, match=message):
+        trainer(tmp_path).fit(LongTailedClassifier(**{**SMALL, "eta": 4}), datamodule=data)
+
+
+def test_model_of_other_classes(tmp_path):
+    _, run = fit(tmp_path)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = LongTailedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    data = Plain()
+    data.labels, data.class_counts, data.class_names = torch.tensor([0, 1] * 4), torch.tensor([4, 4]), ["a", "b"]
+    with pytest.raises(SettingError, match="the model has 10 classes and data 2"):
+        trainer(tmp_path).fit(loaded, datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rho": -1.0}, "rho is -1.0"),
+        ({"rho": float("nan")}, "rho is nan"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
+        ({"start_epoch": -1}, "start_epoch is -1"),
+        ({"loss_args": {"tauu": 1}}, "loss_args is {'tauu': 1}"),
+        ({"backbone": "resnet9000"}, "resnet9000"),
+        ({"tail_classes": [10]}, "tail_classes"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, settings, message):
+    with pytest.raises(SettingError, match=message):
+        fit(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("eta", "message"), [(1, "leaves no tail class"), (1000, "makes every class a tail class")])
+def test_eta_that_leaves_nothing_of_imbsam_warns(tmp_path, eta, message):
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, eta=eta, trainer_settings={"max_steps": 1})

@@ -1,0 +1,170 @@
+"""The `imbsam` command, run in this process on the digits."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DIGITS = ["--config", "configs/digits_lt/imbsam.yaml", "--trainer.enable_model_summary=false"]
+SHORT = [
+    *DIGITS,
+    "--trainer.max_epochs=1",
+    "--model.lr_scheduler.init_args.T_max=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def imbsam(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["imbsam", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_test_validate_predict(imbsam, tmp_path):
+    """From an empty folder: the config is found beside the installed packages."""
+    code, out, _ = imbsam("fit", *SHORT)
+    assert code == 0
+    run = tmp_path / "logs/digits_lt/imbsam/version_0"
+    for text in ("many", "medium", "few", "all", "imbsam", "checkpoint: logs/digits_lt/imbsam/version_0", "log: logs/"):
+        assert text in out
+    logged = rows(run / "metrics.csv")
+    accuracy = next(row["test/all"] for row in logged if row.get("test/all"))
+    assert f"{100 * float(accuracy):.1f}" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["method"] == "imbsam"
+
+    last = run / "checkpoints/last.ckpt"
+    assert last.exists()
+    code, out, _ = imbsam("test", *SHORT, "--ckpt_path", last)
+    assert code == 0
+    assert f"{100 * float(accuracy):.1f}" in out
+    assert str(last) in out
+
+    code, out, _ = imbsam("predict", *SHORT, "--ckpt_path", last, "--predictions.path", "found.csv")
+    assert code == 0
+    assert "predictions: found.csv" in out
+    found = rows("found.csv")
+    assert len(found) == 540
+    assert set(found[0]) == {"row", "class", "class_name", "probability"}
+    assert 0.1 <= float(found[0]["probability"]) <= 1
+
+    code, _, _ = imbsam("validate", *SHORT, "--ckpt_path", last, "--data.val_share=0.3")
+    assert code == 0
+
+
+def test_loads_without_the_command_line(imbsam, tmp_path):
+    from lightning_modules import LongTailedClassifier
+
+    imbsam("fit", *SHORT)
+    model = LongTailedClassifier.load_from_checkpoint(
+        tmp_path / "logs/digits_lt/imbsam/version_0/checkpoints/last.ckpt"
+    )
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert model.hparams.method == "imbsam"
+
+
+def test_short_names_print_config_and_overlays(imbsam, tmp_path):
+    Path("overlay.yaml").write_text("trainer:\n  max_epochs: 7\n")
+    short = ["--model=LongTailedClassifier", "--data=DigitsLTDataModule", "--model.method=sam"]
+    code, out, _ = imbsam("fit", *short, "--config=overlay.yaml", "--print_config")
+    assert code == 0
+    config = yaml.safe_load(out)
+    assert config["trainer"]["max_epochs"] == 7
+    assert config["model"]["class_path"].endswith("LongTailedClassifier")
+    assert config["model"]["init_args"]["method"] == "sam"
+    code, out, _ = imbsam("fit", *DIGITS, "--config", "overlay.yaml", "--print_config")
+    assert yaml.safe_load(out)["trainer"]["max_epochs"] == 7
+
+
+def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code, out, _ = imbsam(
+        "fit", *SHORT, "--config", "configs/logger/wandb.yaml", "--trainer.logger.init_args.offline=true"
+    )
+    assert code == 0
+    assert "test accuracy" in out
+    wandb.finish()  # at the end of a process it comes by itself
+    runs = list(tmp_path.rglob("offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    content = runs[0].read_bytes()
+    for key in (b"train/loss", b"train/tail_rows", b"test/few", b"LongTailedClassifier"):
+        assert key in content
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.rhoo=0.1"], "'rhoo' is not accepted"),
+        (["--modell.rho=0.1"], "unrecognized arguments: --modell.rho"),
+        (["--model.method=samm"], "samm"),
+        (["--model.rho=-1"], "rho is -1.0"),
+        (["--model.rho=.nan"], "rho is nan"),
+        (["--model.backbone=resnet9000"], "resnet9000"),
+        (["--data.ratio=0.01"], "ratio"),
+        (["--config=configs/nope.yaml"], "nope.yaml"),
+        (["--model.tail_classes=[10]"], "tail_classes"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_code_2(imbsam, tmp_path, args, message):
+    code, _, err = imbsam("fit", *SHORT, *args)
+    assert code == 2
+    line = [line for line in err.splitlines() if line.startswith("imbsam: error:")]
+    assert len(line) == 1
+    assert err.rstrip().endswith(line[0])
+    assert message in line[0]
+    assert not list(tmp_path.rglob("version_*"))
+
+
+def test_missing_data_and_no_network(imbsam, tmp_path, monkeypatch):
+    import urllib.request
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    code, _, err = imbsam("fit", "--config", "configs/cifar100_lt/imbsam_small.yaml", "--data.root=nowhere")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("imbsam: error: data.root='nowhere' has no folder cifar-100-python")
+    assert not list(tmp_path.rglob("version_*"))
+
+
+@pytest.mark.parametrize(("eta", "message"), [(1, "this is plain training"), (1000, "this is SAM")])
+def test_eta_without_effect_warns_and_trains(imbsam, eta, message):
+    with pytest.warns(UserWarning, match=message):
+        code, _, _ = imbsam("fit", *SHORT, f"--model.eta={eta}", "--trainer.limit_train_batches=1")
+    assert code == 0
+
+
+def test_bugs_keep_their_traceback(imbsam, monkeypatch):
+    from datamodules import DigitsLTDataModule
+
+    def broken(self):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(DigitsLTDataModule, "load_datasets", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        imbsam("fit", *SHORT)
