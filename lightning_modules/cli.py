@@ -31,13 +31,7 @@ class ImbSAMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks can be configured, and left out by `null`, like any other setting."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.save_last": "link",
-                "checkpoint.filename": "epoch={epoch}",
-                "checkpoint.auto_insert_metric_name": False,
-            }
-        )
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})  # one file, last.ckpt
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
 
     def before_instantiate_classes(self) -> None:
@@ -73,6 +67,7 @@ def main() -> None:
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
                 "callbacks": [AccuracyTable(), DiscardRefusedRun()],
             },
+            save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
             parser_kwargs={"exit_on_error": False},
         )
     except Exception as error:

@@ -111,7 +111,7 @@ def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatc
     runs = list(tmp_path.rglob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     content = runs[0].read_bytes()
-    for key in (b"train/loss", b"train/tail_rows", b"test/few", b"LongTailedClassifier"):
+    for key in (b"train/loss", b"train/tail_rows", b"test/few", b"focal_lambda"):
         assert key in content
 
 
