@@ -1,0 +1,27 @@
+"""torch.compile: the same gradients, also where its graphs refuse to be used twice."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imbsam import FocalSAM, ImbSAM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", [ImbSAM, FocalSAM])
+@pytest.mark.parametrize("context_rows", ["batch", 0])
+def test_compiled_gradient_is_the_eager_one(method, context_rows):
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+    compiled = torch.compile(copy.deepcopy(eager))
+    x, y = torch.randn(24, 6), torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 2)
+    grads = []
+    for model in (eager, compiled):
+        sam = method(model, [200, 60, 15, 4], rho=0.5, context_rows=context_rows)
+        sam.backward(lambda rows, m=model: F.cross_entropy(m(x[rows]), y[rows], reduction="none"), y)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
