@@ -334,7 +334,8 @@ class _Step:
                 add_(g, sub, alpha=-1)  # g = g_all(w) - g_s(w)
                 add_(g_s, sub)
                 del sub
-            self._climb(self._mean(g_s))
+            g_s = self._mean(g_s)
+            self._climb(g_s)
             del g_s
             for batch in self._batches:
                 if batch.random_state is not None:
@@ -405,7 +406,7 @@ class _Step:
         return losses
 
     def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
-        """What the backward pass of `loss` leaves in `.grad`, added to `add_to`."""
+        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
         for p, grad in zip(self._params, add_to or [None] * len(self._params), strict=True):
             p.grad = grad
         self._run_backward(loss, **options)
@@ -414,7 +415,10 @@ class _Step:
                 raise SettingError(
                     f"{name} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
                 )
-        return [p.grad for p in self._params]
+        grads = [p.grad for p in self._params]
+        for p in self._params:
+            p.grad = None  # or it would keep g_s alive through the pass at w + e
+        return grads
 
     def _retained_gradient(self, loss: Tensor) -> Gradients | None:
         """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
