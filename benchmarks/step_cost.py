@@ -100,7 +100,7 @@ class Passes:
     def backward(self, loss: Tensor, **options: Any) -> None:
         """The backward pass of `loss`."""
         with self.timed(graph_alive="retain_graph" in options):
-            loss.backward(**options)
+            torch.autograd.backward(loss, **options)
 
 
 Step = Callable[[Passes, Tensor, Tensor], None]
