@@ -194,16 +194,15 @@ class ClassAwareSAM:
         if size == 0:
             raise SettingError("the batch has no rows: leave it out")
         sharp = [i for i, c in enumerate(sharpness.tolist()) if c > 0] if self.rho > 0 else []
-        if not sharp:
-            rows = []
-        elif self.context_rows == "batch":
-            rows = list(range(size))
-        else:
-            rows = extra_pass_rows(sharp, size, self._context_rows())
+        rows = extra_pass_rows(sharp, size, self._context_rows(size)) if sharp else []
+        if len(rows) == size:
+            rows.sort()  # the whole batch in its own order: the first forward then serves g_s(w) too
         return Batch(losses, size, weight, sharpness, sharp, rows)
 
-    def _context_rows(self) -> int:
-        if isinstance(self.context_rows, int):
+    def _context_rows(self, batch_size: int) -> int:
+        if self.context_rows == "batch":
+            return batch_size
+        if self.context_rows != "auto":
             return self.context_rows
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.module.modules())
         return AUTO_CONTEXT_ROWS if batch_norm else 0
