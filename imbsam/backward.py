@@ -409,12 +409,12 @@ class _Step:
         for p, grad in zip(self._params, add_to or [None] * len(self._params), strict=True):
             p.grad = grad
         self._run_backward(loss, **options)
-        for name, p in self._settings.module.named_parameters():
-            if p.grad is not None and p.grad.is_sparse:
-                raise SettingError(
-                    f"{name} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
-                )
         grads = [p.grad for p in self._params]
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            sparse = (n for n, p in self._settings.module.named_parameters() if p.grad is not None and p.grad.is_sparse)
+            raise SettingError(
+                f"{next(sparse)} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
+            )
         for p in self._params:
             p.grad = None  # or it would keep g_s alive through the pass at w + e
         return grads
