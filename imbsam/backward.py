@@ -194,16 +194,15 @@ class ClassAwareSAM:
         if size == 0:
             raise SettingError("the batch has no rows: leave it out")
         sharp = [i for i, c in enumerate(sharpness.tolist()) if c > 0] if self.rho > 0 else []
-        if not sharp:
-            rows = []
-        elif self.context_rows == "batch":
-            rows = list(range(size))
-        else:
-            rows = extra_pass_rows(sharp, size, self._context_rows())
+        rows = extra_pass_rows(sharp, size, self._context_rows(size)) if sharp else []
+        if len(rows) == size:
+            rows.sort()  # the whole batch in its own order: the first forward then serves g_s(w) too
         return Batch(losses, size, weight, sharpness, sharp, rows)
 
-    def _context_rows(self) -> int:
-        if isinstance(self.context_rows, int):
+    def _context_rows(self, batch_size: int) -> int:
+        if self.context_rows == "batch":
+            return batch_size
+        if self.context_rows != "auto":
             return self.context_rows
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.module.modules())
         return AUTO_CONTEXT_ROWS if batch_norm else 0
@@ -334,7 +333,8 @@ class _Step:
                 add_(g, sub, alpha=-1)  # g = g_all(w) - g_s(w)
                 add_(g_s, sub)
                 del sub
-            self._climb(self._mean(g_s))
+            g_s = self._mean(g_s)
+            self._climb(g_s)
             del g_s
             for batch in self._batches:
                 if batch.random_state is not None:
@@ -405,16 +405,19 @@ class _Step:
         return losses
 
     def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
-        """What the backward pass of `loss` leaves in `.grad`, added to `add_to`."""
+        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
         for p, grad in zip(self._params, add_to or [None] * len(self._params), strict=True):
             p.grad = grad
         self._run_backward(loss, **options)
-        for name, p in self._settings.module.named_parameters():
-            if p.grad is not None and p.grad.is_sparse:
-                raise SettingError(
-                    f"{name} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
-                )
-        return [p.grad for p in self._params]
+        grads = [p.grad for p in self._params]
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            sparse = (n for n, p in self._settings.module.named_parameters() if p.grad is not None and p.grad.is_sparse)
+            raise SettingError(
+                f"{next(sparse)} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
+            )
+        for p in self._params:
+            p.grad = None  # or it would keep g_s alive through the pass at w + e
+        return grads
 
     def _retained_gradient(self, loss: Tensor) -> Gradients | None:
         """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""

@@ -15,15 +15,15 @@ Losses = Callable[[Tensor], Tensor]
 
 
 def pass_size(rows: int) -> int:
-    """Round a number of rows up to one of few sizes: 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
+    """Round a number of rows up to one of few sizes: 2, 4, 6, ..., 32, 36, 40, ..., 64, 72, ...
 
-    Even up to 16, then four sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a
-    fifth of a pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
+    Even up to 32, then eight sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a ninth
+    of a larger pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
 
     >>> [pass_size(n) for n in (1, 3, 9, 17, 33, 100)]
-    [2, 4, 10, 20, 40, 112]
+    [2, 4, 10, 18, 36, 104]
     """
-    step = max(2, 1 << max(0, (rows - 1).bit_length() - 3))
+    step = max(2, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 

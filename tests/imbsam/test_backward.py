@@ -200,6 +200,33 @@ def test_dropout_sees_the_same_masks_at_w_and_at_w_plus_e(context_rows):
     assert not masks[-1].all()
 
 
+@pytest.mark.parametrize("context_rows", [BATCH, "auto"])
+@pytest.mark.parametrize("own", [False, True], ids=["classes", "rows"])
+def test_context_that_reaches_the_whole_batch_is_batch(context_rows, own):
+    model, x, y = make("batch norm")
+    sharpness = torch.rand(BATCH) * (torch.tensor(COUNTS)[y] < 20) if own else None
+    grads = []
+    for k in (context_rows, "batch"):
+        model.zero_grad()
+        losses = cross_entropies(model, x, y)
+        ImbSAM(model, COUNTS, rho=0.5, context_rows=k).backward(losses, y, sharpness=sharpness)
+        grads.append([p.grad for p in model.parameters()])
+    for given, batch in zip(*grads, strict=True):
+        torch.testing.assert_close(given, batch, rtol=0, atol=1e-14)
+
+
+def test_sharp_rows_that_fill_all_but_one_row_of_the_batch():
+    """Rounding up the size of the pass takes in the whole batch."""
+    model, x, y = make("mlp")
+    y[:] = 3
+    y[-5] = 0
+    c, a = (y == 3).double(), torch.ones(BATCH, dtype=torch.float64)
+    expected = objective_gradient(model, x, y, c, a, 0.5, False, torch.arange(BATCH))
+    ImbSAM(model, COUNTS, rho=0.5, context_rows=0).backward(cross_entropies(model, x, y), y)
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=0, atol=1e-12)
+
+
 def test_first_call_is_for_all_rows_in_order_and_comes_once():
     model, x, y = make("batch norm")
     seen = []
