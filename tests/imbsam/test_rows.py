@@ -2,8 +2,6 @@
 
 import itertools
 
-from itertools import pairwise
-
 import pytest
 
 from imbsam.rows import extra_pass_rows, pass_size
