@@ -330,7 +330,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.short:
         arguments.batches, arguments.etas, arguments.context_rows, arguments.rounds = [64], [20], [], 3
-        arguments.methods = arguments.methods or ["SAM", "by hand"]
+        arguments.methods = arguments.methods or ["ImbSAM", "by hand"]
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes on standard error
     cuda = torch.cuda.is_available()
