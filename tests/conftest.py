@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,9 @@ def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The tensors here are small: a second thread costs more than it brings, the more so on a busy machine."""
+    torch.set_num_threads(1)
