@@ -50,7 +50,8 @@ class ClassAwareSAM:
     would have left them.
 
     Args:
-        module: the model whose parameters are perturbed, wrapped or not. Frozen parameters are left out.
+        module: the model whose parameters are perturbed, wrapped or not. Frozen parameters are left out. Every
+            trained parameter must be in it: one outside would gather the gradients of all three passes.
         sharpness: c for every class, shape (C,), or one number for all classes.
         rho: length of the perturbation e. May be changed between calls; 0 trains plainly.
         class_weight: loss weight a for every class, shape (C,). Default: 1.
@@ -103,7 +104,8 @@ class ClassAwareSAM:
                 "give one weight for each class"
             )
         self.adaptive = adaptive
-        if context_rows not in ("auto", "batch") and not (isinstance(context_rows, int) and context_rows >= 0):
+        a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
+        if context_rows not in ("auto", "batch") and not a_number:
             raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
         self.context_rows = context_rows
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -142,7 +144,7 @@ class ClassAwareSAM:
             sharpness: c_i for every row, shape (B,), instead of the one from ``targets`` (``targets`` is then
                 needed only for ``class_weight``).
             backward: what runs a backward pass; ``lambda loss, **kw: scaler.scale(loss).backward(**kw)`` for a
-                ``GradScaler``. With ``context_rows="batch"`` it is called with ``retain_graph=True``.
+                ``GradScaler``. Where the extra passes see the whole batch it is called with ``retain_graph=True``.
 
         Returns:
             1/B * sum_i a_i l_i(w), detached.
@@ -150,6 +152,8 @@ class ClassAwareSAM:
         Raises:
             SettingError: for a label outside the classes, or losses that are not one for each row.
         """
+        if isinstance(losses, Tensor):
+            raise SettingError("losses is a tensor: give a function from row indices to the losses of those rows")
         if callable(losses):
             batches = [self._batch(losses, targets, sharpness)]
         elif targets is None and sharpness is None:
@@ -265,16 +269,17 @@ class ImbSAM(ClassAwareSAM):
             self.class_weight = torch.where(tail, tail_weight * weight, weight)
         named = f"eta={eta}" if tail_classes is None else "tail_classes"
         smallest, largest = int(counts.min()), int(counts.max())
+        mend_none = f"set eta above {smallest}" if tail_classes is None else "name the tail classes"
         if not tail.any():
             warnings.warn(
                 f"{named} leaves no tail class (the smallest class has {smallest} training samples): this is plain "
-                f"training; set eta above {smallest}",
+                f"training; {mend_none}",
                 stacklevel=2,
             )
         elif tail.all():
             warnings.warn(
                 f"{named} makes every class a tail class (the largest has {largest} training samples): this is SAM; "
-                f"set eta to at most {largest}",
+                + (f"set eta to at most {largest}" if tail_classes is None else "name fewer"),
                 stacklevel=2,
             )
 

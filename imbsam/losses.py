@@ -36,7 +36,6 @@ class CrossEntropy(nn.Module):
     Shapes:
         * logits: floating (N, C), any device.
         * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-          As in PyTorch, a row with class index -100 is ignored: its loss is 0.
         * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
 
     Source:
@@ -88,7 +87,6 @@ class LogitAdjusted(nn.Module):
     Shapes:
         * logits: floating (N, C), any device that the module was moved to.
         * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-          As in PyTorch, a row with class index -100 is ignored: its loss is 0.
         * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
 
     Source:

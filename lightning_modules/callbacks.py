@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +21,10 @@ GROUPS = ("many", "medium", "few", "all")
 class AccuracyTable(Callback):
     """Print many / medium / few / all after a test, and where the checkpoint and the log lie."""
 
-    @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table of the test that has just ended."""
-        metrics = trainer.callback_metrics
-        if not all(f"test/{group}" in metrics for group in GROUPS):
+        metrics, log_dir = trainer.callback_metrics, trainer.log_dir  # every rank takes part in log_dir
+        if not trainer.is_global_zero or not all(f"test/{group}" in metrics for group in GROUPS):
             return
         accuracy: Any = pl_module.test_accuracy
         sizes = dict(zip(accuracy.group_names, accuracy.groups.sum(dim=1).tolist(), strict=True))
@@ -40,7 +38,7 @@ class AccuracyTable(Callback):
         )
         console = Console()
         console.print(table)
-        for name, place in (("checkpoint", _checkpoint(trainer)), ("log", trainer.log_dir)):
+        for name, place in (("checkpoint", _checkpoint(trainer)), ("log", log_dir)):
             if place:
                 console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
 
@@ -65,7 +63,12 @@ class PredictionsCSV(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.path = path
 
-    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several processes, each of which would have a part of the rows."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict" and trainer.world_size > 1:
+            raise SettingError(f"predict runs on {trainer.world_size} devices: set trainer.devices to 1")
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -83,13 +86,12 @@ class PredictionsCSV(BasePredictionWriter):
 
 
 class DiscardRefusedRun(Callback):
-    """Remove the folder of a run that a wrong setting stopped before it logged anything or wrote a checkpoint."""
+    """Remove the folder of a run that stopped before its first step."""
 
-    @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove what this run wrote."""
         logger = trainer.logger
-        if isinstance(exception, SettingError) and isinstance(logger, CSVLogger):
+        if trainer.is_global_zero and isinstance(logger, CSVLogger) and trainer.global_step == 0:
             folder = Path(logger.log_dir)
             if not (folder / "metrics.csv").exists() and not any(folder.rglob("*.ckpt")):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ class LongTailedClassifier(LightningModule):
         start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
         loss: cross_entropy, or logit_adjusted (Menon et al. 2021; balanced softmax at tau 1).
         loss_args: further arguments of the loss, for example ``{label_smoothing: 0.1}`` or ``{tau: 1.0}``.
-        optimizer: any torch optimizer.
+        optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
         accumulate_grad_batches: batches that count as one, for the perturbation too.
@@ -78,6 +78,12 @@ class LongTailedClassifier(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         if accumulate_grad_batches < 1:
             raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise SettingError(
+                f"gradient_clip_val is {gradient_clip_val}: give a number above 0, or null for no clipping"
+            )
+        if "num_classes" in (backbone_args or {}):
+            raise SettingError("backbone_args sets num_classes: leave it out, the data says how many classes there are")
         if start_epoch < 0:
             raise SettingError(f"start_epoch is {start_epoch}: give a number from 0")
         self.settings: Any = self.hparams
@@ -87,10 +93,12 @@ class LongTailedClassifier(LightningModule):
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
         self.backbone: nn.Module
+        self._host_targets: Tensor
+        self._tail: Tensor
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
-        """Learn the class counts from the DataModule."""
+        """Learn the classes from the DataModule."""
         data: Any = getattr(self.trainer, "datamodule", None)
         counts = getattr(data, "class_counts", None)
         if counts is None:
@@ -102,26 +110,25 @@ class LongTailedClassifier(LightningModule):
             raise SettingError(
                 f"the model has {len(self.class_counts)} classes and data {len(counts)}: use the data it was trained on"
             )
-        # a model from a checkpoint keeps the counts, and so the groups, that it was trained with
+        # a trained model keeps the counts, and so the groups, of its training
         if self.class_counts is None or stage == "fit":
-            self.class_counts, self.class_names = torch.as_tensor(counts), list(data.class_names)
+            self._learn_classes(torch.as_tensor(counts), list(data.class_names))
 
     def configure_model(self) -> None:
-        """Build what needs the number of classes."""
-        if hasattr(self, "backbone") or self.class_counts is None:  # load_from_checkpoint asks before it has them
-            return
-        hp = self.settings
-        self.backbone = create_backbone(hp.backbone, num_classes=len(self.class_counts), **(hp.backbone_args or {}))
-        self.loss = self._loss(self.class_counts)
-        self.val_accuracy = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
-        self.test_accuracy = ClassGroupAccuracy(self.class_counts, hp.many, hp.few, class_names=self.class_names)
+        """Build the backbone, once the number of classes is known."""
+        if not hasattr(self, "backbone") and self.class_counts is not None:
+            args = self.settings.backbone_args or {}
+            self.backbone = create_backbone(self.settings.backbone, num_classes=len(self.class_counts), **args)
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
+        try:
+            optimizer = self.optimizer(self.parameters())
+            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"optimizer or lr_scheduler: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         self._check_length(scheduler)
         # manual optimization: Lightning keeps the scheduler in checkpoints, and we step it
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.settings.lr_interval}}
@@ -137,28 +144,39 @@ class LongTailedClassifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Perturb from `start_epoch` on."""
-        self.sam.rho = self.settings.rho if self.current_epoch >= self.settings.start_epoch else 0.0
+        self._micro_batches = []  # of an epoch that was interrupted
+        self.sam.rho = self._rho if self.current_epoch >= self.settings.start_epoch else 0.0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Keep the targets on the host too: which rows are sharp is decided there, without waiting for the GPU."""
-        if not self.trainer.training:
+        """Check the targets, and keep them on the host: which rows are sharp is decided there, without a wait."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:  # Lightning calls this hook for one of the two only
+            batch = data.on_before_batch_transfer(batch, dataloader_idx)
+        if self.trainer.predicting:
             return batch
-        images, targets = batch
-        return images, targets, targets.numpy()  # an array stays where it is
+        self._host_targets = targets = batch[1].cpu()
+        if self.class_counts is not None and targets.dim() == 1 and len(targets):
+            labels, classes = targets.tolist(), len(self.class_counts)
+            wrong = min(labels) if min(labels) < 0 else max(labels)
+            if not 0 <= wrong < classes:
+                raise SettingError(
+                    f"targets holds the label {wrong}: with {classes} classes, labels run from 0 to {classes - 1}"
+                )
+        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
-        images, targets, on_host = batch
-        self._micro_batches.append(
-            (lambda rows: self.loss(self(images[rows]), targets[rows]), torch.from_numpy(on_host))
-        )
+        images, targets = batch
+        # on_after_batch_transfer may have mixed the targets
+        on_host = self._host_targets if self._host_targets.shape == targets.shape else targets
+        self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.settings.accumulate_grad_batches and not self.trainer.is_last_batch:
             return
+        micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
-        loss = self.sam.backward(self._micro_batches, backward=self.manual_backward)
-        rows = sum(len(targets) for _, targets in self._micro_batches)
-        tail_rows = sum(self._tail_rows(targets) for _, targets in self._micro_batches)
-        self._micro_batches = []
+        loss = self.sam.backward(micro_batches, backward=self.manual_backward)
+        rows = sum(len(targets) for _, targets in micro_batches)
+        tail_rows = sum(self._tail_rows(targets) for _, targets in micro_batches)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=rows)
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
         optimizer.step()
@@ -207,16 +225,34 @@ class LongTailedClassifier(LightningModule):
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model of the checkpoint's classes, where there is no DataModule to ask."""
-        if self.class_counts is None:
-            self.class_counts, self.class_names = checkpoint["class_counts"], checkpoint["class_names"]
+        """Take over the classes that the model was trained with, except to train it further on other data."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            if self.class_counts is not None and not torch.equal(self.class_counts, checkpoint["class_counts"]):
+                rank_zero_warn(
+                    "the data's class_counts are not those that the checkpoint was trained with (another seed, ratio "
+                    "or val_share?): many, medium and few are the checkpoint's"
+                )
+            self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
+
+    def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
+        """Build what depends on the class counts."""
+        hp = self.settings
+        self.class_counts, self.class_names = class_counts, class_names
+        self._tail = tail_mask(class_counts, hp.eta, hp.tail_classes)
+        self.loss = self._loss(class_counts).to(self.device)
+        self.val_accuracy, self.test_accuracy = (
+            ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
+        )
+
+    @property
+    def _rho(self) -> float:
+        return 0.0 if self.settings.method == "sgd" else float(self.settings.rho)
 
     def _engine(self) -> ClassAwareSAM:
         hp = self.settings
         assert self.class_counts is not None
-        tail = tail_mask(self.class_counts, hp.eta, hp.tail_classes)
-        weight = torch.where(tail, hp.tail_weight, 1.0) if hp.tail_weight != 1 else None
+        weight = torch.where(self._tail, hp.tail_weight, 1.0) if hp.tail_weight != 1 else None
         settings: dict[str, Any] = {"class_weight": weight, "adaptive": hp.adaptive, "context_rows": hp.context_rows}
         strategy: Any = self.trainer.strategy
         if self.trainer.world_size > 1:
@@ -228,7 +264,7 @@ class LongTailedClassifier(LightningModule):
             return FocalSAM(self.backbone, self.class_counts, hp.rho, hp.focal_lambda, hp.focal_gamma, **settings)
         if hp.method == "sam":
             return SAM(self.backbone, hp.rho, **settings)
-        return ClassAwareSAM(self.backbone, torch.zeros(len(self.class_counts)), hp.rho, **settings)
+        return ClassAwareSAM(self.backbone, 0.0, self._rho, **settings)
 
     def _loss(self, class_counts: Tensor) -> nn.Module:
         args = self.settings.loss_args or {}
@@ -240,9 +276,8 @@ class LongTailedClassifier(LightningModule):
             raise SettingError(f"loss_args is {args}: {error}") from error
 
     def _tail_rows(self, targets: Tensor) -> float:
-        assert self.class_counts is not None
-        tail = tail_mask(self.class_counts, self.settings.eta, self.settings.tail_classes)
-        return float((tail[targets] if targets.dim() == 1 else targets @ tail.to(targets)).sum())
+        targets = targets.cpu()
+        return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
 
     def _step_scheduler(self) -> None:
         scheduler: Any = self.lr_schedulers()
@@ -254,11 +289,15 @@ class LongTailedClassifier(LightningModule):
 
     def _check_length(self, scheduler: Any) -> None:
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""
-        end = getattr(scheduler, "T_max", None)
-        steps = (
-            self.trainer.max_epochs if self.settings.lr_interval == "epoch" else self.trainer.estimated_stepping_batches
-        )
-        if end is not None and steps is not None and steps > 0 and end != steps:
+        end, run = getattr(scheduler, "T_max", None), self.trainer
+        if end is None or getattr(run, "fast_dev_run", False) or not run.max_epochs or run.max_epochs < 0:
+            return
+        steps = run.max_epochs
+        if self.settings.lr_interval == "step":
+            steps = int(run.estimated_stepping_batches)  # knows the number of batches, but not that we accumulate them
+            if self.settings.accumulate_grad_batches > 1:
+                steps = run.max_epochs * -(-int(run.num_training_batches) // self.settings.accumulate_grad_batches)
+        if end != steps:
             rank_zero_warn(
                 f"the scheduler's T_max is {end} and the run has {steps} {self.settings.lr_interval}s: "
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
@@ -21,6 +22,7 @@ INSTALLED = Path(__file__).parent.parent
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
     ".*Total length of `list` across ranks is zero.*",  # no validation split
+    ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
 ]
 
@@ -29,18 +31,38 @@ class ImbSAMCLI(LightningCLI):
     """`imbsam fit | validate | test | predict`; after `fit` the last epoch's weights are tested once."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our callbacks can be configured, and left out by `null`, like any other setting."""
+        """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})  # one file, last.ckpt
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
 
     def before_instantiate_classes(self) -> None:
-        """Name the run's folder after its config, where nobody named it."""
+        """Name the run's folder after its config, where nobody named it; refuse what Lightning would only trip over."""
         config = self.config[self.subcommand]
         files = [Path(path.relative) for path in config.get("config") or []]
         logger = config.trainer.logger
         if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
-            logger.init_args.name = f"{files[0].parent.name}/{files[0].stem}"
+            logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
+        if config.trainer.fast_dev_run:
+            config.checkpoint.save_last = False
+        if self.subcommand == "test":
+            config.verbose = False  # the table says it all
+        for name, unset in (("accumulate_grad_batches", (None, 1)), ("gradient_clip_val", (None,))):
+            if config.trainer[name] not in unset:
+                raise SettingError(
+                    f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
+                    f"set model.{name}"
+                )
+        path = config.get("ckpt_path")
+        if path is None and self.subcommand != "fit":
+            raise SettingError(f"ckpt_path is null: name the checkpoint to {self.subcommand} with --ckpt_path")
+        if path not in (None, "last", "best") and not Path(path).exists():
+            raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+
+    def before_validate(self) -> None:
+        """Without a validation split there is nothing to do."""
+        if getattr(self.datamodule, "val_share", None) == 0:
+            raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:
         """Test the last epoch's weights."""
@@ -83,6 +105,8 @@ def _one_line(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
             return str(error)
+        if isinstance(error, MisconfigurationException):
+            return " ".join(str(error).split())
         if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):
             return _shorten(str(error))
         error = error.__cause__ or error.__context__

@@ -8,10 +8,13 @@ A folder of runs stands for its newest run; name `version_*` to average over see
 
 import argparse
 import csv
+import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -19,13 +22,24 @@ COLUMNS = ["test/many", "test/medium", "test/few", "test/all", "train/loss_epoch
 
 
 def find_run(folder: Path) -> Path:
-    """The folder itself where it holds a log, else its newest version that does."""
-    runs = (
-        [folder] if (folder / "metrics.csv").exists() else [log.parent for log in folder.glob("version_*/metrics.csv")]
-    )
+    """The folder itself where it holds a training's log, else its newest version that does."""
+    runs = [folder] if is_training(folder) else [run for run in folder.glob("version_*") if is_training(run)]
     if not runs:
-        raise SystemExit(f"{folder}: no metrics.csv in it or in its version_* folders; is it a run's folder?")
+        raise SystemExit(f"{folder}: no log of a training in it or in its version_* folders; is it a run's folder?")
     return max(runs, key=lambda run: int(run.name.rpartition("_")[2]) if run != folder else 0)
+
+
+def is_training(run: Path) -> bool:
+    """Whether the run was a training: `imbsam test` and `predict` leave version_* folders too."""
+    log = run / "metrics.csv"
+    return log.exists() and "train/loss_epoch" in log.read_text().partition("\n")[0]
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """The model's and the data's settings, without the seed and the place of the data."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    found = {**config["data"].get("init_args", {}), **config["model"].get("init_args", {})}
+    return {name: value for name, value in found.items() if name not in ("seed", "root")}
 
 
 def last_values(run: Path) -> dict[str, float]:
@@ -35,24 +49,38 @@ def last_values(run: Path) -> dict[str, float]:
     return {c: float([row[c] for row in rows if row.get(c)][-1]) for c in COLUMNS if any(row.get(c) for row in rows)}
 
 
+def names(groups: list[list[Path]]) -> list[str]:
+    """The name of each group's folder, with the settings in which groups of one folder differ."""
+    folders = ["/".join(group[0].resolve().parts[-3:-1]) for group in groups]
+    found = []
+    for folder, group in zip(folders, groups, strict=True):
+        others = [settings(g[0]) for f, g in zip(folders, groups, strict=True) if f == folder]
+        own = settings(group[0])
+        different = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        found.append(" ".join([folder, *(f"{key}={own[key]}" for key in different)]))
+    return found
+
+
 def markdown(runs: list[Path]) -> str:
-    """The table."""
-    methods: dict[str, list[dict[str, float]]] = defaultdict(list)
+    """The table: one row for the runs of one folder with the same settings."""
+    by_settings: dict[str, list[Path]] = defaultdict(list)
     for run in runs:
-        values = last_values(run)
-        if "test/all" not in values:
-            raise SystemExit(f"{run}: not tested yet: let `imbsam fit` finish")
-        methods["/".join(run.parts[-3:-1])].append(values)
+        by_settings[f"{run.resolve().parent} {json.dumps(settings(run), sort_keys=True)}"].append(run)
+    groups = list(by_settings.values())
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
     lines = ["| run | many | medium | few | all | training loss |", "| :-- | --: | --: | --: | --: | --: |"]
-    for method, found in methods.items():
+    for name, group in zip(names(groups), groups, strict=True):
+        found = [last_values(run) for run in group]
+        for run, values in zip(group, found, strict=True):
+            if "test/all" not in values:
+                raise SystemExit(f"{run}: not tested yet: let `imbsam fit` finish")
         accuracies = [cell([100 * values[column] for values in found]) for column in COLUMNS[:4]]
         loss = statistics.mean(values["train/loss_epoch"] for values in found)
         seeds = f" ({len(found)} runs)" if len(found) > 1 else ""
-        lines.append(f"| {method}{seeds} | {' | '.join(accuracies)} | {loss:.3f} |")
+        lines.append(f"| {name}{seeds} | {' | '.join(accuracies)} | {loss:.3f} |")
     return "\n".join(lines)
 
 
@@ -61,6 +89,8 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     args = parser.parse_args()
+    if len(args.runs) > 1:  # a pattern such as version_* also finds tests and predictions
+        args.runs = [run for run in args.runs if is_training(run) or not (run / "config.yaml").exists()]
     table = markdown([find_run(run) for run in args.runs])
     if args.markdown:
         print(table)

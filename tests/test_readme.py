@@ -45,6 +45,11 @@ def test_first_commands_are_those_of_the_makefile():
     assert all(f"\n{command.split()[1]}:" in makefile for command in commands)
 
 
+def test_no_placeholder_is_left():
+    assert "@@" not in README
+    assert "@@" not in (REPOSITORY / "docs/results.md").read_text()
+
+
 def test_config_files_named_here_exist():
     names = set(re.findall(r"configs/[\w/]+\.yaml", README))
     assert len(names) >= 4

@@ -1,4 +1,4 @@
-"""The gradient: against one computed by `torch.autograd.grad` straight from the objective (DESIGN, equation of L)."""
+"""The gradient: against one that `torch.autograd.grad` computes straight from the objective in the docstring."""
 
 import copy
 import itertools

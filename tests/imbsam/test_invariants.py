@@ -1,4 +1,4 @@
-"""What one call of `backward` must leave as it found it (DESIGN section 4), also when it is interrupted."""
+"""What one call of `backward` must leave as it found it, also when it is interrupted."""
 
 import contextlib
 import os

@@ -149,14 +149,15 @@ def test_scheduler_steps_by_epoch_or_by_optimizer_step(tmp_path, interval, expec
     assert rates == pytest.approx(expected)
 
 
-def test_reduce_lr_on_plateau_watches_the_loss(tmp_path):
-    model, _ = fit(
+def test_reduce_lr_on_plateau_watches_the_training_loss_without_a_validation_split(tmp_path):
+    model, run = fit(
         tmp_path,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
-        lr_scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.9),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-5),
+        lr_scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5),
         trainer_settings={"max_epochs": 3},
     )
-    assert model.lr_schedulers().num_bad_epochs + model.lr_schedulers().last_epoch >= 3
+    assert model.lr_schedulers().best == pytest.approx(float(run.callback_metrics["train/loss_epoch"]), rel=0.1)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5 * 0.1**2)
 
 
 def test_cosine_of_another_length_than_the_run_warns(tmp_path):
@@ -197,6 +198,56 @@ def test_clips_the_unscaled_gradient(tmp_path, algorithm, precision):
     assert min(moved) > 0
 
 
+def test_cosine_by_step_counts_accumulated_batches_once(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*T_max.*")
+        fit(
+            tmp_path,
+            lr_scheduler=lambda o: CosineAnnealingLR(o, 6),  # 2 epochs of 11 batches, 4 at a time
+            lr_interval="step",
+            accumulate_grad_batches=4,
+        )
+
+
+def test_an_interrupted_step_leaves_no_batches_behind(tmp_path):
+    rows = []
+
+    class Interrupted(LongTailedClassifier):
+        stop = True
+
+        def forward(self, images):
+            rows.append(len(images))
+            if self.stop and len(rows) == 2:
+                raise ValueError("stopped")
+            return super().forward(images)
+
+    seed_everything(0)
+    model = Interrupted(**SMALL, method="sgd", optimizer=sgd)
+    with pytest.raises(ValueError, match="stopped"):
+        trainer(tmp_path).fit(model, datamodule=DigitsLTDataModule())
+    rows.clear()
+    model.stop = False
+    trainer(tmp_path, max_steps=3).fit(model, datamodule=DigitsLTDataModule())
+    assert rows == [32, 32, 32]
+
+
+def test_data_may_transform_batches_in_lightnings_hooks(tmp_path):
+    class Mixing(DigitsLTDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            images, targets = batch
+            return -images, targets
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, targets = batch
+            soft = F.one_hot(targets, 10).float()
+            return images, 0.8 * soft + 0.2 * soft.roll(1, 0) if self.trainer.training else targets
+
+    data = Mixing(batch_size=10_000)
+    _, run = fit(tmp_path, data=data, eta=20, trainer_settings={"max_epochs": 1})
+    tail = data.class_counts[data.class_counts < 20].sum()
+    assert float(run.callback_metrics["train/tail_rows"]) == pytest.approx(float(tail), rel=1e-4)
+
+
 def test_perturbs_from_start_epoch_on(tmp_path):
     rhos = []
 
@@ -218,8 +269,19 @@ def test_checkpoint_brings_its_classes(tmp_path):
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     # the groups stay those of the training it went through
-    trainer(tmp_path).test(loaded, datamodule=DigitsLTDataModule(ratio=50), verbose=False)
+    other = DigitsLTDataModule(seed=1)
+    trainer(tmp_path).test(loaded, datamodule=other, verbose=False)
     assert torch.equal(loaded.class_counts, run.datamodule.class_counts)
+    fresh = LongTailedClassifier(**SMALL)
+    with pytest.warns(UserWarning, match="not those that the checkpoint was trained with"):
+        trainer(tmp_path).test(
+            fresh, datamodule=other, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True
+        )
+    for accuracy in (loaded.test_accuracy, fresh.test_accuracy):
+        assert torch.equal(accuracy.class_counts, run.datamodule.class_counts)
+    # trained further on other data, it takes that data's
+    trainer(tmp_path, max_steps=1).fit(loaded, datamodule=other)
+    assert torch.equal(loaded.test_accuracy.class_counts, other.class_counts)
 
 
 class Plain(LightningDataModule):
@@ -227,6 +289,7 @@ class Plain(LightningDataModule):
         return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), self.labels), batch_size=4)
 
 
+@pytest.mark.parametrize("method", ["imbsam", "sam", "sgd"])
 @pytest.mark.parametrize(
     ("counts", "labels", "message"),
     [
@@ -235,13 +298,13 @@ class Plain(LightningDataModule):
         ([5, 3], [0, 1, -1, 1] * 2, "targets holds the label -1"),
     ],
 )
-def test_data_that_does_not_fit(tmp_path, counts, labels, message):
+def test_data_that_does_not_fit(tmp_path, counts, labels, message, method):
     data = Plain()
     data.labels = torch.tensor(labels)
     if counts:
         data.class_counts, data.class_names = torch.tensor(counts), ["a", "b"]
     with pytest.raises(SettingError, match=message):
-        trainer(tmp_path).fit(LongTailedClassifier(**{**SMALL, "eta": 4}), datamodule=data)
+        trainer(tmp_path).fit(LongTailedClassifier(**SMALL, eta=4, method=method), datamodule=data)
 
 
 def test_model_of_other_classes(tmp_path):
@@ -259,6 +322,9 @@ def test_model_of_other_classes(tmp_path):
     [
         ({"rho": -1.0}, "rho is -1.0"),
         ({"rho": float("nan")}, "rho is nan"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0"),
+        ({"backbone_args": {"num_classes": 5}}, "backbone_args sets num_classes"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, "Invalid learning rate"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
         ({"start_epoch": -1}, "start_epoch is -1"),
         ({"loss_args": {"tauu": 1}}, "loss_args is {'tauu': 1}"),

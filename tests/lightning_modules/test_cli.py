@@ -73,6 +73,8 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
 
     code, _, _ = imbsam("validate", *SHORT, "--ckpt_path", last, "--data.val_share=0.3")
     assert code == 0
+    code, _, err = imbsam("validate", *SHORT, "--ckpt_path", last)
+    assert (code, "data.val_share is 0" in err) == (2, True)
 
 
 def test_loads_without_the_command_line(imbsam, tmp_path):
@@ -127,6 +129,10 @@ def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatc
         (["--data.ratio=0.01"], "ratio"),
         (["--config=configs/nope.yaml"], "nope.yaml"),
         (["--model.tail_classes=[10]"], "tail_classes"),
+        (["--trainer.accumulate_grad_batches=4"], "set model.accumulate_grad_batches"),
+        (["--trainer.gradient_clip_val=1"], "set model.gradient_clip_val"),
+        (["--ckpt_path=nope.ckpt"], "ckpt_path is nope.ckpt"),
+        (["--model.optimizer.init_args.lr=-1"], "Invalid learning rate"),
     ],
 )
 def test_wrong_settings_are_one_line_and_exit_code_2(imbsam, tmp_path, args, message):
@@ -137,6 +143,20 @@ def test_wrong_settings_are_one_line_and_exit_code_2(imbsam, tmp_path, args, mes
     assert err.rstrip().endswith(line[0])
     assert message in line[0]
     assert not list(tmp_path.rglob("version_*"))
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "validate"])
+def test_an_untrained_model_is_not_evaluated(imbsam, command):
+    code, _, err = imbsam(command, *SHORT)
+    assert code == 2
+    assert f"ckpt_path is null: name the checkpoint to {command}" in err
+
+
+def test_a_config_in_the_current_folder(imbsam, tmp_path):
+    Path("my.yaml").write_text((REPOSITORY / DIGITS[1]).read_text())
+    code, _, _ = imbsam("fit", "--config", "my.yaml", *SHORT[2:], "--trainer.limit_train_batches=1")
+    assert code == 0
+    assert (tmp_path / "logs/my/version_0/metrics.csv").exists()
 
 
 def test_missing_data_and_no_network(imbsam, tmp_path, monkeypatch):
