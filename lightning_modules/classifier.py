@@ -93,7 +93,7 @@ class LongTailedClassifier(LightningModule):
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
         self.backbone: nn.Module
-        self._host_targets: Tensor
+        self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
@@ -149,9 +149,6 @@ class LongTailedClassifier(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the targets, and keep them on the host: which rows are sharp is decided there, without a wait."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:  # Lightning calls this hook for one of the two only
-            batch = data.on_before_batch_transfer(batch, dataloader_idx)
         if self.trainer.predicting:
             return batch
         self._host_targets = targets = batch[1].cpu()
@@ -167,8 +164,10 @@ class LongTailedClassifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
         images, targets = batch
-        # on_after_batch_transfer may have mixed the targets
-        on_host = self._host_targets if self._host_targets.shape == targets.shape else targets
+        # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
+        on_host, self._host_targets = self._host_targets, None
+        if on_host is None or on_host.shape != targets.shape:
+            on_host = targets
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.settings.accumulate_grad_batches and not self.trainer.is_last_batch:
             return

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,12 @@ def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatc
     wandb.finish()  # at the end of a process it comes by itself
     runs = list(tmp_path.rglob("offline-run-*/*.wandb"))
     assert len(runs) == 1
-    content = runs[0].read_bytes()
-    for key in (b"train/loss", b"train/tail_rows", b"test/few", b"focal_lambda"):
-        assert key in content
+    keys = (b"train/loss", b"train/tail_rows", b"test/few", b"focal_lambda")
+    for _ in range(60):  # the client's own process writes the file, and may be late
+        if all(key in runs[0].read_bytes() for key in keys):
+            break
+        time.sleep(0.5)
+    assert [key for key in keys if key not in runs[0].read_bytes()] == []
 
 
 @pytest.mark.parametrize(
