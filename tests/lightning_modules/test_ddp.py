@@ -8,7 +8,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-# what a test that ran Lightning's ddp in this process has left, and what would make it wait for processes started by others
+# left by a test that ran Lightning's ddp in this process; with them the command would wait for others to start rank 1
 RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
