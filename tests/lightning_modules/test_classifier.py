@@ -231,18 +231,43 @@ def test_an_interrupted_step_leaves_no_batches_behind(tmp_path):
     assert rows == [32, 32, 32]
 
 
-def test_data_may_transform_batches_in_lightnings_hooks(tmp_path):
-    class Mixing(DigitsLTDataModule):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            images, targets = batch
-            return -images, targets
+def test_a_fit_stopped_amid_accumulation_leaves_no_batches_behind(tmp_path):
+    rows = []
 
+    class Stopped(LongTailedClassifier):
+        stop = True
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.stop and batch_idx == 1:
+                raise ValueError("stopped")
+
+        def forward(self, images):
+            rows.append(len(images))
+            return super().forward(images)
+
+    seed_everything(0)
+    model = Stopped(**SMALL, method="sgd", optimizer=sgd, accumulate_grad_batches=4)
+    with pytest.raises(ValueError, match="stopped"):
+        trainer(tmp_path).fit(model, datamodule=DigitsLTDataModule())
+    model.stop = False
+    trainer(tmp_path, max_steps=1).fit(model, datamodule=DigitsLTDataModule())
+    assert rows == [32] * 4
+
+
+@pytest.mark.parametrize("hooks", ["after", "before and after"])
+def test_data_may_transform_batches_in_lightnings_hooks(tmp_path, hooks):
+    class Mixing(DigitsLTDataModule):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             images, targets = batch
             soft = F.one_hot(targets, 10).float()
             return images, 0.8 * soft + 0.2 * soft.roll(1, 0) if self.trainer.training else targets
 
-    data = Mixing(batch_size=10_000)
+    class Negative(Mixing):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            images, targets = batch
+            return -images, targets
+
+    data = (Mixing if hooks == "after" else Negative)(batch_size=10_000)
     _, run = fit(tmp_path, data=data, eta=20, trainer_settings={"max_epochs": 1})
     tail = data.class_counts[data.class_counts < 20].sum()
     assert float(run.callback_metrics["train/tail_rows"]) == pytest.approx(float(tail), rel=1e-4)
