@@ -6,10 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
