@@ -53,6 +53,8 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
+        if config.trainer.enable_checkpointing is False:
+            raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         path = config.get("ckpt_path")
         if path is None and self.subcommand != "fit":
             raise SettingError(f"ckpt_path is null: name the checkpoint to {self.subcommand} with --ckpt_path")

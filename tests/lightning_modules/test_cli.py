@@ -134,6 +134,7 @@ def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatc
         (["--config=configs/nope.yaml"], "nope.yaml"),
         (["--model.tail_classes=[10]"], "tail_classes"),
         (["--trainer.accumulate_grad_batches=4"], "set model.accumulate_grad_batches"),
+        (["--trainer.enable_checkpointing=false"], "set checkpoint.save_last to false"),
         (["--trainer.gradient_clip_val=1"], "set model.gradient_clip_val"),
         (["--ckpt_path=nope.ckpt"], "ckpt_path is nope.ckpt"),
         (["--model.optimizer.init_args.lr=-1"], "Invalid learning rate"),
