@@ -162,6 +162,8 @@ class ClassAwareSAM:
             raise SettingError(
                 "targets and sharpness go with one batch: a list of micro-batches brings its own targets"
             )
+        if not batches:
+            raise SettingError("losses is an empty list: give at least one micro-batch")
         step = _Step(self, batches, backward)
         try:
             with self.no_sync():
@@ -269,17 +271,19 @@ class ImbSAM(ClassAwareSAM):
             self.class_weight = torch.where(tail, tail_weight * weight, weight)
         named = f"eta={eta}" if tail_classes is None else "tail_classes"
         smallest, largest = int(counts.min()), int(counts.max())
-        mend_none = f"set eta above {smallest}" if tail_classes is None else "name the tail classes"
+        more, fewer = f"set eta above {smallest}", f"set eta to at most {largest}"
+        if tail_classes is not None:
+            more, fewer = "name the tail classes", "name fewer"
         if not tail.any():
             warnings.warn(
                 f"{named} leaves no tail class (the smallest class has {smallest} training samples): this is plain "
-                f"training; {mend_none}",
+                f"training; {more}",
                 stacklevel=2,
             )
         elif tail.all():
             warnings.warn(
                 f"{named} makes every class a tail class (the largest has {largest} training samples): this is SAM; "
-                + (f"set eta to at most {largest}" if tail_classes is None else "name fewer"),
+                f"{fewer}",
                 stacklevel=2,
             )
 

@@ -99,17 +99,22 @@ def class_vector(name: str, values: Tensor | Sequence[float] | float) -> Tensor:
     return vector
 
 
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Refuse a label outside 0..num_classes - 1."""
+    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
+        wrong = min(labels) if min(labels) < 0 else max(labels)
+        raise SettingError(
+            f"targets holds the label {wrong}: with {num_classes} classes, labels run from 0 to {num_classes - 1}"
+        )
+
+
 def per_row(name: str, vector: Tensor, targets: Tensor) -> Tensor:
     """The classes' values for each row, float64 (B,); expected ones where the targets are probabilities."""
     if targets.dim() == 1 and not targets.is_floating_point():
         labels = targets.tolist()
         if vector.dim() == 0:
             return vector.expand(len(labels))
-        if labels and not 0 <= min(labels) <= max(labels) < len(vector):
-            wrong = min(labels) if min(labels) < 0 else max(labels)
-            raise SettingError(
-                f"targets holds the label {wrong}: with {len(vector)} classes, labels run from 0 to {len(vector) - 1}"
-            )
+        check_labels(labels, len(vector))
         return vector[targets.long()]
     if targets.dim() == 2 and targets.is_floating_point():
         if vector.dim() == 0:

@@ -14,6 +14,7 @@ from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
 from imbsam.class_groups import tail_mask
 from imbsam.losses import CrossEntropy, LogitAdjusted
 from imbsam.metrics import ClassGroupAccuracy
+from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
 
 
@@ -152,13 +153,8 @@ class LongTailedClassifier(LightningModule):
         if self.trainer.predicting:
             return batch
         self._host_targets = targets = batch[1].cpu()
-        if self.class_counts is not None and targets.dim() == 1 and len(targets):
-            labels, classes = targets.tolist(), len(self.class_counts)
-            wrong = min(labels) if min(labels) < 0 else max(labels)
-            if not 0 <= wrong < classes:
-                raise SettingError(
-                    f"targets holds the label {wrong}: with {classes} classes, labels run from 0 to {classes - 1}"
-                )
+        if self.class_counts is not None and targets.dim() == 1:
+            check_labels(targets.tolist(), len(self.class_counts))
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

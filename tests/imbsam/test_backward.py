@@ -268,6 +268,8 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f, y.float()), "float32"),
         (lambda sam, f, y: sam.backward(f), "targets is None"),
         (lambda sam, f, y: sam.backward([(f, y)], y), "micro-batches"),
+        (lambda sam, f, y: sam.backward([]), "losses is an empty list"),
+        (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a tensor: give a function"),
         (lambda sam, f, y: sam.backward(f, y, sharpness=torch.ones(3)), r"sharpness= has shape \(3,\)"),
         (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
