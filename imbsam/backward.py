@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from imbsam.class_groups import class_counts_tensor, focal_sharpness, tail_mask
+from imbsam.distributed import Agreement, broadcast_buffers, check_module, forward_communicates, fully_sharded, mean
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients, add_
 from imbsam.perturbation import Perturbation
@@ -60,10 +60,13 @@ class ClassAwareSAM:
             count; they are there so that BatchNorm sees a batch. ``0`` is exact where rows do not see each other;
             ``"batch"`` is the published gradient, with the whole batch in every pass, and what a loss that couples
             rows needs; ``"auto"`` is 32 where the module has BatchNorm in training mode, else 0.
+        perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
+            process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
+            all-reduces a step.
         no_sync: context manager under which backward passes do not communicate. Default: the module's own where it is
             ``DistributedDataParallel``.
         process_group: average gradients over this group. Default: the module's own where it is
-            ``DistributedDataParallel``, else none.
+            ``DistributedDataParallel``, else none. A module under FSDP2 (``fully_shard``) needs neither.
 
     Raises:
         SettingError: where a setting cannot work.
@@ -87,6 +90,7 @@ class ClassAwareSAM:
         class_weight: Tensor | Sequence[float] | None = None,
         adaptive: bool = False,
         context_rows: ContextRows = "auto",
+        perturbation: Literal["global", "per_rank"] = "global",
         no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         process_group: Any = None,
     ) -> None:
@@ -108,6 +112,9 @@ class ClassAwareSAM:
         if context_rows not in ("auto", "batch") and not a_number:
             raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
         self.context_rows = context_rows
+        if perturbation not in ("global", "per_rank"):
+            raise SettingError(f'perturbation is {perturbation!r}: give "global" or "per_rank"')
+        self.perturbation = perturbation
         if isinstance(module, nn.parallel.DistributedDataParallel):
             no_sync = module.no_sync if no_sync is contextlib.nullcontext else no_sync
             process_group = module.process_group if process_group is None else process_group
@@ -154,17 +161,18 @@ class ClassAwareSAM:
         """
         if isinstance(losses, Tensor):
             raise SettingError("losses is a tensor: give a function from row indices to the losses of those rows")
+        agreed = self._agreement(sharpness)
         if callable(losses):
-            batches = [self._batch(losses, targets, sharpness)]
+            batches = [self._batch(losses, targets, sharpness, agreed)]
         elif targets is None and sharpness is None:
-            batches = [self._batch(*micro_batch, None) for micro_batch in losses]
+            batches = [self._batch(*micro_batch, None, agreed) for micro_batch in losses]
         else:
             raise SettingError(
                 "targets and sharpness go with one batch: a list of micro-batches brings its own targets"
             )
         if not batches:
             raise SettingError("losses is an empty list: give at least one micro-batch")
-        step = _Step(self, batches, backward)
+        step = _Step(self, batches, backward, agreed)
         try:
             with self.no_sync():
                 return step.run()
@@ -176,7 +184,29 @@ class ClassAwareSAM:
                 raise
             raise
 
-    def _batch(self, losses: Losses, targets: Tensor | None, sharpness: Tensor | None) -> Batch:
+    def broadcast_buffers(self) -> None:
+        """Copy rank 0's buffers (BatchNorm's running statistics) to all ranks, before evaluating or saving.
+
+        The passes run without communication, and that ends DistributedDataParallel's own broadcast too.
+        """
+        if self.process_group is not None or fully_sharded(self.module):
+            broadcast_buffers(self.module, self.process_group)
+
+    def _agreement(self, sharpness: Tensor | None) -> Agreement:
+        classes = set(self.sharpness.reshape(-1).tolist())
+        perturbs = self.rho > 0 and (sharpness is not None or classes != {0.0})
+        sharded = fully_sharded(self.module)
+        waits = forward_communicates(self.module)
+        return Agreement(
+            perturbs=perturbs,
+            every_pass=perturbs and (waits or (self.process_group is not None and self.context_rows == "batch")),
+            all_sharp=sharpness is None and classes == {1.0},
+            # FSDP2 frees what it gathered after a backward pass, so a graph serves only once
+            one_graph=self.context_rows == "batch" and not sharded,
+            group=None if sharded else self.process_group,
+        )
+
+    def _batch(self, losses: Losses, targets: Tensor | None, sharpness: Tensor | None, agreed: Agreement) -> Batch:
         """Decide on the host what each row counts for and which rows the extra passes see."""
         if targets is None and (sharpness is None or self.class_weight is not None):
             raise SettingError(
@@ -199,11 +229,17 @@ class ClassAwareSAM:
         size = len(sharpness)
         if size == 0:
             raise SettingError("the batch has no rows: leave it out")
-        sharp = [i for i, c in enumerate(sharpness.tolist()) if c > 0] if self.rho > 0 else []
-        rows = extra_pass_rows(sharp, size, self._context_rows(size)) if sharp else []
-        if len(rows) == size:
-            rows.sort()  # the whole batch in its own order: the first forward then serves g_s(w) too
-        return Batch(losses, size, weight, sharpness, sharp, rows)
+        sharp = [i for i, c in enumerate(sharpness.tolist()) if c > 0] if agreed.perturbs else []
+        rows: list[int] = []
+        if sharp or agreed.every_pass:
+            rows = extra_pass_rows(sharp, size, max(self._context_rows(size), not sharp))
+        whole = len(rows) == size
+        if whole:
+            rows.sort()  # the batch in its own order, so that the first forward may serve g_s(w) too
+        all_sharp, one_graph = whole and set(sharpness.tolist()) == {1.0}, whole
+        if agreed.every_pass:
+            all_sharp, one_graph = agreed.all_sharp, agreed.one_graph
+        return Batch(losses, size, weight, sharpness, rows, all_sharp, one_graph)
 
     def _context_rows(self, batch_size: int) -> int:
         if self.context_rows == "batch":
@@ -315,13 +351,17 @@ class FocalSAM(ClassAwareSAM):
 class _Step:
     """One call of `backward`: the passes, and the way back to the start from anywhere inside them."""
 
-    def __init__(self, settings: ClassAwareSAM, batches: list[Batch], backward: Callable[..., Any]) -> None:
+    def __init__(
+        self, settings: ClassAwareSAM, batches: list[Batch], backward: Callable[..., Any], agreed: Agreement
+    ) -> None:
         self._settings = settings
         self._batches = batches
         self._run_backward = backward
+        self._agreed = agreed
         self._params = [p for p in settings.module.parameters() if p.requires_grad]
         if not self._params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
+        check_module(settings.module, settings.perturbation)
         self._devices = {p.device for p in self._params}
         self._total = sum(batch.size for batch in batches)
         # the state at entry
@@ -332,9 +372,10 @@ class _Step:
 
     def run(self) -> Tensor:
         """All first passes, one climb, all passes at w + e; the gradient is added to `.grad`."""
+        group = self._agreed.group
+        mean_g_s = group is not None and self._agreed.perturbs and self._settings.perturbation == "global"
         loss, g, g_s, remaining = self._first_passes()
-        distributed = self._settings.process_group is not None
-        if any(batch.sharp for batch in self._batches) or (distributed and self._settings.rho > 0):
+        if mean_g_s or any(batch.rows for batch in self._batches):
             buffers, random_state = Buffers(self._settings.module), RandomState(self._devices)
             for batch in remaining:
                 batch.random_state = RandomState(self._devices)
@@ -342,7 +383,8 @@ class _Step:
                 add_(g, sub, alpha=-1)  # g = g_all(w) - g_s(w)
                 add_(g_s, sub)
                 del sub
-            g_s = self._mean(g_s)
+            if mean_g_s:
+                g_s = mean(g_s, self._params, group)
             self._climb(g_s)
             del g_s
             for batch in self._batches:
@@ -353,7 +395,9 @@ class _Step:
                 self._perturbation.come_back()
             buffers.restore()
             random_state.restore()
-        for p, entry, grad in zip(self._params, self._grads, self._mean(g), strict=True):
+        if group is not None:
+            g = mean(g, self._params, group, keep_none=True)
+        for p, entry, grad in zip(self._params, self._grads, g, strict=True):
             # a new tensor, so that the one at entry is still whole if we are interrupted
             p.grad = grad if entry is None else entry if grad is None else entry + grad
         return loss
@@ -379,23 +423,24 @@ class _Step:
         g_s: Gradients = [None] * len(self._params)
         remaining = []
         for batch in self._batches:
-            random_state = RandomState(self._devices) if batch.sharp and batch.whole else None
+            random_state = RandomState(self._devices) if batch.rows else None
             losses = self._losses(batch, list(range(batch.size)))
             objective = batch.objective(losses) / self._total
             loss = loss + objective.detach()
-            if random_state is None:
-                g = self._gradient(objective, g)
-                remaining += [batch] if batch.sharp else []
-            elif set(batch.sharpness.tolist()) == {1.0}:  # SAM: g_s is g_all
+            if batch.all_sharp:  # SAM: g_s is g_all
                 g_s = self._gradient(objective, g_s)
                 batch.random_state = random_state
-            elif (sub := self._retained_gradient(batch.objective(losses, batch.sharpness) / self._total)) is not None:
+                continue
+            sub = None
+            if batch.one_graph:
+                sub = self._retained_gradient(batch.objective(losses, batch.sharpness) / self._total)
+            if sub is not None:
                 add_(g_s, sub)
                 g = self._gradient(batch.objective(losses, 1 - batch.sharpness) / self._total, g)
                 batch.random_state = random_state
             else:
                 g = self._gradient(objective, g)
-                remaining.append(batch)
+                remaining += [batch] if batch.rows else []
         return loss, g, g_s, remaining
 
     def _sharp_gradient(self, batch: Batch, add_to: Gradients | None = None) -> Gradients:
@@ -450,15 +495,3 @@ class _Step:
             params, grads = zip(*reached, strict=True)
             self._perturbation = Perturbation(params)
             self._perturbation.climb(grads, self._settings.rho, adaptive=self._settings.adaptive)
-
-    def _mean(self, grads: Gradients) -> Gradients:
-        """The mean over the processes, in one all-reduce; every rank brings every parameter."""
-        group = self._settings.process_group
-        if group is None:
-            return grads
-        pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(self._params, grads, strict=True)]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        parts = torch.split(flat, [piece.numel() for piece in pieces])
-        return [part.view_as(piece).to(piece.dtype) for part, piece in zip(parts, pieces, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Perturbation:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = list(params)
+        self._params = _local(params)
         self._weights: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -30,22 +31,22 @@ class Perturbation:
             rho: length of e (of e / w where `adaptive`).
             adaptive: e = rho * w^2 g / ||w g|| instead (ASAM, Kwon et al., ICML 2021).
         """
-        grads = list(grads)
+        local = _local(grads)
         self._weights = [p.detach().clone() for p in self._params]
         if adaptive:
-            torch._foreach_mul_(grads, self._weights)
+            torch._foreach_mul_(local, self._weights)
         norm = _norm(grads)
         if adaptive:
-            torch._foreach_mul_(grads, self._weights)
+            torch._foreach_mul_(local, self._weights)
         # no Python branch on the norm: that would wait for the GPU
         finite = torch.isfinite(norm)
         scale = torch.where(finite & (norm > 0), rho / norm, 0.0)
-        for device in {g.device for g in grads}:
-            on_device = [g for g in grads if g.device == device]
+        for device in {g.device for g in local}:
+            on_device = [g for g in local if g.device == device]
             torch._foreach_mul_(on_device, scale.to(device))
             for g in on_device:
                 g.masked_fill_(~finite.to(device), 0.0)  # 0 * inf is nan
-        torch._foreach_add_(self._params, grads)
+        torch._foreach_add_(self._params, local)
         torch.clear_autocast_cache()  # autocast would go on with the casts of w: the pass at w + e would be one at w
 
     @torch.no_grad()
@@ -56,9 +57,31 @@ class Perturbation:
             torch.clear_autocast_cache()
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm over all elements, at least in float32, on the first tensor's device."""
+@torch.no_grad()
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's shards of DTensors (FSDP2), which share their memory; other tensors as they are."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all elements, and all shards of DTensors, at least in float32; on the first one's device."""
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in norms]))
-    return norm
+    norms = torch._foreach_norm(_local(tensors), 2, dtype=dtype)
+    parts: dict[Any, list[Tensor]] = {}
+    for t, norm in zip(tensors, norms, strict=True):
+        mesh = (t.device_mesh, t.placements) if hasattr(t, "placements") else None
+        parts.setdefault(mesh, []).append(norm.to(norms[0].device))
+    squares = [_over_shards(torch.stack(part).square().sum(), mesh) for mesh, part in parts.items()]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _over_shards(square: Tensor, mesh: Any) -> Tensor:
+    """The sum over the shards of a DTensor's mesh and placements, in one all-reduce."""
+    if mesh is None:
+        return square
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    device_mesh, placements = mesh
+    summed = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    total: Tensor = DTensor.from_local(square, device_mesh, summed).full_tensor()
+    return total

@@ -60,17 +60,14 @@ class Batch:
     """a_i, shape (B,); None where all are 1."""
     sharpness: Tensor
     """c_i, shape (B,)."""
-    sharp: list[int]
-    """Rows with c_i > 0; empty where nothing is to be perturbed."""
     rows: list[int]
-    """Rows of the extra passes: the whole batch in order, or the sharp rows and then their context."""
+    """Rows of the extra passes: the whole batch in order, or the sharp rows and then their context; or none."""
+    all_sharp: bool
+    """Whether g_s is g_all (every c_i is 1)."""
+    one_graph: bool
+    """Whether the graph of the first forward serves g_s(w) too."""
     random_state: RandomState | None = None
     """Where the generators stood before the forward that g_s(w) comes from: w + e must see the same dropout masks."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the extra passes run on the whole batch, so that the first forward serves g_s(w) too."""
-        return len(self.rows) == self.size
 
     def objective(self, losses: Tensor, factor: Tensor | None = None) -> Tensor:
         """Sum of a_i * factor_i * l_i over the rows whose factor is not 0; `losses` may be those of `rows` only."""
@@ -84,7 +81,7 @@ class Batch:
             if len(losses) < self.size:  # the sharp rows come first
                 losses = losses[: len(counted)]
             elif len(counted) < self.size:  # taken out, never multiplied by 0: 0 * inf is nan
-                losses = losses[to_device(torch.tensor(counted), losses.device)]
+                losses = losses[to_device(torch.tensor(counted, dtype=torch.int64), losses.device)]
         return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
 
 

@@ -1,68 +1,280 @@
-"""Processes of DistributedDataParallel take the steps of one process with the joint batch."""
+"""Several processes take the steps of one process with the joint batch: DDP, synchronised BatchNorm and FSDP2."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from imbsam import SAM, ClassAwareSAM, ImbSAM
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
 
 COUNTS = [100, 10]
-STEPS = 12
-ROWS = 6
+STEPS = 30
+SHARDED_STEPS = 10  # FSDP2 is slow on the CPU
+ROWS = 6  # of a rank
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """Joint batches of two ranks: tail rows on both, on rank 1 only, nowhere, and rank 1 all tail."""
+def joint_batches(ranks: int) -> list[tuple[Tensor, Tensor]]:
+    """Tail rows on every rank, on rank 1 only, nowhere, and rank 1 all tail."""
     generator = torch.Generator().manual_seed(0)
-    labels = [[0, 1, 0, 0, 1, 0] * 2, [0] * 6 + [1, 0, 0, 1, 0, 0], [0] * 12, [0] * 6 + [1] * 6]
+    mixed, none, all_tail = [0, 1, 0, 0, 1, 0], [0] * ROWS, [1] * ROWS
+    others = [none, mixed] * (ranks // 2 - 1)
+    labels = [mixed * ranks, [*none, *mixed, *sum(others, [])], none * ranks, [*none, *all_tail, *sum(others, [])]]
     return [
-        (torch.randn(2 * ROWS, 5, dtype=torch.float64, generator=generator), torch.tensor(labels[i % 4]))
+        (torch.randn(ranks * ROWS, 5, dtype=torch.float64, generator=generator), torch.tensor(labels[i % 4]))
         for i in range(STEPS)
     ]
 
 
-def model() -> nn.Module:
+class GlooSyncBatchNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm refuses the CPU; this one has its mathematics, over differentiable all-reduces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps)
+        ones = x.new_ones(1)
+        sums = dist_nn.all_reduce(torch.cat([x.sum(0), x.square().sum(0), ones * len(x)]))
+        n = sums[-1]
+        mean, square = sums[: x.shape[1]] / n, sums[x.shape[1] : -1] / n
+        var = square - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+
+
+def model(norm: Callable[[int], nn.Module] = nn.LayerNorm) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)).double()
+    return nn.Sequential(nn.Linear(5, 8), norm(8), nn.Tanh(), nn.Linear(8, 2)).double()
 
 
-def engine(name: str, module: nn.Module) -> ClassAwareSAM:
-    return SAM(module, rho=0.3) if name == "sam" else ImbSAM(module, COUNTS, rho=0.3)
+ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
+    "sam": lambda m, **kw: SAM(m, 0.3, **kw),
+    "imbsam": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, **kw),
+    "imbsam batch": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, context_rows="batch", **kw),
+    "imbsam adaptive": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, adaptive=True, **kw),
+    "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, 0.3, **kw),
+    "sgd": lambda m, **kw: ClassAwareSAM(m, 0.0, 0.3, **kw),
+}
+REDUCTIONS = {"sgd": 1}  # the others: 2
+SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam"]
+SYNCHRONISED = ["sam", "imbsam batch", "focal_sam"]
 
 
-def train(net: nn.Module, method: str, rows: slice) -> None:
-    sam = engine(method, net)
+def train(net: nn.Module, sam: ClassAwareSAM, ranks: int, rows: slice, steps: int = STEPS) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
-    for joint_x, joint_y in batches():
+    for joint_x, joint_y in joint_batches(ranks)[:steps]:
         x, y = joint_x[rows], joint_y[rows]
         sam.backward(lambda r, x=x, y=y: F.cross_entropy(net(x[r]), y[r], reduction="none"), y)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def worker(rank: int, method: str, folder: str) -> None:
+def state(net: nn.Module) -> dict[str, Tensor]:
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in net.state_dict().items()}
+    return {k.removeprefix("module."): v.detach().clone() for k, v in whole.items()}
+
+
+class Counter:
+    """Counts the all-reduces of the engine, which go through `dist.all_reduce`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._all_reduce = dist.all_reduce
+        dist.all_reduce = self
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        self.calls += 1
+        return self._all_reduce(*args, **kw)
+
+
+def start(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    reductions = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda *args, **kw: (reductions.append(1), all_reduce(*args, **kw))[1]
-    net = nn.parallel.DistributedDataParallel(model())
-    train(net, method, slice(rank * ROWS, (rank + 1) * ROWS))
-    torch.save([p.detach() for p in net.parameters()], f"{folder}/rank{rank}.pt")
-    assert len(reductions) == 2 * STEPS, reductions
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+
+
+def worker(rank: int, ranks: int, folder: str) -> None:
+    """Train with every engine, in every manner, and keep what came out."""
+    start(rank, ranks, folder)
+    rows = slice(rank * ROWS, (rank + 1) * ROWS)
+    found: dict[str, Any] = {}
+    counter = Counter()
+    for name, engine in ENGINES.items():
+        if ranks > 2 and name not in ("sam", "imbsam"):
+            continue
+        net: nn.Module = nn.parallel.DistributedDataParallel(model())
+        counter.calls = 0
+        train(net, engine(net), ranks, rows)
+        found[f"ddp {name}"], found[f"reductions {name}"] = state(net), counter.calls
+    if ranks == 2:
+        counter.calls = 0
+        net = nn.parallel.DistributedDataParallel(model())
+        train(net, ENGINES["imbsam"](net, perturbation="per_rank"), ranks, rows)
+        found["ddp per_rank"], found["reductions per_rank"] = state(net), counter.calls
+        mesh = init_device_mesh("cpu", (2,))
+        for name in SHARDED:
+            net = model()
+            fully_shard(net[0], mesh=mesh)
+            fully_shard(net, mesh=mesh)
+            train(net, ENGINES[name](net), ranks, rows, SHARDED_STEPS)
+            found[f"fsdp {name}"] = state(net)
+        for name in SYNCHRONISED:
+            net = model(GlooSyncBatchNorm)  # bare, since DistributedDataParallel refuses it on the CPU
+            train(net, ENGINES[name](net, process_group=dist.group.WORLD), ranks, rows)
+            found[f"sync {name}"] = state(net)
+        net = model(GlooSyncBatchNorm)
+        train(
+            net, ENGINES["imbsam"](net, process_group=dist.group.WORLD), ranks, rows
+        )  # rows of their own number on each rank: it must not hang
+        found["sync imbsam"] = state(net)
+        found.update(single_checks(rank, mesh))
+    torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["imbsam", "sam"])
-def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path, method: str) -> None:
-    mp.spawn(worker, args=(method, str(tmp_path)), nprocs=2)
-    one = model()
-    train(one, method, slice(None))
-    for rank in range(2):
-        for found, wanted in zip(torch.load(tmp_path / f"rank{rank}.pt"), one.parameters(), strict=True):
-            torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-12)
+def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    net = nn.ModuleDict({"used": nn.Linear(5, 2), "on_rank_1": nn.Linear(5, 2), "unused": nn.Linear(5, 2)}).double()
+    ddp = nn.parallel.DistributedDataParallel(net)
+
+    def losses(rows: Tensor) -> Tensor:
+        logits = net["used"](x[rows]) + (net["on_rank_1"](x[rows]) if rank == 1 else 0)
+        return F.cross_entropy(logits, y[rows], reduction="none")
+
+    ENGINES["imbsam"](ddp).backward(losses, y)
+    found["unreached"] = {name: layer.weight.grad is None for name, layer in net.items()}
+
+    norm = nn.BatchNorm1d(5).double()
+    sam = ENGINES["imbsam"](nn.parallel.DistributedDataParallel(nn.Sequential(norm, nn.Linear(5, 2).double())))
+    norm(x + rank)
+    before = norm.running_mean.clone()
+    sam.broadcast_buffers()
+    found["buffers"] = (before, norm.running_mean.clone())
+
+    def refused(module: nn.Module, **settings: Any) -> str:
+        sam = ENGINES["imbsam"](module, **settings)
+        with pytest.raises(SettingError) as error:
+            sam.backward(lambda rows: F.cross_entropy(module(x[rows]), y[rows], reduction="none"), y)
+        return str(error.value)
+
+    hooked = nn.parallel.DistributedDataParallel(model())
+    hooked.register_comm_hook(None, lambda state, bucket: None)
+    found["comm hook"] = refused(hooked)
+    stepping = model()
+    stepping[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+    found["hook"] = refused(stepping)
+    sharded = fully_shard(model(), mesh=mesh)
+    found["per_rank under fsdp"] = refused(sharded, perturbation="per_rank")
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]]]:
+    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(ranks, str(folder)), nprocs=ranks)
+    return ranks, [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, found: tuple[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    if found[0] != 2:
+        pytest.skip("two processes say it all")
+    return found[1]
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-12) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_ddp_is_one_process_with_the_joint_batch(found, name):
+    ranks, results = found
+    if f"ddp {name}" not in results[0]:
+        pytest.skip("two processes say it all")
+    net = model()
+    train(net, ENGINES[name](net), ranks, slice(None))
+    for result in results:
+        assert_same(result[f"ddp {name}"], state(net))
+        assert result[f"reductions {name}"] == REDUCTIONS.get(name, 2) * STEPS
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp2_is_one_process_with_the_joint_batch(two, name):
+    net = model()
+    train(net, ENGINES[name](net), 2, slice(None), SHARDED_STEPS)
+    for result in two:
+        assert_same(result[f"fsdp {name}"], state(net))
+
+
+@pytest.mark.parametrize("name", SYNCHRONISED)
+def test_synchronised_batch_norm_is_that_of_the_joint_batch(two, name):
+    net = model(nn.BatchNorm1d)
+    train(net, ENGINES[name](net), 2, slice(None))
+    for result in two:
+        assert_same(result[f"sync {name}"], state(net), atol=1e-10)
+
+
+def test_synchronised_batch_norm_with_context_rows_keeps_the_ranks_together(two):
+    assert_same(two[0]["sync imbsam"], two[1]["sync imbsam"], atol=0)
+
+
+def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two):
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    for x, y in joint_batches(2):
+        optimizer.zero_grad()
+        for rows in (slice(0, ROWS), slice(ROWS, 2 * ROWS)):
+            own = copy.deepcopy(net)
+            own.zero_grad()
+            ENGINES["imbsam"](own).backward(
+                lambda r, x=x[rows], y=y[rows], own=own: F.cross_entropy(own(x[r]), y[r], reduction="none"), y[rows]
+            )
+            for p, q in zip(net.parameters(), own.parameters(), strict=True):
+                p.grad = q.grad / 2 if p.grad is None else p.grad + q.grad / 2
+        optimizer.step()
+    for result in two:
+        assert_same(result["ddp per_rank"], state(net))
+        assert result["reductions per_rank"] == STEPS
+
+
+def test_parameter_that_no_rank_reaches_keeps_grad_none(two):
+    for result in two:
+        assert result["unreached"] == {"used": False, "on_rank_1": False, "unused": True}
+
+
+def test_broadcast_buffers_copies_rank_0(two):
+    (before_0, after_0), (before_1, after_1) = (result["buffers"] for result in two)
+    assert not torch.equal(before_0, before_1)
+    assert torch.equal(after_0, before_0)
+    assert torch.equal(after_1, before_0)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("comm hook", "module has a DDP communication hook"),
+        ("hook", "0.weight has a hook on its accumulated gradient"),
+        ("per_rank under fsdp", 'perturbation is "per_rank" and module is sharded by FSDP2'),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(two, case, message):
+    for result in two:
+        assert message in result[case]
+
+
+def test_perturbation_setting_is_checked():
+    with pytest.raises(SettingError, match=r'perturbation is \'local\': give "global" or "per_rank"'):
+        ImbSAM(model(), COUNTS, perturbation="local")
