@@ -18,7 +18,7 @@ class Perturbation:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = _local(params)
+        self._params = local_shards(params)
         self._weights: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -31,7 +31,7 @@ class Perturbation:
             rho: length of e (of e / w where `adaptive`).
             adaptive: e = rho * w^2 g / ||w g|| instead (ASAM, Kwon et al., ICML 2021).
         """
-        local = _local(grads)
+        local = local_shards(grads)
         self._weights = [p.detach().clone() for p in self._params]
         if adaptive:
             torch._foreach_mul_(local, self._weights)
@@ -58,7 +58,7 @@ class Perturbation:
 
 
 @torch.no_grad()
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards of DTensors (FSDP2), which share their memory; other tensors as they are."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
@@ -66,7 +66,7 @@ def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all elements, and all shards of DTensors, at least in float32; on the first one's device."""
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    norms = torch._foreach_norm(_local(tensors), 2, dtype=dtype)
+    norms = torch._foreach_norm(local_shards(tensors), 2, dtype=dtype)
     parts: dict[Any, list[Tensor]] = {}
     for t, norm in zip(tensors, norms, strict=True):
         mesh = (t.device_mesh, t.placements) if hasattr(t, "placements") else None

@@ -6,8 +6,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
@@ -16,6 +18,7 @@ from imbsam.losses import CrossEntropy, LogitAdjusted
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
+from lightning_modules.moved_share import MovedShare
 
 
 class LongTailedClassifier(LightningModule):
@@ -37,6 +40,8 @@ class LongTailedClassifier(LightningModule):
         focal_lambda: focal_sam's weight of the sharpness term.
         focal_gamma: how much less common classes count in focal_sam.
         context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
+        perturbation: with several processes, along the mean of their tail gradients (global: as one process with the
+            joint batch) or each along its own (per_rank: one all-reduce a step less).
         start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
         loss: cross_entropy, or logit_adjusted (Menon et al. 2021; balanced softmax at tau 1).
         loss_args: further arguments of the loss, for example ``{label_smoothing: 0.1}`` or ``{tau: 1.0}``.
@@ -48,6 +53,7 @@ class LongTailedClassifier(LightningModule):
         gradient_clip_algorithm: clip by norm or by value.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
+        compile: compile the backbone with torch.compile.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class LongTailedClassifier(LightningModule):
         focal_lambda: float = 0.8,
         focal_gamma: float = 3.0,
         context_rows: int | Literal["auto", "batch"] = "auto",
+        perturbation: Literal["global", "per_rank"] = "global",
         start_epoch: int = 0,
         loss: Literal["cross_entropy", "logit_adjusted"] = "cross_entropy",
         loss_args: dict[str, Any] | None = None,
@@ -74,6 +81,7 @@ class LongTailedClassifier(LightningModule):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         many: int = 100,
         few: int = 20,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -97,6 +105,8 @@ class LongTailedClassifier(LightningModule):
         self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+        self._watch_moved = False
+        self._loss_scale = 0.0
 
     def setup(self, stage: str) -> None:
         """Learn the classes from the DataModule."""
@@ -120,6 +130,14 @@ class LongTailedClassifier(LightningModule):
         if not hasattr(self, "backbone") and self.class_counts is not None:
             args = self.settings.backbone_args or {}
             self.backbone = create_backbone(self.settings.backbone, num_classes=len(self.class_counts), **args)
+            if self.settings.compile:
+                self.backbone.compile()
+            if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                mesh = self.device_mesh["data_parallel"]
+                for child in self.backbone.children():
+                    if next(child.parameters(), None) is not None:
+                        fully_shard(child, mesh=mesh)
+                fully_shard(self.backbone, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""
@@ -137,6 +155,28 @@ class LongTailedClassifier(LightningModule):
     def on_fit_start(self) -> None:
         """Make the backward pass."""
         self.sam = self._engine()
+        half = next((p.dtype for p in self.backbone.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+        self._watch_moved = half is not None and self._rho > 0
+        if self._watch_moved:
+            rank_zero_warn(
+                f"trainer.precision is {self.trainer.precision}: with weights in {half} a perturbation of length "
+                f"rho={self._rho} is below the spacing of most weights and moves only some of them (train/moved_share "
+                "logs how many); bf16-mixed keeps the weights in float32"
+            )
+
+    def on_train_start(self) -> None:
+        """The loss scale to compare with, by now that of the checkpoint."""
+        scaler = self._scaler
+        self._loss_scale = scaler.get_scale() if scaler else 0.0
+
+    def on_train_end(self) -> None:
+        """What is tested next must not differ from rank to rank."""
+        self.sam.broadcast_buffers()
+
+    def on_validation_start(self) -> None:
+        """What is validated must not differ from rank to rank."""
+        if self.trainer.training or self.trainer.sanity_checking:
+            self.sam.broadcast_buffers()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W)."""
@@ -169,13 +209,24 @@ class LongTailedClassifier(LightningModule):
             return
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
+        moved = None
+        if self._watch_moved:
+            moved = MovedShare(self.backbone)
+            micro_batches = [(moved.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
         rows = sum(len(targets) for _, targets in micro_batches)
         tail_rows = sum(self._tail_rows(targets) for _, targets in micro_batches)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=rows)
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
+        if moved is not None:
+            self.log("train/moved_share", moved.share)
         optimizer.step()
         optimizer.zero_grad()
+        if (scaler := self._scaler) is not None:
+            scale = scaler.get_scale()  # no wait of its own: scaler.step has just waited
+            self.log("train/loss_scale", scale)
+            self.log("train/skipped_steps", float(scale < self._loss_scale), on_epoch=True, reduce_fx="sum")
+            self._loss_scale = scale
         if self.settings.lr_interval == "step":
             self._step_scheduler()
 
@@ -244,12 +295,23 @@ class LongTailedClassifier(LightningModule):
     def _rho(self) -> float:
         return 0.0 if self.settings.method == "sgd" else float(self.settings.rho)
 
+    @property
+    def _scaler(self) -> Any:
+        """The GradScaler of 16-mixed, which skips steps that overflowed, or None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _engine(self) -> ClassAwareSAM:
         hp = self.settings
         assert self.class_counts is not None
         weight = torch.where(self._tail, hp.tail_weight, 1.0) if hp.tail_weight != 1 else None
         settings: dict[str, Any] = {"class_weight": weight, "adaptive": hp.adaptive, "context_rows": hp.context_rows}
+        settings["perturbation"] = hp.perturbation
         strategy: Any = self.trainer.strategy
+        if getattr(strategy, "_ddp_comm_hook", None) is not None:
+            raise SettingError(
+                "the strategy has a ddp_comm_hook, which would see none of the passes: the gradients are averaged by "
+                "the engine, in at most two all-reduces; leave the hook out"
+            )
         if self.trainer.world_size > 1:
             settings["no_sync"] = strategy.block_backward_sync
             settings["process_group"] = torch.distributed.group.WORLD
@@ -305,5 +367,8 @@ class LongTailedClassifier(LightningModule):
         accuracy.update(logits, targets)
 
     def _log_accuracy(self, stage: str, accuracy: ClassGroupAccuracy) -> None:
-        self.log_dict({f"{stage}/{group}": value for group, value in accuracy.compute().items()}, batch_size=1)
+        # equal on all ranks; sync_dist only tells Lightning that we know
+        several = self.trainer.world_size > 1
+        values = {f"{stage}/{group}": value for group, value in accuracy.compute().items()}
+        self.log_dict(values, batch_size=1, sync_dist=several)
         accuracy.reset()

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +26,8 @@ def joint_batches(ranks: int) -> list[tuple[Tensor, Tensor]]:
     """Tail rows on every rank, on rank 1 only, nowhere, and rank 1 all tail."""
     generator = torch.Generator().manual_seed(0)
     mixed, none, all_tail = [0, 1, 0, 0, 1, 0], [0] * ROWS, [1] * ROWS
-    others = [none, mixed] * (ranks // 2 - 1)
-    labels = [mixed * ranks, [*none, *mixed, *sum(others, [])], none * ranks, [*none, *all_tail, *sum(others, [])]]
+    others = (none + mixed) * (ranks // 2 - 1)
+    labels = [mixed * ranks, none + mixed + others, none * ranks, none + all_tail + others]
     return [
         (torch.randn(ranks * ROWS, 5, dtype=torch.float64, generator=generator), torch.tensor(labels[i % 4]))
         for i in range(STEPS)

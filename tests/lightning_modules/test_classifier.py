@@ -369,3 +369,11 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
 def test_eta_that_leaves_nothing_of_imbsam_warns(tmp_path, eta, message):
     with pytest.warns(UserWarning, match=message):
         fit(tmp_path, eta=eta, trainer_settings={"max_steps": 1})
+
+
+@pytest.mark.slow
+def test_compiled_backbone_takes_the_same_steps(tmp_path):
+    runs = [fit(tmp_path, optimizer=sgd, compile=compiled)[0] for compiled in (False, True)]
+    eager, compiled = (torch.cat([p.detach().flatten() for p in model.backbone.parameters()]) for model in runs)
+    torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-4)
+    assert list(runs[1].state_dict()) == list(runs[0].state_dict())
