@@ -69,10 +69,14 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(local_shards(tensors), 2, dtype=dtype)
     parts: dict[Any, list[Tensor]] = {}
     for t, norm in zip(tensors, norms, strict=True):
-        mesh = (t.device_mesh, t.placements) if hasattr(t, "placements") else None
-        parts.setdefault(mesh, []).append(norm.to(norms[0].device))
+        parts.setdefault(_mesh(t), []).append(norm.to(norms[0].device))
     squares = [_over_shards(torch.stack(part).square().sum(), mesh) for mesh, part in parts.items()]
     return torch.stack(squares).sum().sqrt()
+
+
+def _mesh(tensor: Any) -> tuple[Any, Any] | None:
+    """Where the shards of a DTensor lie; None for other tensors."""
+    return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "placements") else None
 
 
 def _over_shards(square: Tensor, mesh: Any) -> Tensor:

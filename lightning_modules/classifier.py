@@ -133,6 +133,7 @@ class LongTailedClassifier(LightningModule):
             if self.settings.compile:
                 self.backbone.compile()
             if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                assert self.device_mesh is not None
                 mesh = self.device_mesh["data_parallel"]
                 for child in self.backbone.children():
                     if next(child.parameters(), None) is not None:
