@@ -201,8 +201,7 @@ class ClassAwareSAM:
             perturbs=perturbs,
             every_pass=perturbs and (waits or (self.process_group is not None and self.context_rows == "batch")),
             all_sharp=sharpness is None and classes == {1.0},
-            # FSDP2 frees what it gathered after a backward pass, so a graph serves only once
-            one_graph=self.context_rows == "batch" and not sharded,
+            one_graph=self.context_rows == "batch",
             group=None if sharded else self.process_group,
         )
 
