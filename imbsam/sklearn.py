@@ -36,7 +36,7 @@ PREDICTION_ROWS = 65536
 class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: checks of the table, standardised columns, the training loop."""
 
-    def _table(self, X: ArrayLike, y: Any = "no_validation", **checks: Any) -> Any:
+    def _table(self, X: Any, y: Any = "no_validation", **checks: Any) -> Any:
         """X as float64 (N, F), with y where there is one, by scikit-learn's own checks."""
         try:
             return validate_data(self, X, y, dtype=np.float64, **checks)
@@ -65,7 +65,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         layers: list[nn.Module] = []
         for size in outputs:
             # a generator of our own: the global ones are neither read nor moved
-            layer = nn.utils.skip_init(nn.Linear, inputs, size, bias=bias, dtype=torch.float32)
+            layer = nn.Linear(inputs, size, bias=bias, device="meta", dtype=torch.float32).to_empty(device="cpu")
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             if bias:
                 nn.init.zeros_(layer.bias)
@@ -95,12 +95,15 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         self.loss_curve_: list[float] = []
         for epoch in range(1, self.max_epochs + 1):
             total = torch.zeros((), device=device)
-            for batch in torch.randperm(len(targets), generator=generator).split(self.batch_size):
+            for batch in torch.split(torch.randperm(len(targets), generator=generator), self.batch_size):
                 index = batch.to(device)
-                loss = engine.backward(lambda rows, index=index: losses(index[rows]), targets[batch])
+
+                def batch_losses(rows: Tensor, index: Tensor = index) -> Tensor:
+                    return losses(index[rows])
+
+                total += len(batch) * engine.backward(batch_losses, targets[batch])
                 optimizer.step()
                 optimizer.zero_grad()
-                total += len(batch) * loss
             schedule.step()
             self.loss_curve_.append(float(total) / len(targets))
             if not math.isfinite(self.loss_curve_[-1]):
@@ -122,7 +125,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
     def _outputs(self, table: Array) -> Tensor:
         """The network's outputs for a checked table, float64."""
         inputs = torch.from_numpy(self.scaler_.transform(table))
-        return torch.cat([self.network_(rows) for rows in inputs.split(PREDICTION_ROWS)])
+        return torch.cat([self.network_(rows) for rows in torch.split(inputs, PREDICTION_ROWS)])
 
 
 class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc]
@@ -220,37 +223,37 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         self._check_settings()
         _one_of("loss", self.loss, "cross_entropy", "logit_adjusted")
         hidden = _layer_sizes(self.hidden_layer_sizes)
-        X, y = self._table(X, y, ensure_min_samples=MIN_ROWS)
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
+        table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+        check_classification_targets(labels)
+        weight = _check_sample_weight(sample_weight, table, dtype=np.float64)
         if (weight < 0).any():
             raise SettingError(f"sample_weight holds {weight.min()}: give numbers from 0")
         if not weight.any():
             raise SettingError("sample_weight is zero for every row: give at least two classes some weight")
-        X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
-        self.classes_, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        table, labels, weight = table[weight > 0], labels[weight > 0], weight[weight > 0]
+        self.classes_, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(self.classes_) < 2:
             raise SettingError(f"y holds one class alone, {self.classes_[0]!r}: give rows of at least two classes")
-        weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=y)[codes]
+        weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
         weight = weight / weight.mean()
         eta = float(counts.mean()) if self.eta is None else self.eta
         self.class_counts_ = counts
         self.tail_classes_ = self.classes_[tail_mask(counts.tolist(), eta).numpy()]
 
-        self.scaler_ = StandardScaler().fit(X)
-        network, generator = self._build(X.shape[1], [*hidden, len(self.classes_)], bias=True)
+        self.scaler_ = StandardScaler().fit(table)
+        network, generator = self._build(table.shape[1], [*hidden, len(self.classes_)], bias=True)
         engine: ClassAwareSAM
         if self.method == "imbsam":
             engine = ImbSAM(network, counts.tolist(), eta, rho=self.rho)
         else:
             engine = SAM(network, self.rho) if self.method == "sam" else ClassAwareSAM(network, 0.0, self.rho)
-        inputs = torch.from_numpy(self.scaler_.transform(X)).float().to(self.device)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(codes)
-        labels, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
+        classes, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
         loss = CrossEntropy() if self.loss == "cross_entropy" else LogitAdjusted(counts.tolist()).to(self.device)
 
         def losses(index: Tensor) -> Tensor:
-            row_losses: Tensor = weights[index] * loss(network(inputs[index]), labels[index])
+            row_losses: Tensor = weights[index] * loss(network(inputs[index]), classes[index])
             return row_losses
 
         self._train(engine, losses, targets, generator)
@@ -275,11 +278,12 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
 
     .. math::
         \ell_i = \begin{cases} d_i & \text{unlabelled or normal} \\ \alpha / (d_i + 10^{-6}) & \text{anomaly}
-        \end{cases}, \qquad d_i = \|\phi(x_i) - c\|^2
+        \end{cases}, \qquad d_i = \frac{\|\phi(x_i) - c\|^2}{s}
 
-    c is the mean output of the untrained network, its components moved to 0.1 from 0. Without labelled anomalies this
-    is one-class Deep SVDD (Ruff et al., ICML 2018), trained plainly by method imbsam, which a warning says. The
-    authors' pretraining as an autoencoder is left out. Columns are standardised as in :class:`ImbSAMClassifier`.
+    c is the mean output of the untrained network, its components kept 0.1 from 0, and s the mean squared distance from
+    it before training. Unlike its authors' code this one has s (without it 1/d counts for next to nothing at the start)
+    and no pretraining as an autoencoder. Without labelled anomalies it is one-class Deep SVDD (Ruff et al., ICML 2018),
+    where imbsam has nothing to perturb; a warning says so. Columns are standardised by the training rows.
 
     Args:
         method: sgd (plain training), sam, or imbsam (the labelled anomalies alone are sharp).
@@ -299,7 +303,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
     Attributes:
         offset_: ``decision_function`` is ``score_samples`` minus this.
         n_anomalies_: labelled anomalies in the training rows.
-        centre_: c, shape (last of ``hidden_layer_sizes``,).
+        centre_, spread_: c, shape (last of ``hidden_layer_sizes``,), and s.
         loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
 
     Source:
@@ -368,44 +372,45 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         if not (_finite(self.contamination) and 0 < self.contamination <= 0.5):
             raise SettingError(f"contamination is {self.contamination!r}: give a share above 0, up to 0.5")
         if y is None:
-            X = self._table(X, ensure_min_samples=MIN_ROWS)
-            anomaly = np.zeros(len(X), dtype=bool)
+            table = self._table(X, ensure_min_samples=MIN_ROWS)
+            anomaly = np.full(len(table), False)
         else:
-            X, y = self._table(X, y, ensure_min_samples=MIN_ROWS)
-            anomaly = np.asarray(y == -1)
+            table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+            anomaly = np.asarray(labels == -1)
         self.n_anomalies_ = int(anomaly.sum())
         if anomaly.all():
             raise SettingError("y holds -1 (anomaly) alone: give unlabelled or normal rows too")
         if not anomaly.any():
-            what = "is None" if y is None else f"holds no -1 (it holds {', '.join(map(str, np.unique(y)[:4]))})"
+            what = "is None" if y is None else f"holds no -1 (it holds {', '.join(map(str, np.unique(labels)[:4]))})"
             warnings.warn(
                 f"y {what}: without a labelled anomaly this is one-class Deep SVDD; mark the known anomalies by -1",
                 stacklevel=2,
             )
 
-        self.scaler_ = StandardScaler().fit(X)
-        network, generator = self._build(X.shape[1], hidden, bias=False)
+        self.scaler_ = StandardScaler().fit(table)
+        network, generator = self._build(table.shape[1], hidden, bias=False)
         sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
         engine = ClassAwareSAM(network, sharpness, self.rho)
-        inputs = torch.from_numpy(self.scaler_.transform(X)).float().to(self.device)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(anomaly).long()
         labelled = targets.to(self.device) == 1
         with torch.no_grad():
             centre = network(inputs).mean(dim=0)
             # away from 0, which a network without biases reaches by weights 0
             centre = torch.where(centre < 0, centre.clamp(max=-0.1), centre.clamp(min=0.1))
+            spread = (network(inputs) - centre).square().sum(dim=1).mean()
 
         def losses(index: Tensor) -> Tensor:
-            distance = (network(inputs[index]) - centre).square().sum(dim=1)
+            distance = (network(inputs[index]) - centre).square().sum(dim=1) / spread
             return torch.where(labelled[index], self.anomaly_weight / (distance + 1e-6), distance)
 
         self._train(engine, losses, targets, generator)
-        self.centre_ = centre.cpu().double().numpy()
-        self.offset_ = float(np.percentile(self._scores(X), 100 * self.contamination))
+        self.centre_, self.spread_ = centre.cpu().double().numpy(), float(spread)
+        self.offset_ = float(np.percentile(self._scores(table), 100 * self.contamination))
         return self
 
     def score_samples(self, X: ArrayLike) -> Array:
-        """Minus the squared distance from the centre, float64 (N,): the lower, the more abnormal."""
+        """Minus d, the squared distance from the centre, float64 (N,): the lower, the more abnormal."""
         return self._scores(self._checked(X))
 
     def decision_function(self, X: ArrayLike) -> Array:
@@ -417,7 +422,8 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _scores(self, table: Array) -> Array:
-        scores: Array = -(self._outputs(table) - torch.from_numpy(self.centre_)).square().sum(dim=1).numpy()
+        distance = (self._outputs(table) - torch.from_numpy(self.centre_)).square().sum(dim=1) / self.spread_
+        scores: Array = -distance.numpy()
         return scores
 
 
