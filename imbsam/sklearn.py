@@ -233,7 +233,7 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         table, labels, weight = table[weight > 0], labels[weight > 0], weight[weight > 0]
         self.classes_, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(self.classes_) < 2:
-            raise SettingError(f"y holds one class alone, {self.classes_[0]!r}: give rows of at least two classes")
+            raise SettingError(f"y holds one class alone, {self.classes_.tolist()[0]!r}: give rows of at least two classes")
         weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
         weight = weight / weight.mean()
         eta = float(counts.mean()) if self.eta is None else self.eta
@@ -324,7 +324,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         anomaly_weight: float = 1.0,
         contamination: float = 0.1,
         hidden_layer_sizes: Sequence[int] = (64, 32),
-        learning_rate: float = 0.001,
+        learning_rate: float = 0.05,
         weight_decay: float = 1e-4,
         max_epochs: int = 100,
         batch_size: int = 64,
