@@ -233,7 +233,8 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         table, labels, weight = table[weight > 0], labels[weight > 0], weight[weight > 0]
         self.classes_, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(self.classes_) < 2:
-            raise SettingError(f"y holds one class alone, {self.classes_.tolist()[0]!r}: give rows of at least two classes")
+            only = self.classes_.tolist()[0]
+            raise SettingError(f"y holds one class alone, {only!r}: give rows of at least two classes")
         weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
         weight = weight / weight.mean()
         eta = float(counts.mean()) if self.eta is None else self.eta
