@@ -1,0 +1,449 @@
+"""scikit-learn estimators for tables with a rare class: a small network trained by the backward pass of `imbsam`."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state, compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from imbsam.backward import SAM, ClassAwareSAM, ImbSAM
+from imbsam.class_groups import tail_mask
+from imbsam.errors import SettingError
+from imbsam.losses import CrossEntropy, LogitAdjusted
+
+__all__ = ["ImbSAMClassifier", "ImbSAMOutlierDetector"]
+
+Method = Literal["sgd", "sam", "imbsam"]
+Array = NDArray[Any]
+
+MIN_ROWS = 5
+"""Fewer rows are refused: nothing can be learned of them, and a slip in slicing is the likelier reason."""
+
+PREDICTION_ROWS = 65536
+"""Rows predicted at once, so that a long table needs little memory."""
+
+
+class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
+    """What both estimators share: checks of the table, standardised columns, the training loop."""
+
+    def _table(self, X: Any, y: Any = "no_validation", **checks: Any) -> Any:
+        """X as float64 (N, F), with y where there is one, by scikit-learn's own checks."""
+        try:
+            return validate_data(self, X, y, dtype=np.float64, **checks)
+        except ValueError as error:
+            if "could not convert string to float" not in str(error):
+                raise
+            text = X.select_dtypes(exclude=["number", "bool"]).columns.tolist() if hasattr(X, "select_dtypes") else []
+            where = f"columns {text}" if text else str(error).splitlines()[0]
+            raise SettingError(
+                f"X holds text ({where}): encode it first, for example by OneHotEncoder in a ColumnTransformer"
+            ) from error
+
+    def _check_settings(self) -> None:
+        """Refuse what cannot work; at fit, since scikit-learn sets parameters one by one."""
+        _one_of("method", self.method, "sgd", "sam", "imbsam")
+        for name in ("max_epochs", "batch_size"):
+            _whole_number(name, getattr(self, name))
+        for name, least in (("learning_rate", "above 0"), ("weight_decay", "from 0")):
+            value = getattr(self, name)
+            if not (_finite(value) and (value > 0 if least == "above 0" else value >= 0)):
+                raise SettingError(f"{name} is {value!r}: give a finite number {least}")
+
+    def _build(self, inputs: int, outputs: Sequence[int], bias: bool) -> tuple[nn.Sequential, torch.Generator]:
+        """An untrained multilayer perceptron on the device, and the generator that goes on to shuffle the rows."""
+        generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        layers: list[nn.Module] = []
+        for size in outputs:
+            # a generator of our own: the global ones are neither read nor moved
+            layer = nn.Linear(inputs, size, bias=bias, device="meta", dtype=torch.float32).to_empty(device="cpu")
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            if bias:
+                nn.init.zeros_(layer.bias)
+            layers += [layer, nn.ReLU()]
+            inputs = size
+        network = nn.Sequential(*layers[:-1])
+        try:
+            return network.to(torch.device(self.device)), generator
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one exception for it
+            reason = str(error).splitlines()[0]
+            raise SettingError(f"device is {self.device!r}: torch cannot use it here ({reason}); give cpu") from error
+
+    def _train(
+        self,
+        engine: ClassAwareSAM,
+        losses: Callable[[Tensor], Tensor],
+        targets: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        """Run the epochs; `losses` maps indices of training rows to their losses, `targets` stays on the CPU."""
+        network: Any = engine.module
+        device = next(network.parameters()).device
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs)
+        self.loss_curve_: list[float] = []
+        for epoch in range(1, self.max_epochs + 1):
+            total = torch.zeros((), device=device)
+            for batch in torch.split(torch.randperm(len(targets), generator=generator), self.batch_size):
+                index = batch.to(device)
+
+                def batch_losses(rows: Tensor, index: Tensor = index) -> Tensor:
+                    return losses(index[rows])
+
+                total += len(batch) * engine.backward(batch_losses, targets[batch])
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+            self.loss_curve_.append(float(total) / len(targets))
+            if not math.isfinite(self.loss_curve_[-1]):
+                raise SettingError(
+                    f"learning_rate is {self.learning_rate}: the training loss became {self.loss_curve_[-1]} in epoch "
+                    f"{epoch}; give a smaller one"
+                )
+            if self.verbose:
+                print(f"epoch {epoch}/{self.max_epochs}: training loss {self.loss_curve_[-1]:.4f}")
+        # float64 on the CPU: a row's prediction does not depend on the rows beside it, and a pickle needs no GPU
+        self.network_ = network.cpu().double().requires_grad_(False)
+
+    def _checked(self, X: ArrayLike) -> Array:
+        """A table to predict, once the estimator is fitted."""
+        check_is_fitted(self)
+        table: Array = self._table(X, reset=False)
+        return table
+
+    def _outputs(self, table: Array) -> Tensor:
+        """The network's outputs for a checked table, float64."""
+        inputs = torch.from_numpy(self.scaler_.transform(table))
+        return torch.cat([self.network_(rows) for rows in torch.split(inputs, PREDICTION_ROWS)])
+
+
+class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc]
+    r"""Multilayer perceptron for a table with rare classes, its weights perturbed along the tail's gradient alone.
+
+    Columns are standardised by the training rows' mean and deviation. Training is SGD with momentum 0.9 and a cosine
+    schedule over ``max_epochs``, always all of them: ImbSAM fights the overfitting of rare classes and shows only once
+    the training loss is near 0 (``loss_curve_``). Predictions are computed in float64 on the CPU.
+
+    Args:
+        method: how the gradient is computed: sgd (plain training), sam (Foret et al., ICLR 2021) or imbsam (Zhou et
+            al., ICCV 2023).
+        rho: length of the perturbation, from 0.
+        eta: classes with fewer than eta training rows are tail classes. None: those smaller than the mean class size,
+            which is the rare class of two. Used by imbsam alone.
+        hidden_layer_sizes: width of each hidden layer; ``()`` is logistic regression.
+        loss: cross_entropy, or logit_adjusted (Menon et al., ICLR 2021, tau 1). Probabilities of the latter are those
+            for classes that are equally frequent.
+        class_weight: weight of each class's loss: ``{label: weight}``, balanced (inversely proportional to the class's
+            rows) or None. Together with ``sample_weight`` the weights are scaled to mean 1 over the training rows, so
+            that ``learning_rate`` keeps its meaning.
+        learning_rate: of SGD at the start, above 0.
+        weight_decay: L2 penalty, from 0.
+        max_epochs: passes over the training rows.
+        batch_size: rows of a step.
+        random_state: seed of the first weights and of the order of the rows.
+        device: where the training runs: cpu, cuda, ...
+        verbose: print the training loss after every epoch.
+
+    Attributes:
+        classes_: labels, sorted, shape (C,).
+        class_counts_: training rows of each class, int64 (C,).
+        tail_classes_: labels of the tail classes.
+        loss_curve_: mean training loss of each epoch, at the unperturbed weights.
+        network_: the trained ``torch.nn.Sequential``; takes standardised rows.
+        scaler_: the ``StandardScaler`` of the columns.
+        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+
+    Example:
+        >>> X, y = np.random.default_rng(0).normal(size=(60, 3)), np.repeat(["common", "rare"], [54, 6])
+        >>> X[y == "rare"] += 2
+        >>> model = ImbSAMClassifier(max_epochs=5, random_state=0).fit(X, y)
+        >>> model.tail_classes_, model.predict_proba(X).shape
+        (array(['rare'], dtype='<U6'), (60, 2))
+    """
+
+    def __init__(
+        self,
+        method: Method = "imbsam",
+        rho: float = 0.05,
+        eta: float | None = None,
+        hidden_layer_sizes: Sequence[int] = (64,),
+        loss: Literal["cross_entropy", "logit_adjusted"] = "cross_entropy",
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
+        learning_rate: float = 0.05,
+        weight_decay: float = 1e-4,
+        max_epochs: int = 100,
+        batch_size: int = 64,
+        random_state: Any = None,
+        device: str | torch.device = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.method = method
+        self.rho = rho
+        self.eta = eta
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.loss = loss
+        self.class_weight = class_weight
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "ImbSAMClassifier":
+        """Train on a table.
+
+        Args:
+            X: finite numbers, shape (N, F), N at least 5.
+            y: labels, shape (N,), of at least two classes.
+            sample_weight: weight of each row's loss, shape (N,), from 0. A row of weight 0 counts as left out.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: for a table that scikit-learn refuses (nan, infinity, text, shapes).
+            SettingError: a ValueError, for a setting that cannot work or one class alone.
+
+        Warns:
+            UserWarning: where imbsam finds no tail class, or only tail classes.
+        """
+        self._check_settings()
+        _one_of("loss", self.loss, "cross_entropy", "logit_adjusted")
+        hidden = _layer_sizes(self.hidden_layer_sizes)
+        table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+        check_classification_targets(labels)
+        weight = _check_sample_weight(sample_weight, table, dtype=np.float64)
+        if (weight < 0).any():
+            raise SettingError(f"sample_weight holds {weight.min()}: give numbers from 0")
+        if not weight.any():
+            raise SettingError("sample_weight is zero for every row: give at least two classes some weight")
+        table, labels, weight = table[weight > 0], labels[weight > 0], weight[weight > 0]
+        self.classes_, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if len(self.classes_) < 2:
+            only = self.classes_.tolist()[0]
+            raise SettingError(f"y holds one class alone, {only!r}: give rows of at least two classes")
+        weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
+        weight = weight / weight.mean()
+        eta = float(counts.mean()) if self.eta is None else self.eta
+        self.class_counts_ = counts
+        self.tail_classes_ = self.classes_[tail_mask(counts.tolist(), eta).numpy()]
+
+        self.scaler_ = StandardScaler().fit(table)
+        network, generator = self._build(table.shape[1], [*hidden, len(self.classes_)], bias=True)
+        engine: ClassAwareSAM
+        if self.method == "imbsam":
+            engine = ImbSAM(network, counts.tolist(), eta, rho=self.rho)
+        else:
+            engine = SAM(network, self.rho) if self.method == "sam" else ClassAwareSAM(network, 0.0, self.rho)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
+        targets = torch.from_numpy(codes)
+        classes, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
+        loss = CrossEntropy() if self.loss == "cross_entropy" else LogitAdjusted(counts.tolist()).to(self.device)
+
+        def losses(index: Tensor) -> Tensor:
+            row_losses: Tensor = weights[index] * loss(network(inputs[index]), classes[index])
+            return row_losses
+
+        self._train(engine, losses, targets, generator)
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        """Probabilities of the classes in the order of ``classes_``, float64 (N, C)."""
+        probabilities: Array = self._outputs(self._checked(X)).softmax(dim=1).numpy()
+        return probabilities
+
+    def predict(self, X: ArrayLike) -> Array:
+        """The most probable label of each row, shape (N,)."""
+        best = self.predict_proba(X).argmax(axis=1)  # first: it says where the estimator is not fitted
+        labels: Array = self.classes_[best]
+        return labels
+
+
+class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[misc]
+    r"""Semi-supervised outlier detection: DeepSAD, the labelled anomalies being the tail.
+
+    A network :math:`\phi` without biases draws the rows to a centre c and pushes the few labelled anomalies away:
+
+    .. math::
+        \ell_i = \begin{cases} d_i & \text{unlabelled or normal} \\ \alpha / (d_i + 10^{-6}) & \text{anomaly}
+        \end{cases}, \qquad d_i = \frac{\|\phi(x_i) - c\|^2}{s}
+
+    c is the mean output of the untrained network, its components kept 0.1 from 0, and s the mean squared distance from
+    it before training. Unlike its authors' code this one has s (without it 1/d counts for next to nothing at the start)
+    and no pretraining as an autoencoder. Without labelled anomalies it is one-class Deep SVDD (Ruff et al., ICML 2018),
+    where imbsam has nothing to perturb; a warning says so. Columns are standardised by the training rows.
+
+    Args:
+        method: sgd (plain training), sam, or imbsam (the labelled anomalies alone are sharp).
+        rho: length of the perturbation, from 0.
+        anomaly_weight: :math:`\alpha`, the weight of a labelled anomaly's loss, above 0.
+        contamination: share of the training rows, labelled anomalies among them, that ``predict`` calls outliers, in
+            (0, 0.5]. It sets ``offset_`` and nothing else.
+        hidden_layer_sizes: width of each layer; the last is the output's.
+        learning_rate: of SGD at the start, above 0.
+        weight_decay: L2 penalty, from 0.
+        max_epochs: passes over the training rows.
+        batch_size: rows of a step.
+        random_state: seed of the first weights and of the order of the rows.
+        device: where the training runs: cpu, cuda, ...
+        verbose: print the training loss after every epoch.
+
+    Attributes:
+        offset_: ``decision_function`` is ``score_samples`` minus this.
+        n_anomalies_: labelled anomalies in the training rows.
+        centre_, spread_: c, shape (last of ``hidden_layer_sizes``,), and s.
+        loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
+
+    Source:
+        Ruff et al., *Deep Semi-Supervised Anomaly Detection*, ICLR 2020, arXiv 1906.02694, equation 8.
+
+    Example:
+        >>> X, y = np.random.default_rng(0).normal(size=(60, 3)), np.repeat([1, -1], [54, 6])
+        >>> X[y == -1] += 4
+        >>> model = ImbSAMOutlierDetector(max_epochs=5, random_state=0).fit(X, y)
+        >>> model.n_anomalies_, model.predict(X).shape
+        (6, (60,))
+    """
+
+    def __init__(
+        self,
+        method: Method = "imbsam",
+        rho: float = 0.05,
+        anomaly_weight: float = 1.0,
+        contamination: float = 0.1,
+        hidden_layer_sizes: Sequence[int] = (64, 32),
+        learning_rate: float = 0.05,
+        weight_decay: float = 1e-4,
+        max_epochs: int = 100,
+        batch_size: int = 64,
+        random_state: Any = None,
+        device: str | torch.device = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.method = method
+        self.rho = rho
+        self.anomaly_weight = anomaly_weight
+        self.contamination = contamination
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> "ImbSAMOutlierDetector":
+        """Train on a table.
+
+        Args:
+            X: finite numbers, shape (N, F), N at least 5.
+            y: -1 for a known anomaly, any other number for an unlabelled or normal row, shape (N,). None: no row is
+                labelled.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: for a table that scikit-learn refuses (nan, infinity, text, shapes).
+            SettingError: a ValueError, for a setting that cannot work, or anomalies alone.
+
+        Warns:
+            UserWarning: where no row is labelled as an anomaly.
+        """
+        self._check_settings()
+        hidden = _layer_sizes(self.hidden_layer_sizes)
+        if not hidden:
+            raise SettingError("hidden_layer_sizes is empty: the last layer's width is that of the detector's output")
+        if not (_finite(self.anomaly_weight) and self.anomaly_weight > 0):
+            raise SettingError(f"anomaly_weight is {self.anomaly_weight!r}: give a finite number above 0")
+        if not (_finite(self.contamination) and 0 < self.contamination <= 0.5):
+            raise SettingError(f"contamination is {self.contamination!r}: give a share above 0, up to 0.5")
+        if y is None:
+            table = self._table(X, ensure_min_samples=MIN_ROWS)
+            anomaly = np.full(len(table), False)
+        else:
+            table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+            anomaly = np.asarray(labels == -1)
+        self.n_anomalies_ = int(anomaly.sum())
+        if anomaly.all():
+            raise SettingError("y holds -1 (anomaly) alone: give unlabelled or normal rows too")
+        if not anomaly.any():
+            what = "is None" if y is None else f"holds no -1 (it holds {', '.join(map(str, np.unique(labels)[:4]))})"
+            warnings.warn(
+                f"y {what}: without a labelled anomaly this is one-class Deep SVDD; mark the known anomalies by -1",
+                stacklevel=2,
+            )
+
+        self.scaler_ = StandardScaler().fit(table)
+        network, generator = self._build(table.shape[1], hidden, bias=False)
+        sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
+        engine = ClassAwareSAM(network, sharpness, self.rho)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
+        targets = torch.from_numpy(anomaly).long()
+        labelled = targets.to(self.device) == 1
+        with torch.no_grad():
+            centre = network(inputs).mean(dim=0)
+            # away from 0, which a network without biases reaches by weights 0
+            centre = torch.where(centre < 0, centre.clamp(max=-0.1), centre.clamp(min=0.1))
+            spread = (network(inputs) - centre).square().sum(dim=1).mean()
+
+        def losses(index: Tensor) -> Tensor:
+            distance = (network(inputs[index]) - centre).square().sum(dim=1) / spread
+            return torch.where(labelled[index], self.anomaly_weight / (distance + 1e-6), distance)
+
+        self._train(engine, losses, targets, generator)
+        self.centre_, self.spread_ = centre.cpu().double().numpy(), float(spread)
+        self.offset_ = float(np.percentile(self._scores(table), 100 * self.contamination))
+        return self
+
+    def score_samples(self, X: ArrayLike) -> Array:
+        """Minus d, the squared distance from the centre, float64 (N,): the lower, the more abnormal."""
+        return self._scores(self._checked(X))
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """``score_samples(X) - offset_``, float64 (N,): negative for outliers."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: ArrayLike) -> Array:
+        """-1 for outliers and 1 for the other rows, int64 (N,)."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def _scores(self, table: Array) -> Array:
+        distance = (self._outputs(table) - torch.from_numpy(self.centre_)).square().sum(dim=1) / self.spread_
+        scores: Array = -distance.numpy()
+        return scores
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(name: str, value: Any, *choices: str) -> None:
+    if value not in choices:
+        raise SettingError(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise SettingError(f"{name} is {value!r}: give a whole number from 1")
+    return int(value)
+
+
+def _layer_sizes(sizes: Any) -> list[int]:
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence | np.ndarray):
+        raise SettingError(f"hidden_layer_sizes is {sizes!r}: give a tuple of widths, such as (64, 32)")
+    return [_whole_number("each of hidden_layer_sizes", size) for size in sizes]
