@@ -26,7 +26,7 @@ EXACT = {
     "import torch\n": "import torch\ntorch.set_default_dtype(torch.float64)\n",
     ".float()": ".double()",
     "range(40)": "range(2)",
-    "num_train_epochs=20": "num_train_epochs=2",
+    "num_train_epochs=40": "num_train_epochs=2",
     '"bf16-mixed"': '"64-true"',
     'mixed_precision="bf16"': 'mixed_precision="no"',
     "torch.bfloat16)": "torch.bfloat16, enabled=False)",
