@@ -64,8 +64,8 @@ class ClassAwareSAM:
             process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
             all-reduces a step.
         no_sync: context manager under which backward passes do not communicate. Default: the module's own where it is
-            ``DistributedDataParallel``.
-        process_group: average gradients over this group. Default: the module's own where it is
+            or wraps ``DistributedDataParallel``.
+        process_group: average gradients over this group. Default: the module's own where it is or wraps
             ``DistributedDataParallel``, else none. A module under FSDP2 (``fully_shard``) needs neither.
 
     Raises:
@@ -115,9 +115,11 @@ class ClassAwareSAM:
         if perturbation not in ("global", "per_rank"):
             raise SettingError(f'perturbation is {perturbation!r}: give "global" or "per_rank"')
         self.perturbation = perturbation
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            no_sync = module.no_sync if no_sync is contextlib.nullcontext else no_sync
-            process_group = module.process_group if process_group is None else process_group
+        # wrapped by Fabric or torch.compile, it may lie deeper
+        ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+        if ddp is not None:
+            no_sync = ddp.no_sync if no_sync is contextlib.nullcontext else no_sync
+            process_group = ddp.process_group if process_group is None else process_group
         self.no_sync = no_sync
         self.process_group = process_group
 
