@@ -30,6 +30,10 @@ class Agreement:
     """Average gradients over this process group; None where there is one process, or FSDP2 does it."""
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _any(module: nn.Module, kind: str) -> bool:
     """Whether a submodule is of a class of torch.distributed.fsdp, which takes a second to import."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -38,37 +42,38 @@ def _any(module: nn.Module, kind: str) -> bool:
 
 def fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) holds parameters of the module: it then reduces the gradients of every pass."""
-    return _any(module, "FSDPModule")
+    return _several() and _any(module, "FSDPModule")
 
 
 def forward_communicates(module: nn.Module) -> bool:
     """Whether a forward waits for the other processes, so that all of them must run the same passes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return fully_sharded(module) or any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules())
+    return fully_sharded(module) or (
+        _several() and any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules())
+    )
 
 
 def check_module(module: nn.Module, perturbation: str) -> None:
     """Refuse what would run in each of the three passes, or between them.
 
     Raises:
-        SettingError: for a DDP communication hook, a hook on accumulated gradients (an optimizer in the backward
-            pass), FSDP1, and ``per_rank`` under FSDP2.
+        SettingError: for a hook on accumulated gradients (an optimizer in the backward pass), a DDP communication
+            hook, FSDP1, and ``per_rank`` under FSDP2.
     """
-    for m in module.modules():
-        if isinstance(m, nn.parallel.DistributedDataParallel) and m._comm_hooks:
-            raise SettingError(
-                "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
-                "here, in at most two all-reduces; leave the hook out"
-            )
+    if any(p._post_accumulate_grad_hooks or hasattr(p, "_in_backward_optimizers") for p in module.parameters()):
+        hooked = (n for n, p in module.named_parameters() if p._post_accumulate_grad_hooks)
+        raise SettingError(
+            f"{next(hooked, 'module')} has a hook on its accumulated gradient (an optimizer in the backward pass?), "
+            "which would run after each of the three passes: step the optimizer after backward() instead"
+        )
+    if not _several():
+        return
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m._comm_hooks for m in module.modules()):
+        raise SettingError(
+            "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
+            "here, in at most two all-reduces; leave the hook out"
+        )
     if _any(module, "FullyShardedDataParallel"):
         raise SettingError("module is FullyShardedDataParallel (FSDP1): shard it with fully_shard (FSDP2)")
-    for name, p in module.named_parameters():
-        if getattr(p, "_post_accumulate_grad_hooks", None) or hasattr(p, "_in_backward_optimizers"):
-            raise SettingError(
-                f"{name} has a hook on its accumulated gradient (an optimizer in the backward pass?), which would run "
-                "after each of the three passes: step the optimizer after backward() instead"
-            )
     if perturbation == "per_rank" and fully_sharded(module):
         raise SettingError(
             'perturbation is "per_rank" and module is sharded by FSDP2, where no rank has its own gradient: '
