@@ -223,8 +223,8 @@ def top_eigenvalue(
         start = torch.cat([_normal(p, generator).cpu().flatten() for p in params]).to(dtype)
 
         def product(vector: Any) -> Any:
-            parts = torch.as_tensor(vector).flatten().split([p.numel() for p in params])
-            parts = [part.view_as(p).to(p) for part, p in zip(parts, params, strict=True)]
+            flat = torch.split(torch.as_tensor(vector).flatten(), [p.numel() for p in params])
+            parts = [part.view_as(p).to(p) for part, p in zip(flat, params, strict=True)]
             found = _hessian_product(losses, batches, params, parts)
             return torch.cat([h.flatten().cpu().to(dtype) for h in found]).numpy()
 
@@ -381,11 +381,11 @@ class SharpnessMeasures:
             top_eigenvalue 2.000
             trace 2.000
         """
-        model: Any = (module, losses, batches)
+        model = (module, losses, batches)
         yield "loss", Estimate(mean_loss(*model))
         yield "sam_rise", Estimate(worst_case_rise(*model, self.rho, adaptive=self.adaptive))
         yield "max_rise", Estimate(worst_case_rise(*model, self.rho, steps=self.steps, adaptive=self.adaptive))
-        draws = {"directions": self.directions, "adaptive": self.adaptive, "seed": self.seed}
+        draws: dict[str, Any] = {"directions": self.directions, "adaptive": self.adaptive, "seed": self.seed}
         yield "average_rise", average_rise(*model, self.sigma, **draws)
         yield "top_eigenvalue", Estimate(top_eigenvalue(*model, tolerance=self.tolerance, seed=self.seed))
         yield "trace", hessian_trace(*model, probes=self.probes, seed=self.seed)
@@ -479,7 +479,8 @@ def _filter_normalised(parameter: nn.Parameter, generator: torch.Generator) -> T
     if parameter.dim() < 2:
         return torch.zeros_like(parameter)
     lengths = [t.detach().flatten(1).norm(dim=1) for t in (parameter, direction)]
-    return direction * (lengths[0] / lengths[1]).view(-1, *[1] * (parameter.dim() - 1))
+    scaled: Tensor = direction * (lengths[0] / lengths[1]).view(-1, *[1] * (parameter.dim() - 1))
+    return scaled
 
 
 def _estimate(found: list[float]) -> Estimate:

@@ -56,6 +56,7 @@ class GroupSamples:
                 "use a LongTailedDataModule, or give yours one that neither shuffles nor augments"
             )
         self.model = model
+        self.split = split
         accuracy = model.test_accuracy
         groups = dict(zip(accuracy.group_names, accuracy.groups.cpu(), strict=True))
         kept = _draw(getattr(datamodule, name)(), groups, samples, seed)
@@ -72,17 +73,23 @@ class GroupSamples:
         found: Tensor = self.model.loss(self.model(inputs), targets)
         return found
 
-    def measure(self, measures: SharpnessMeasures, show_progress: bool) -> Found:
-        """All measures of every group that has samples."""
+    def measure(self, measures: SharpnessMeasures, epoch: int, folder: Path, title: str, show_progress: bool) -> Found:
+        """All measures of every group that has samples: into `folder`'s ``sharpness.csv``, and as a table."""
         found: Found = {}
+        path = folder / "sharpness.csv"
         with _progress(show_progress, len(self.chunks) * len(MEASURES)) as advance:
             for group, chunks in self.chunks.items():
-                found[group] = {}
+                measured: dict[str, Estimate] = {}
                 advance(f"{group}: {MEASURES[0]}", 0)
                 for measure, estimate in measures.measure(self.model, self.losses, chunks):
-                    found[group][measure] = estimate
+                    measured[measure] = estimate
                     following = MEASURES.index(measure) + 1
                     advance(f"{group}: {MEASURES[following]}" if following < len(MEASURES) else "", 1)
+                found[group] = measured
+                # group by group: a long measurement that is stopped keeps what it has
+                _append(path, epoch, self.split, group, measured, self.sizes[group], measures)
+        print_table(found, self.sizes, self.split, measures, title)
+        Console().print(f"sharpness: {path}", soft_wrap=True, highlight=False)
         return found
 
     def slices(self, span: float, points: int, seed: int, show_progress: bool) -> dict[str, np.ndarray]:
@@ -153,15 +160,13 @@ class SharpnessOfGroups(Callback):
         random_state = RandomState({pl_module.device})  # a loader draws a seed
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         data = GroupSamples(pl_module, datamodule, self.split, self.samples, self.chunk_size, self.measures.seed)
-        found = data.measure(self.measures, show_progress=trainer.progress_bar_callback is not None)
+        epoch = trainer.fit_loop.epoch_progress.current.processed
+        show = trainer.progress_bar_callback is not None
+        found = data.measure(self.measures, epoch, Path(folder), f"after {epoch} epochs", show)
         random_state.restore()
         values = {f"sharpness/{g}/{m}": e.value for g, measured in found.items() for m, e in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        epoch = trainer.fit_loop.epoch_progress.current.processed
-        path = write_csv(Path(folder), epoch, self.split, found, data.sizes, self.measures)
-        print_table(found, data.sizes, self.split, self.measures, f"after {epoch} epochs")
-        Console().print(f"sharpness: {path}", soft_wrap=True, highlight=False)
 
 
 class SharpnessTrainer(Trainer):
@@ -221,20 +226,16 @@ class SharpnessTrainer(Trainer):
         model.to(self.strategy.root_device)
         data = GroupSamples(model, datamodule, split, samples, chunk_size, measures.seed)
         show = self.progress_bar_callback is not None
-        found = data.measure(measures, show)
-        print_table(found, data.sizes, split, measures, str(ckpt_path))
         home = Path(ckpt_path).parent
         out = Path(folder) if folder else home.parent if home.name == "checkpoints" else home
         # not checkpoint["epoch"], which is one less in a checkpoint of an epoch's end
         epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        places = [write_csv(out, epoch, split, found, data.sizes, measures)]
+        found = data.measure(measures, epoch, out, str(ckpt_path), show)
         if slices:
             arrays = data.slices(span, points, measures.seed, show)
-            places.append(out / "loss_slices.npz")
-            np.savez_compressed(places[-1], **arrays)
-            places.append(plot_slices(arrays, out / "loss_slices.png"))
-        for place in places:
-            Console().print(f"sharpness: {place}", soft_wrap=True, highlight=False)
+            np.savez_compressed(out / "loss_slices.npz", **arrays)
+            plot_slices(arrays, out / "loss_slices.png")
+            Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)
         return found
 
 
@@ -247,25 +248,6 @@ def check_sizes(samples: int, chunk_size: int) -> None:
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):
         if value < 1:
             raise SettingError(f"{name} is {value}: give a number from 1")
-
-
-def write_csv(
-    folder: Path, epoch: int, split: Split, found: Found, sizes: dict[str, int], measures: SharpnessMeasures
-) -> Path:
-    """Append one row for each group and measure to ``sharpness.csv``, and give its path; `epoch` is epochs trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "sharpness.csv"
-    settings = " ".join(f"{name}={value}" for name, value in asdict(measures).items())
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for group, measured in found.items():
-            for measure, (value, error) in measured.items():
-                error_text = "" if error is None else f"{error:.6g}"
-                writer.writerow([epoch, split, group, measure, f"{value:.6g}", error_text, sizes[group], settings])
-    return path
 
 
 def print_table(found: Found, sizes: dict[str, int], split: Split, measures: SharpnessMeasures, title: str) -> None:
@@ -285,7 +267,7 @@ def print_table(found: Found, sizes: dict[str, int], split: Split, measures: Sha
     Console().print(table)
 
 
-def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> Path:
+def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
     """Draw the slices of ``loss_slices.npz``: the groups' lines in one plot, and a plane for each.
 
     Raises:
@@ -313,7 +295,28 @@ def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> Path:
     line.set(xlabel="along direction 1 (1: each filter's length)", ylabel="loss")
     line.legend(frameon=False)
     figure.savefig(path, dpi=100)
-    return path
+
+
+def _append(
+    path: Path,
+    epoch: int,
+    split: Split,
+    group: str,
+    measured: dict[str, Estimate],
+    samples: int,
+    measures: SharpnessMeasures,
+) -> None:
+    """One row for each measure; `epoch` is the number of epochs trained."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = " ".join(f"{name}={value}" for name, value in asdict(measures).items())
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(COLUMNS)
+        for measure, (value, error) in measured.items():
+            error_text = "" if error is None else f"{error:.6g}"
+            writer.writerow([epoch, split, group, measure, f"{value:.6g}", error_text, samples, settings])
 
 
 def _draw(loader: Any, groups: dict[str, Tensor], samples: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

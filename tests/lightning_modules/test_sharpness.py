@@ -136,7 +136,7 @@ def test_command_gives_the_callbacks_numbers(run, imbsam, tmp_path):
     found = rows(tmp_path / "out/sharpness.csv")
     assert found == rows(folder / "sharpness.csv")[len(found) :]
     assert "standard errors of the random draws are in sharpness.csv" in " ".join(out.split())
-    assert all(text in out for text in ("many", "eigenvalue", "out/sharpness.csv", "out/loss_slices.png"))
+    assert all(text in out for text in ("many", "eigenvalue", "out/sharpness.csv", "out/loss_slices.npz and .png"))
     few = next(r["value"] for r in found if (r["group"], r["measure"]) == ("few", "loss"))
     assert f"{float(few):.3g}" in out
     with np.load(tmp_path / "out/loss_slices.npz") as arrays:
