@@ -131,6 +131,10 @@ class LongTailedDataModule(LightningDataModule, ABC):
         """The shuffled training batches; the last one may be smaller."""
         return self._loader(self._train, self.batch_size, self.train_collate, shuffle=True)
 
+    def train_eval_dataloader(self) -> DataLoader[Any]:
+        """The training samples in order and without augmentation, for measurements on them."""
+        return self._loader(self._train, self.eval_batch_size, self.eval_collate)
+
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation batches, or an empty list where ``val_share`` is 0."""
         return self._loader(self._val, self.eval_batch_size, self.eval_collate) if self.val_share else []

@@ -46,12 +46,25 @@ class Perturbation:
             torch._foreach_mul_(on_device, scale.to(device))
             for g in on_device:
                 g.masked_fill_(~finite.to(device), 0.0)  # 0 * inf is nan
-        torch._foreach_add_(self._params, local)
+        self._add(local)
+
+    def move(self, e: Sequence[Tensor]) -> None:
+        """Add e to the weights as it is, in place.
+
+        Args:
+            e: one tensor for each parameter, of its shape.
+        """
+        self._weights = [p.detach().clone() for p in self._params]
+        self._add(local_shards(e))
+
+    @torch.no_grad()
+    def _add(self, e: list[Tensor]) -> None:
+        torch._foreach_add_(self._params, e)
         torch.clear_autocast_cache()  # autocast would go on with the casts of w: the pass at w + e would be one at w
 
     @torch.no_grad()
     def come_back(self) -> None:
-        """Copy w back. May be called again, and does nothing before `climb`."""
+        """Copy w back. May be called again, and does nothing before `climb` or `move`."""
         if self._weights is not None:
             torch._foreach_copy_(self._params, self._weights)
             torch.clear_autocast_cache()

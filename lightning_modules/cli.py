@@ -15,6 +15,7 @@ import datamodules  # noqa: F401  the command line finds classes by their short 
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+from lightning_modules.sharpness import SharpnessTrainer
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -28,7 +29,12 @@ EXPECTED_WARNINGS = [
 
 
 class ImbSAMCLI(LightningCLI):
-    """`imbsam fit | validate | test | predict`; after `fit` the last epoch's weights are tested once."""
+    """`imbsam fit | validate | test | predict | sharpness`; after `fit` the last epoch's weights are tested once."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `sharpness`; with the arguments that the command line does not offer."""
+        return {**LightningCLI.subcommands(), "sharpness": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our checkpoint and predictions are configured like any other setting."""
@@ -57,7 +63,8 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         path = config.get("ckpt_path")
         if path is None and self.subcommand != "fit":
-            raise SettingError(f"ckpt_path is null: name the checkpoint to {self.subcommand} with --ckpt_path")
+            what = "measure" if self.subcommand == "sharpness" else self.subcommand
+            raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if path not in (None, "last", "best") and not Path(path).exists():
             raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
 
@@ -87,6 +94,7 @@ def main() -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
+            trainer_class=SharpnessTrainer,
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
                 "callbacks": [AccuracyTable(), DiscardRefusedRun()],
