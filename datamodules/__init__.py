@@ -1,6 +1,7 @@
 """Long-tailed data sets as LightningDataModules."""
 
 from datamodules.anomaly import AnomalyDataModule
+from datamodules.anomaly_images import AnomalyImageDataModule
 from datamodules.base import LongTailedDataModule
 from datamodules.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.digits_lt import DigitsLTDataModule
@@ -8,6 +9,7 @@ from datamodules.long_tail import imbalanced_class_counts
 
 __all__ = [
     "AnomalyDataModule",
+    "AnomalyImageDataModule",
     "CIFAR10LTDataModule",
     "CIFAR100LTDataModule",
     "DigitsLTDataModule",
