@@ -1,5 +1,6 @@
-"""Lightning modules, backbones, callbacks and the command line."""
+"""Lightning modules, backbones, detectors, callbacks and the command line."""
 
+from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.classifier import LongTailedClassifier
 
-__all__ = ["LongTailedClassifier"]
+__all__ = ["AnomalyDetector", "LongTailedClassifier"]
