@@ -64,7 +64,7 @@ class EpochRows(Sampler[Tensor]):
     def _natural(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         wanted = self.num_rows if self.whole_rows_only else self.batches * self.batch_size
         orders = [torch.randperm(self.num_rows, generator=generator) for _ in range(-(-wanted // self.num_rows))]
-        return torch.cat(orders)[:wanted].split(self.batch_size)
+        return torch.split(torch.cat(orders)[:wanted], self.batch_size)
 
     def _drawn(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         def draw(rows: Tensor, count: int) -> Tensor:
@@ -98,6 +98,8 @@ class BatchLoader:
         sampler: Yields each batch's rows, int64 (B,) or (B, 2). Lightning calls its ``set_epoch``, where it has one.
     """
 
+    batch_sampler = None  # Lightning looks for one beside the sampler
+
     def __init__(self, features: Tensor, labels: Tensor | None, sampler: EpochRows | tuple[Tensor, ...]) -> None:
         self.features = features
         self.labels = labels
@@ -111,10 +113,10 @@ class BatchLoader:
         """``(x, labels)`` of shapes (B, ...) and (B,), or (B, 2, ...) and (B, 2); x alone where there are no labels."""
         for rows in self.sampler:
             # index_select takes a flat index only, and is faster than features[rows]
-            x = self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            x = self.features.index_select(0, rows.flatten()).view(*rows.shape, *self.features.shape[1:])
             yield x if self.labels is None else (x, self.labels[rows])
 
 
 def in_order(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
     """Batches in the order of the rows."""
-    return BatchLoader(features, labels, torch.arange(len(features)).split(batch_size))
+    return BatchLoader(features, labels, torch.split(torch.arange(len(features)), batch_size))

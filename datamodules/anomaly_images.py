@@ -145,7 +145,8 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
         known = shuffled[torch.isin(of_class, torch.tensor(self.anomaly_classes))]
         labelled = known[:labelled_count]
         others = shuffled[(of_class != self.normal_class) & ~torch.isin(shuffled, labelled)]
-        hidden = others[:hidden_count]
+        # in a new order: the front of the old one lacks the labelled images' classes
+        hidden = others[torch.randperm(len(others), generator=generator)[:hidden_count]]
         for name, value, drawn, wanted in (
             ("labelled_ratio", self.labelled_ratio, labelled, labelled_count),
             ("pollution", self.pollution, hidden, hidden_count),

@@ -62,9 +62,10 @@ def split_rows(
     parts = 3 if val_share else 2
     anomalies = int(anomalous[rows].sum())
     if min(anomalies, len(rows) - anomalies) < parts:
+        named = "training, validation" if val_share else "training"
         raise SettingError(
-            f"{source} has {len(rows)} rows, {anomalies} of them anomalies: training, "
-            f"{'validation, ' if val_share else ''}and test need at least one anomaly and one other row each"
+            f"{source} has {len(rows)} rows, {anomalies} of them anomalies: {named} and test need at least one anomaly "
+            "and one other row each"
         )
     try:
         train, test = train_test_split(rows, test_size=test_share, stratify=anomalous[rows], random_state=random)
