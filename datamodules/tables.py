@@ -50,7 +50,7 @@ def read_table(path: Path, label: str | None, drop_columns: Sequence[str] = (), 
             file; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
-        need_label: Whether the label column must be there.
+        need_label: Whether the label column, and those to leave out, must be there.
 
     Raises:
         SettingError: The file cannot be read, is no table, or has a column that is neither numbers nor text.
@@ -68,7 +68,8 @@ def read_table(path: Path, label: str | None, drop_columns: Sequence[str] = (), 
     labels = columns.pop(label, None)
     if labels is None and need_label:
         raise SettingError(f"label={label}: {path.name} has no such column; it has {listed(columns)}")
-    if unknown := [name for name in drop_columns if name not in columns and name != label]:
+    unknown = [name for name in drop_columns if name not in columns and name != label]
+    if unknown and need_label:  # a new file may lack what was left out in training
         raise SettingError(f"drop_columns: {path.name} has no column {listed(unknown)}; it has {listed(columns)}")
     columns = {name: values for name, values in columns.items() if name not in drop_columns}
     numbers, texts = {}, {}

@@ -352,7 +352,8 @@ def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monk
     new = frame(rows=30, frauds=3, seed=5).drop(columns="fraud")[["country", "currency", "hour", "amount"]]
     new.loc[7, "country"] = "IT"
     new["comment"] = [f"text {row}" for row in range(30)]
-    fresh = AnomalyDataModule(path=written(new, Path("new.csv")), eval_batch_size=8)
+    settings = {"label": "fraud", "drop_columns": ["id"]}  # of the training run; the new file has neither
+    fresh = AnomalyDataModule(path=written(new, Path("new.csv")), eval_batch_size=8, **settings)
     scores = torch.cat(trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
     # by hand, from the training rows of the old file
     amounts, hours = (torch.tensor(frame()[name].to_numpy(), dtype=torch.float64) for name in ("amount", "hour"))
