@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -41,32 +41,37 @@ TUNING_SETS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a detector is trained, the same for all three methods.
+    """How a detector is trained under one sampling, the same for all three methods.
 
     The papers take 600 (FEAWAD) to 1,000 (DevNet, PReNet) steps of 512 rows at a learning rate of 1e-3 or 1e-4: 500 of
-    256 at 5e-3 end at a lower training loss for a third of the time. Adam stands for RMSprop in all of them.
+    256 at 5e-3 end at a lower training loss for a third of the time. Under natural sampling a batch of 256 holds one
+    or two labelled anomalies, and they are learned late: 1,000 steps at 1e-2. Adam stands for RMSprop in all of them.
     """
 
-    samplings: dict[str, tuple[str, dict[str, Any]]]
-    """own and natural: the DataModule's sampling and the detector's settings."""
+    sampling: str
+    """The DataModule's."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The detector's."""
     lr: float = 5e-3
     steps: int = 500
     batch_size: int = 256
 
 
+LATE: dict[str, Any] = {"lr": 1e-2, "steps": 1000}
+WIDE: dict[str, Any] = {"args": {"pretrain_steps": 150}, "batch_size": 128}  # FEAWAD has the widest net
+
 RECIPES = {
-    "devnet": Recipe({"own": ("balanced", {}), "natural": ("natural", {})}),
-    "deep_sad": Recipe({"own": ("natural", {"pretrain_steps": 200})}, lr=1e-3),  # natural is its own
-    "prenet": Recipe({"own": ("pairs", {}), "natural": ("natural_pairs", {})}),
-    # the widest net: half of the rows, fewer steps
-    "feawad": Recipe(
-        {"own": ("balanced", {"pretrain_steps": 150}), "natural": ("natural", {"pretrain_steps": 150})},
-        lr=1e-3,
-        steps=300,
-        batch_size=128,
-    ),
-    "classifier": Recipe({"own": ("natural", {"weighted": True}), "natural": ("natural", {"weighted": False})}),
+    ("devnet", "own"): Recipe("balanced"),
+    ("devnet", "natural"): Recipe("natural", **LATE),
+    ("deep_sad", "own"): Recipe("natural", {"pretrain_steps": 200}, lr=1e-3),  # natural is its own
+    ("prenet", "own"): Recipe("pairs"),
+    ("prenet", "natural"): Recipe("natural_pairs", **LATE),
+    ("feawad", "own"): Recipe("balanced", lr=1e-3, steps=300, **WIDE),
+    ("feawad", "natural"): Recipe("natural", lr=2e-3, steps=500, **WIDE),
+    ("classifier", "own"): Recipe("natural", {"weighted": True}),
+    ("classifier", "natural"): Recipe("natural", {"weighted": False}, **LATE),
 }
+"""By detector, and by its own and by natural sampling. The classifier's own is inverse-frequency weights."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,12 @@ def run(fit: Fit, folder: Path, steps: int | None = None) -> dict[str, Any]:
     from datamodules import AnomalyDataModule
     from lightning_modules import AnomalyDetector
 
-    recipe = RECIPES[fit.detector]
-    sampling, args = recipe.samplings[fit.sampling]
+    recipe = RECIPES[fit.detector, fit.sampling]
     steps = steps or recipe.steps
     seed_everything(fit.seed, verbose=False)
     data = AnomalyDataModule(
         path=folder / f"{fit.data}.npz",
-        sampling=sampling,  # type: ignore[arg-type]
+        sampling=recipe.sampling,  # type: ignore[arg-type]
         batch_size=recipe.batch_size,
         batches_per_epoch=steps,
         labelled_share=0.1,
@@ -111,7 +115,7 @@ def run(fit: Fit, folder: Path, steps: int | None = None) -> dict[str, Any]:
     )
     detector = AnomalyDetector(
         fit.detector,
-        args,
+        recipe.args,
         fit.method,  # type: ignore[arg-type]
         rho=fit.rho,
         optimizer=functools.partial(torch.optim.Adam, lr=recipe.lr, fused=True),
@@ -174,18 +178,16 @@ def data_sets(folder: Path) -> list[str]:
 
 def tuning_fits(seeds: Iterable[int]) -> Iterator[Fit]:
     """Every rho for SAM and ImbSAM, and SGD for comparison, on 30 % of the training part."""
-    for seed, data, (detector, recipe) in itertools.product(seeds, TUNING_SETS, RECIPES.items()):
-        for sampling in recipe.samplings:
-            yield Fit(data, detector, sampling, "sgd", 0.0, seed, 0.3)
-            for rho, method in itertools.product(RHOS, ("sam", "imbsam")):
-                yield Fit(data, detector, sampling, method, rho, seed, 0.3)
+    for seed, data, (detector, sampling) in itertools.product(seeds, TUNING_SETS, RECIPES):
+        yield Fit(data, detector, sampling, "sgd", 0.0, seed, 0.3)
+        for rho, method in itertools.product(RHOS, ("sam", "imbsam")):
+            yield Fit(data, detector, sampling, method, rho, seed, 0.3)
 
 
 def grid_fits(names: list[str], seeds: Iterable[int], rhos: dict[tuple[str, str, str], float]) -> Iterator[Fit]:
     """Whole seeds first, so that a stop halfway leaves a table."""
-    for seed, data, (detector, recipe) in itertools.product(seeds, names, RECIPES.items()):
-        for sampling, method in itertools.product(recipe.samplings, METHODS):
-            yield Fit(data, detector, sampling, method, rhos.get((detector, sampling, method), 0.0), seed)
+    for seed, data, (detector, sampling), method in itertools.product(seeds, names, RECIPES, METHODS):
+        yield Fit(data, detector, sampling, method, rhos.get((detector, sampling, method), 0.0), seed)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -275,7 +277,7 @@ def tuning_table(rows: list[dict[str, str]]) -> str:
 
 def table(rows: list[dict[str, str]]) -> str:
     """The results in Markdown: overall, wins and losses, cost, then each data set."""
-    variants = [(detector, sampling) for detector, recipe in RECIPES.items() for sampling in recipe.samplings]
+    variants = list(RECIPES)
     values: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         cell = values.setdefault((row["detector"], row["sampling"], row["method"]), {})
@@ -345,7 +347,11 @@ def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
             continue
         texts = [
             f"{median(float(cell[key]['seconds']) for key in common):.2f}"
-            + (f" ({median(float(cell[k]['seconds']) / float(cells[0][k]['seconds']) for k in common):.2f})" if n else "")
+            + (
+                f" ({median(float(cell[k]['seconds']) / float(cells[0][k]['seconds']) for k in common):.2f})"
+                if n
+                else ""
+            )
             for n, cell in enumerate(cells)
         ]
         lines.append(f"| {detector} | {sampling} | {cells[0][common[0]]['steps']} | " + " | ".join(texts) + " |")
@@ -392,16 +398,20 @@ def main(arguments: list[str] | None = None) -> None:
     tuning, fits = settings.out / "tuning.csv", settings.out / "fits.csv"
     if settings.tune:
         if missing := set(TUNING_SETS) - set(names):
-            raise SystemExit(f"anomaly_table: {settings.folder} lacks {', '.join(sorted(missing))}, which rho is tuned on")
+            raise SystemExit(
+                f"anomaly_table: {settings.folder} lacks {', '.join(sorted(missing))}, which rho is tuned on"
+            )
         todo = list(tuning_fits(range(2 if settings.seeds is None else settings.seeds)))
         run_missing(todo, tuning, settings.folder, settings.workers, settings.steps)
         print(tuning_table(read(tuning)))
         return
     if not settings.table:
         rhos = best_rhos(read(tuning))
-        wanted = {(d, s, m) for d, recipe in RECIPES.items() for s in recipe.samplings for m in ("sam", "imbsam")}
+        wanted = {(*variant, method) for variant in RECIPES for method in ("sam", "imbsam")}
         if wanted - set(rhos):
-            raise SystemExit(f"anomaly_table: {tuning} has no rho yet for {sorted(wanted - set(rhos))}: run --tune first")
+            raise SystemExit(
+                f"anomaly_table: {tuning} has no rho yet for {sorted(wanted - set(rhos))}: run --tune first"
+            )
         todo = list(grid_fits(names, range(5 if settings.seeds is None else settings.seeds), rhos))
         run_missing(todo, fits, settings.folder, settings.workers, settings.steps)
     print(table(read(fits)))
