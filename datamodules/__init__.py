@@ -1,4 +1,4 @@
-"""Long-tailed data sets as LightningDataModules."""
+"""Long-tailed data sets, and data for anomaly detection, as LightningDataModules."""
 
 from datamodules.anomaly import AnomalyDataModule
 from datamodules.anomaly_images import AnomalyImageDataModule

@@ -13,7 +13,7 @@ from datamodules.anomaly_base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly_batches import BatchLoader, Sampling, in_order
 from datamodules.anomaly_split import split_rows
 from datamodules.table_encoding import TableEncoder
-from datamodules.tables import Table, anomaly_labels, read_table
+from datamodules.tables import Table, anomaly_labels, listed, read_table
 from imbsam.errors import SettingError
 
 
@@ -151,7 +151,10 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             raise SettingError(
                 "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
             )
-        return in_order(self._encoder.transform(self._to_score), None, self.eval_batch_size)
+        features = self._encoder.transform(self._to_score)
+        if unseen := self._encoder.unseen(features):
+            rank_zero_info(f"{self._to_score.source}: values that training did not see in: {listed(unseen)}")
+        return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted scaling, plain data; Lightning keeps it in the checkpoint."""

@@ -121,6 +121,17 @@ class TableEncoder:
             parts.append((cells[:, None] == np.array(found)).astype(np.float32))
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
+    def unseen(self, features: Tensor) -> list[str]:
+        """Columns of text with values that training did not see, and in how many rows of ``transform``'s result."""
+        found = []
+        start = len(self.feature_names) - sum(map(len, self.categories.values()))
+        for name, values in self.categories.items():
+            rows = int((features[:, start : start + len(values)] == 0).all(dim=1).sum())
+            start += len(values)
+            if rows:
+                found.append(f"{name} ({rows} rows)")
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that was fitted, as lists, strings and tensors."""
         return dict(vars(self))

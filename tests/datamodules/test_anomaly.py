@@ -340,7 +340,7 @@ def trainer(**settings):
     return L.Trainer(enable_model_summary=False, **settings)
 
 
-def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monkeypatch):
+def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     old = data_of(written(frame(), Path("old.csv")), batch_size=16)
     fit = trainer(max_epochs=2, enable_checkpointing=False)
@@ -354,7 +354,9 @@ def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monk
     new["comment"] = [f"text {row}" for row in range(30)]
     settings = {"label": "fraud", "drop_columns": ["id"]}  # of the training run; the new file has neither
     fresh = AnomalyDataModule(path=written(new, Path("new.csv")), eval_batch_size=8, **settings)
-    scores = torch.cat(trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        scores = torch.cat(trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
+    assert "new.csv: values that training did not see in: country (1 rows)" in caplog.messages
     # by hand, from the training rows of the old file
     amounts, hours = (torch.tensor(frame()[name].to_numpy(), dtype=torch.float64) for name in ("amount", "hour"))
     low, high = _training_range(old, amounts)
