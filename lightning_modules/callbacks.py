@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -36,11 +35,50 @@ class AccuracyTable(Callback):
             str(pl_module.hparams.get("method", "")),
             *(f"{100 * float(metrics[f'test/{group}']):.1f}" for group in GROUPS),
         )
-        console = Console()
-        console.print(table)
-        for name, place in (("checkpoint", _checkpoint(trainer)), ("log", log_dir)):
-            if place:
-                console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
+        _print(table, trainer, log_dir)
+
+
+class AnomalyTable(Callback):
+    """Print how well anomalies were found after a test, and where the checkpoint and the log lie."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table of the test that has just ended."""
+        metrics, log_dir = trainer.callback_metrics, trainer.log_dir  # every rank takes part in log_dir
+        if not trainer.is_global_zero or "test/average_precision" not in metrics:
+            return
+        hparams: Any = pl_module.hparams
+        budget = hparams.get("budget")
+        alarms = "as many alarms\nas anomalies" if budget is None else f"budget\n{budget:g}"
+        columns = {
+            "AUROC": "auroc",
+            "average\nprecision": "average_precision",
+            f"precision,\n{alarms}": "budget_precision",
+            f"recall,\n{alarms}": "budget_recall",
+            "precision,\nthreshold": "precision",  # the last three only where a threshold was chosen
+            "recall,\nthreshold": "recall",
+            "F1,\nthreshold": "f1",
+        }
+        columns = {title: name for title, name in columns.items() if f"test/{name}" in metrics}
+        table = Table(title="test rows, in %")
+        for title in ("detector", "method"):
+            table.add_column(title)
+        for title in columns:
+            table.add_column(title, justify="right")
+        table.add_row(
+            str(hparams.get("detector", "")),
+            str(hparams.get("method", "")),
+            *(f"{100 * float(metrics[f'test/{name}']):.1f}" for name in columns.values()),
+        )
+        _print(table, trainer, log_dir)
+
+
+def _print(table: Table, trainer: Trainer, log_dir: str | None) -> None:
+    """The table, and where the run's files lie."""
+    console = Console()
+    console.print(table)
+    for name, place in (("checkpoint", _checkpoint(trainer)), ("log", log_dir)):
+        if place:
+            console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
@@ -53,7 +91,7 @@ def _checkpoint(trainer: Trainer) -> str | None:
 
 
 class PredictionsCSV(BasePredictionWriter):
-    """Write what ``predict`` found to ``predictions.csv``: row, predicted class, its name, its probability.
+    """Write what ``predict`` found to ``predictions.csv``, the columns being the model's ``prediction_table``.
 
     Args:
         path: the file; default ``predictions.csv`` in the run's folder.
@@ -73,15 +111,14 @@ class PredictionsCSV(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the file and say where it lies."""
-        names: Any = pl_module.class_names
+        model: Any = pl_module
+        header, rows = model.prediction_table(predictions)
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
-        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "class", "class_name", "probability"])
-            for row, (c, p) in enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True)):
-                writer.writerow([row, c, names[c], f"{p:.6g}"])
+            writer.writerow(header)
+            writer.writerows(rows)
         Console().print(f"predictions: {path}", soft_wrap=True, highlight=False)
 
 

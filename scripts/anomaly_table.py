@@ -1,8 +1,8 @@
-"""Does ImbSAM help semi-supervised anomaly detection? Every detector, sampling, method, data set and seed, then a table.
+"""Does ImbSAM help anomaly detection? Every detector, sampling, method, data set and seed, then a table.
 
-python scripts/anomaly_table.py ADBENCH_FOLDER --tune     # rho, on validation parts of four data sets; writes tuning.csv
-python scripts/anomaly_table.py ADBENCH_FOLDER            # the grid, then the table; started again it goes on
-python scripts/anomaly_table.py ADBENCH_FOLDER --table    # the table of what is there
+python scripts/anomaly_table.py ADBENCH_FOLDER --tune   # rho, on validation parts of four data sets
+python scripts/anomaly_table.py ADBENCH_FOLDER          # the grid, then the table; started again it goes on
+python scripts/anomaly_table.py ADBENCH_FOLDER --table  # the table of what is there
 
 ADBENCH_FOLDER holds ADBench's npz files in folders (Classical, CV_by_ResNet18, NLP_by_BERT). Results go to
 results/anomaly/{tuning,fits}.csv, one row a fit, whole seeds first.
@@ -287,8 +287,8 @@ def table(rows: list[dict[str, str]]) -> str:
         lines = [
             f"### {title} in %, mean over data sets",
             "",
-            "| detector | sampling | data sets x seeds | rho SAM / ImbSAM | SGD | SAM | ImbSAM | ImbSAM against SGD: wins / "
-            "losses / ties, p | against SAM: wins / losses / ties, p |",
+            "| detector | sampling | data sets x seeds | rho SAM / ImbSAM | SGD | SAM | ImbSAM "
+            "| ImbSAM against SGD: wins / losses / ties, p | against SAM: wins / losses / ties, p |",
             "| --- " * 9 + "|",
         ]
         for detector, sampling in variants:

@@ -31,7 +31,11 @@ class DevNet(Detector):
     reference_std: Tensor
 
     def __init__(
-        self, input_shape: Sequence[int], hidden: Sequence[int] = (20,), margin: float = 5.0, reference_draws: int = 5000
+        self,
+        input_shape: Sequence[int],
+        hidden: Sequence[int] = (20,),
+        margin: float = 5.0,
+        reference_draws: int = 5000,
     ) -> None:
         super().__init__()
         check_sizes(hidden=hidden, reference_draws=reference_draws)
