@@ -91,12 +91,13 @@ class AnomalyDetector(SharpnessAwareModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         counts, features = getattr(data, "class_counts", None), getattr(data, "train_features", None)
         if counts is not None and features is not None:
-            if self.input_shape not in (None, tuple(features.shape[1:])):
+            shape = tuple(features.shape[1:])
+            if self.input_shape not in (None, shape):
                 raise SettingError(
-                    f"the model takes samples of shape {self.input_shape} and the data has {tuple(features.shape[1:])}: "
-                    "use data with the features that it was trained on"
+                    f"the model takes samples of shape {self.input_shape} and the data has {shape}: use data with the "
+                    "features that it was trained on"
                 )
-            self.class_counts, self.input_shape = torch.as_tensor(counts), tuple(features.shape[1:])
+            self.class_counts, self.input_shape = torch.as_tensor(counts), shape
         elif stage != "predict":
             raise SettingError(
                 f"the data ({type(data).__name__}) has no class_counts and train_features: use AnomalyDataModule, or a "

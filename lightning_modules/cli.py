@@ -23,6 +23,7 @@ EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
     ".*Total length of `list` across ranks is zero.*",  # no validation split
     ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
+    ".*Couldn't infer the batch indices.*",  # our batches come from a loader without a batch sampler
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
 ]
 

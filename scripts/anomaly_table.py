@@ -345,15 +345,9 @@ def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
         common = sorted(set.intersection(*(set(cell) for cell in cells)))
         if not common:
             continue
-        texts = [
-            f"{median(float(cell[key]['seconds']) for key in common):.2f}"
-            + (
-                f" ({median(float(cell[k]['seconds']) / float(cells[0][k]['seconds']) for k in common):.2f})"
-                if n
-                else ""
-            )
-            for n, cell in enumerate(cells)
-        ]
+        seconds = [[float(cell[key]["seconds"]) for key in common] for cell in cells]
+        ratios = [median(s / sgd for s, sgd in zip(each, seconds[0], strict=True)) for each in seconds]
+        texts = [f"{median(each):.2f} ({ratio:.2f})" for each, ratio in zip(seconds, ratios, strict=True)]
         lines.append(f"| {detector} | {sampling} | {cells[0][common[0]]['steps']} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -399,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.tune:
         if missing := set(TUNING_SETS) - set(names):
             raise SystemExit(
-                f"anomaly_table: {settings.folder} lacks {', '.join(sorted(missing))}, which rho is tuned on"
+                f"anomaly_table: {settings.folder} lacks what rho is tuned on: {', '.join(sorted(missing))}"
             )
         todo = list(tuning_fits(range(2 if settings.seeds is None else settings.seeds)))
         run_missing(todo, tuning, settings.folder, settings.workers, settings.steps)
@@ -409,9 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
         rhos = best_rhos(read(tuning))
         wanted = {(*variant, method) for variant in RECIPES for method in ("sam", "imbsam")}
         if wanted - set(rhos):
-            raise SystemExit(
-                f"anomaly_table: {tuning} has no rho yet for {sorted(wanted - set(rhos))}: run --tune first"
-            )
+            raise SystemExit(f"anomaly_table: {tuning} has no rho for {sorted(wanted - set(rhos))}: run --tune first")
         todo = list(grid_fits(names, range(5 if settings.seeds is None else settings.seeds), rhos))
         run_missing(todo, fits, settings.folder, settings.workers, settings.steps)
     print(table(read(fits)))

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Detector(nn.Module, ABC):
     def scores(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,), higher is more anomalous, of rows (B, d) or images (B, channels, H, W)."""
 
-    def prepare(self, x: Tensor, labels: Tensor) -> None:  # noqa: B027  most detectors have nothing to prepare
+    def prepare(self, x: Tensor, labels: Tensor) -> None:
         """Once, before training, with all training rows: pretrain, or keep what the scores need of them.
 
         Args:
@@ -47,7 +48,7 @@ class Detector(nn.Module, ABC):
 def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers of these sizes with the activation between them, and none after the last."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])
 

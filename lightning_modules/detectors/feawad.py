@@ -1,6 +1,7 @@
 """FEAWAD: deviations of what an autoencoder makes of a row."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class FEAWAD(Detector):
         self.encoder = nn.Sequential(mlp([d, *encoder]), nn.ReLU())
         self.decoder: nn.Sequential = mlp([*reversed(encoder), d])
         sizes = [encoder[-1] + d, *hidden, 1]
-        self.layers = nn.ModuleList(nn.Linear(a + 1, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a + 1, b) for a, b in pairwise(sizes))
         self.margin = margin
         self.pretrain_steps = pretrain_steps
 

@@ -122,7 +122,7 @@ def test_command_line_says_what_is_missing(script, adbench, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="run --tune first"):
         script.main([str(adbench), *out])
-    with pytest.raises(SystemExit, match="rho is tuned on Classical/2_annthyroid"):
+    with pytest.raises(SystemExit, match="lacks what rho is tuned on: CV_by_ResNet18/CIFAR10_0"):
         script.main([str(adbench), *out, "--tune"])
     with pytest.raises(SystemExit, match="no npz file"):
         script.main([str(tmp_path / "none"), *out])
