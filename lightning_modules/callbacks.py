@@ -48,27 +48,23 @@ class AnomalyTable(Callback):
             return
         hparams: Any = pl_module.hparams
         budget = hparams.get("budget")
-        alarms = "as many alarms\nas anomalies" if budget is None else f"budget\n{budget:g}"
-        columns = {
+        share = f"{100 * budget:g} % of the rows" if budget and budget < 1 else f"{budget or 0:g} rows"
+        alarms = "as many alarms as anomalies" if budget is None else f"alarms for {share}"
+        names = {
             "AUROC": "auroc",
-            "average\nprecision": "average_precision",
-            f"precision,\n{alarms}": "budget_precision",
-            f"recall,\n{alarms}": "budget_recall",
-            "precision,\nthreshold": "precision",  # the last three only where a threshold was chosen
-            "recall,\nthreshold": "recall",
-            "F1,\nthreshold": "f1",
+            "average precision": "average_precision",
+            f"precision, {alarms}": "budget_precision",
+            f"recall, {alarms}": "budget_recall",
+            "precision, threshold from validation": "precision",
+            "recall, threshold from validation": "recall",
+            "F1, threshold from validation": "f1",
         }
-        columns = {title: name for title, name in columns.items() if f"test/{name}" in metrics}
-        table = Table(title="test rows, in %")
-        for title in ("detector", "method"):
-            table.add_column(title)
-        for title in columns:
-            table.add_column(title, justify="right")
-        table.add_row(
-            str(hparams.get("detector", "")),
-            str(hparams.get("method", "")),
-            *(f"{100 * float(metrics[f'test/{name}']):.1f}" for name in columns.values()),
-        )
+        table = Table()
+        table.add_column(f"test rows, {hparams.get('detector')}, {hparams.get('method')}")
+        table.add_column("%", justify="right")
+        for title, name in names.items():
+            if f"test/{name}" in metrics:  # the last three only where a threshold was chosen
+                table.add_row(title, f"{100 * float(metrics[f'test/{name}']):.1f}")
         _print(table, trainer, log_dir)
 
 
