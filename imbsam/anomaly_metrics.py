@@ -91,5 +91,5 @@ class AnomalyMetrics(Metric):
 
 def _ranks(scores: Tensor) -> Tensor:
     """Ranks in [0, 1], float64: the same order, equal scores stay equal."""
-    ranks = torch.unique(scores, return_inverse=True)[1].double()
+    ranks: Tensor = torch.unique(scores, return_inverse=True)[1].double()
     return ranks / ranks.max().clamp(min=1)

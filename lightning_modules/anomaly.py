@@ -76,7 +76,11 @@ class AnomalyDetector(SharpnessAwareModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.detector_name = detector
         self.detector_args = detector_args or {}
-        self.engine_settings = {"tail_weight": tail_weight, "adaptive": adaptive, "context_rows": context_rows}
+        self.engine_settings: dict[str, Any] = {
+            "tail_weight": tail_weight,
+            "adaptive": adaptive,
+            "context_rows": context_rows,
+        }
         self.input_shape: tuple[int, ...] | None = None
         self.class_counts: Tensor | None = None
         self.detector: Detector

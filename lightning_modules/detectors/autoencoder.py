@@ -35,6 +35,6 @@ def pretrain(
             batch = x[torch.randint(len(x), (batch_size,), device=x.device)]
             loss = nn.functional.mse_loss(decoder(encoder(batch)), batch)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     optimizer.zero_grad()

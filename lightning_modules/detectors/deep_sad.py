@@ -59,7 +59,7 @@ class DeepSAD(Detector):
         decoder = self._decoder().to(x.device)  # of no use afterwards
         pretrain(self.encoder, decoder, x, self.pretrain_steps, weight_decay=1e-6)
         with torch.no_grad():
-            centre = torch.cat([self.encoder(rows) for rows in x.split(8192)]).mean(dim=0)
+            centre = torch.cat([self.encoder(rows) for rows in torch.split(x, 8192)]).mean(dim=0)
         sign = torch.where(centre < 0, -1.0, 1.0)
         self.centre.copy_(torch.where(centre.abs() < 0.1, 0.1 * sign, centre))
 

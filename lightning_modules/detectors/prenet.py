@@ -66,8 +66,9 @@ class PReNet(Detector):
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """Absolute error of the pairs' relations: equation (4) of the paper."""
-        psi = self._psi(x.flatten(0, 1)).unflatten(0, (-1, 2))
-        return (self.targets[labels.sum(dim=1)] - self.relation(psi.flatten(1)).squeeze(1)).abs()
+        psi = self._psi(x.flatten(0, 1)).reshape(len(x), -1)  # both rows' features, side by side
+        losses: Tensor = (self.targets[labels.sum(dim=1)] - self.relation(psi).squeeze(1)).abs()
+        return losses
 
     def scores(self, x: Tensor) -> Tensor:
         """Mean relation to the references; eta is linear, so their mean features stand for all of them."""
