@@ -1,6 +1,7 @@
-"""Lightning modules, backbones, callbacks and the command line."""
+"""Lightning modules, backbones, detectors, callbacks and the command line."""
 
+from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.sharpness import SharpnessOfGroups
 
-__all__ = ["LongTailedClassifier", "SharpnessOfGroups"]
+__all__ = ["AnomalyDetector", "LongTailedClassifier", "SharpnessOfGroups"]

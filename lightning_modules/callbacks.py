@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -36,11 +35,46 @@ class AccuracyTable(Callback):
             str(pl_module.hparams.get("method", "")),
             *(f"{100 * float(metrics[f'test/{group}']):.1f}" for group in GROUPS),
         )
-        console = Console()
-        console.print(table)
-        for name, place in (("checkpoint", _checkpoint(trainer)), ("log", log_dir)):
-            if place:
-                console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
+        _print(table, trainer, log_dir)
+
+
+class AnomalyTable(Callback):
+    """Print how well anomalies were found after a test, and where the checkpoint and the log lie."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table of the test that has just ended."""
+        metrics, log_dir = trainer.callback_metrics, trainer.log_dir  # every rank takes part in log_dir
+        if not trainer.is_global_zero or "test/average_precision" not in metrics:
+            return
+        hparams: Any = pl_module.hparams
+        budget = hparams.get("budget")
+        share = f"{100 * budget:g} % of the rows" if budget and budget < 1 else f"{budget or 0:g} rows"
+        alarms = "as many alarms as anomalies" if budget is None else f"alarms for {share}"
+        names = {
+            "AUROC": "auroc",
+            "average precision": "average_precision",
+            f"precision, {alarms}": "budget_precision",
+            f"recall, {alarms}": "budget_recall",
+            "precision, threshold from validation": "precision",
+            "recall, threshold from validation": "recall",
+            "F1, threshold from validation": "f1",
+        }
+        table = Table()
+        table.add_column(f"test rows, {hparams.get('detector')}, {hparams.get('method')}")
+        table.add_column("%", justify="right")
+        for title, name in names.items():
+            if f"test/{name}" in metrics:  # the last three only where a threshold was chosen
+                table.add_row(title, f"{100 * float(metrics[f'test/{name}']):.1f}")
+        _print(table, trainer, log_dir)
+
+
+def _print(table: Table, trainer: Trainer, log_dir: str | None) -> None:
+    """The table, and where the run's files lie."""
+    console = Console()
+    console.print(table)
+    for name, place in (("checkpoint", _checkpoint(trainer)), ("log", log_dir)):
+        if place:
+            console.print(f"{name}: {place}", soft_wrap=True, highlight=False)
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
@@ -53,7 +87,7 @@ def _checkpoint(trainer: Trainer) -> str | None:
 
 
 class PredictionsCSV(BasePredictionWriter):
-    """Write what ``predict`` found to ``predictions.csv``: row, predicted class, its name, its probability.
+    """Write what ``predict`` found to ``predictions.csv``, the columns being the model's ``prediction_table``.
 
     Args:
         path: the file; default ``predictions.csv`` in the run's folder.
@@ -73,15 +107,14 @@ class PredictionsCSV(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the file and say where it lies."""
-        names: Any = pl_module.class_names
+        model: Any = pl_module
+        header, rows = model.prediction_table(predictions)
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
-        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "class", "class_name", "probability"])
-            for row, (c, p) in enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True)):
-                writer.writerow([row, c, names[c], f"{p:.6g}"])
+            writer.writerow(header)
+            writer.writerows(rows)
         Console().print(f"predictions: {path}", soft_wrap=True, highlight=False)
 
 

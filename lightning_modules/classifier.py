@@ -1,6 +1,6 @@
 """A long-tailed classifier whose backward pass is SGD's, SAM's, ImbSAM's or Focal-SAM's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -266,6 +266,14 @@ class LongTailedClassifier(LightningModule):
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         probabilities: Tensor = self(images).float().softmax(dim=1)
         return probabilities
+
+    def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
+        """Header and rows of the predictions' file: row, predicted class, its name, its probability."""
+        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
+        found = enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True))
+        return ["row", "class", "class_name", "probability"], (
+            [row, c, self.class_names[c], f"{p:.6g}"] for row, (c, p) in found
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its classes."""

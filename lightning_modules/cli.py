@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
-from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.sharpness import SharpnessTrainer
 
 INSTALLED = Path(__file__).parent.parent
@@ -24,6 +24,7 @@ EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
     ".*Total length of `list` across ranks is zero.*",  # no validation split
     ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
+    ".*Couldn't infer the batch indices.*",  # our batches come from a loader without a batch sampler
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
 ]
 
@@ -97,7 +98,7 @@ def main() -> None:
             trainer_class=SharpnessTrainer,
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
-                "callbacks": [AccuracyTable(), DiscardRefusedRun()],
+                "callbacks": [AccuracyTable(), AnomalyTable(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
             parser_kwargs={"exit_on_error": False},

@@ -1,0 +1,192 @@
+"""Semi-supervised anomaly detection on tables: an npz, CSV or Parquet file, or scikit-learn's digits."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from datamodules.anomaly_base import SemiSupervisedDataModule, check_share
+from datamodules.anomaly_batches import BatchLoader, Sampling, in_order
+from datamodules.anomaly_split import split_rows
+from datamodules.table_encoding import TableEncoder
+from datamodules.tables import Table, anomaly_labels, listed, read_table
+from imbsam.errors import SettingError
+
+
+class AnomalyDataModule(SemiSupervisedDataModule):
+    """A table in which some rows are anomalies, and the labels of some of those are known.
+
+    For prediction every row of ``path`` is scored, in the order of the file, and no label column is needed; the scaling
+    is the training file's and comes from the checkpoint.
+
+    Attributes:
+        num_features: Features d of a row.
+        feature_names: Their d names.
+
+    Args:
+        path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
+            a 0 is an anomaly.
+        label: Column that says which rows are anomalies; null is ``y`` of an npz file.
+        anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
+        drop_columns: Columns to leave out, for example identifiers.
+        labelled_share: Share of the training anomalies that the detector is told of, in (0, 1]; the others hide among
+            the unlabelled rows. Null is 1 for CSV and Parquet, and 0.1 for the benchmarks, npz and digits.
+        test_share: Share of the rows to test on, in (0, 1).
+        val_share: Share of the training part to hold out for validation, in [0, 1).
+        min_rows: Resample a smaller table with replacement to this many rows (ADBench: 1000; the same row may then be
+            in training and in test); 0 for never.
+        max_rows: Cut a larger table to this many rows (ADBench: 10000); null for never.
+        sampling: How training rows are drawn: natural, balanced, pairs or natural_pairs.
+        batch_size: Rows, or pairs, of a training batch.
+        batches_per_epoch: Training batches of an epoch, or null for as many as the training rows fill.
+        eval_batch_size: Rows of a validation, test or prediction batch.
+        seed: Seed of every draw.
+
+    Raises:
+        SettingError: A setting is outside its range, or the file cannot be used; the message names the column.
+    """
+
+    num_features: int
+    feature_names: list[str]
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        label: str | None = None,
+        anomaly_value: str | float | None = None,
+        drop_columns: Sequence[str] = (),
+        labelled_share: float | None = None,
+        test_share: float = 0.3,
+        val_share: float = 0.0,
+        min_rows: int = 0,
+        max_rows: int | None = None,
+        sampling: Sampling = "natural",
+        batch_size: int = 512,
+        batches_per_epoch: int | None = None,
+        eval_batch_size: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        path = None if path is None else os.fspath(path)  # checkpoints refuse a Path
+        drop_columns = list(drop_columns)
+        super().__init__(sampling, batch_size, batches_per_epoch, eval_batch_size, val_share, seed)
+        self.path = None if path is None else Path(path).expanduser()
+        if labelled_share is None:
+            labelled_share = 1.0 if self.path and self.path.suffix.lower() != ".npz" else 0.1
+        check_share("labelled_share", labelled_share)
+        check_share("test_share", test_share, zero_allowed=True)
+        if test_share == 0:
+            raise SettingError("test_share=0: a detector that is never tested is worth little; pass 0.3")
+        if min_rows < 0 or (max_rows is not None and max_rows < max(min_rows, 1)):
+            raise SettingError(
+                f"min_rows={min_rows}, max_rows={max_rows}: pass 0 and null, or 1000 and 10000 for ADBench"
+            )
+        self.label = label
+        self.anomaly_value = anomaly_value
+        self.drop_columns = drop_columns
+        self.labelled_share = labelled_share
+        self.test_share = test_share
+        self.min_rows = min_rows
+        self.max_rows = max_rows
+        self._encoder: TableEncoder | None = None
+        self._parts: dict[str, Table] = {}
+        self._true_labels: dict[str, Tensor] = {}
+        self._to_score: Table | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the file, split it, and fit the scaling on the training part; for prediction only read it.
+
+        Args:
+            stage: Lightning's stage. All but "predict" do the same; a second call does nothing.
+        """
+        if stage == "predict":
+            if self._to_score is None:
+                self._to_score = self._read(need_label=False)
+            return
+        if self._parts:
+            return
+        table = self._read(need_label=True)
+        column = self.label or "y"
+        anomalous, value = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
+        split = split_rows(
+            anomalous,
+            table.source,
+            labelled_share=self.labelled_share,
+            test_share=self.test_share,
+            val_share=self.val_share,
+            min_rows=self.min_rows,
+            max_rows=self.max_rows,
+            seed=self.seed,
+        )
+        for name, rows in (("train", split.train), ("val", split.val), ("test", split.test)):
+            if len(rows):
+                self._parts[name] = table.take(rows)
+                self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
+        self._learn_labels(torch.from_numpy(split.labelled))
+        self._encode(TableEncoder(self._parts["train"]))
+        assert self._encoder is not None
+        unlabelled, labelled = self.class_counts.tolist()
+        hidden = int(self._true_labels["train"].sum()) - labelled
+        others = f" and {hidden:,} hidden ones" if self.labelled_share < 1 else ""
+        held_out = ", ".join(
+            f"{name} {len(labels):,} rows with {int(labels.sum()):,} anomalies"
+            for name, labels in self._true_labels.items()
+            if name != "train"
+        )
+        for notice in self._encoder.notices:
+            rank_zero_info(f"{table.source}: {notice}")
+        rank_zero_info(
+            f"{table.source}: anomalies have {column} = {value}; training {unlabelled + labelled:,} rows, {labelled:,} "
+            f"labelled anomalies{others}; {held_out}; {self.num_features:,} features"
+        )
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Every row of the file, in its order, x alone."""
+        if self._to_score is None:
+            raise RuntimeError("AnomalyDataModule has no data yet: call setup('predict') first.")
+        if self._encoder is None:
+            raise SettingError(
+                "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
+            )
+        features = self._encoder.transform(self._to_score)
+        if unseen := self._encoder.unseen(features):
+            rank_zero_info(f"{self._to_score.source}: values that training did not see in: {listed(unseen)}")
+        return in_order(features, None, self.eval_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fitted scaling, plain data; Lightning keeps it in the checkpoint."""
+        return {} if self._encoder is None else {"encoder": self._encoder.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Scale as the checkpoint's training did, whatever file this is."""
+        if "encoder" in state_dict:
+            self._encode(TableEncoder.from_state_dict(state_dict["encoder"]))
+
+    def _encode(self, encoder: TableEncoder) -> None:
+        """Make the features of all parts."""
+        self._encoder = encoder
+        self.feature_names = encoder.feature_names
+        self.num_features = len(self.feature_names)
+        features = {name: encoder.transform(table) for name, table in self._parts.items()}
+        if not features:
+            return
+        self.train_features = features["train"]
+        self._test = features["test"], self._true_labels["test"]
+        self._val = (features["val"], self._true_labels["val"]) if "val" in features else None
+
+    def _read(self, need_label: bool) -> Table:
+        if self.path is None:
+            return _digits()
+        return read_table(self.path, self.label, self.drop_columns, need_label)
+
+
+def _digits() -> Table:
+    """Scikit-learn's 1,797 digits as a table of 64 pixels; a 0 is an anomaly, 178 of them."""
+    from sklearn.datasets import load_digits
+
+    pixels, digit = load_digits(return_X_y=True)
+    columns = {f"x{i}": pixels[:, i] for i in range(pixels.shape[1])}
+    return Table("digits", columns, {}, (digit == 0).astype(float))

@@ -1,0 +1,89 @@
+"""Which rows are trained on, validated and tested on, and which anomalies are labelled: ADBench's protocol."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from imbsam.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices into the table, int64; ``labelled`` is bool and as long as ``train``."""
+
+    train: Any
+    labelled: Any
+    val: Any
+    test: Any
+
+
+def split_rows(
+    anomalous: Any,
+    source: str,
+    *,
+    labelled_share: float,
+    test_share: float,
+    val_share: float,
+    min_rows: int,
+    max_rows: int | None,
+    seed: int,
+) -> Split:
+    """Draw the parts, stratified on the true labels.
+
+    With ``val_share`` 0, ``min_rows`` 1000, ``max_rows`` 10000 these are the very rows that ADBench (Han et al.,
+    NeurIPS 2022) draws for the same seed: fewer than ``min_rows`` are resampled with replacement to that many, more
+    than ``max_rows`` are cut, then the test part is taken off, then ceil(labelled_share * training anomalies) are
+    labelled.
+
+    Args:
+        anomalous: The true labels, bool (N,).
+        source: The file's name, for messages.
+        labelled_share: Share of the training anomalies whose label is known, in (0, 1].
+        test_share: Share of the rows to test on, in (0, 1).
+        val_share: Share of the rest to validate on, in [0, 1).
+        min_rows: Resample smaller tables to this many rows; 0 for never.
+        max_rows: Cut larger tables to this many rows; None for never.
+        seed: Seed of all draws.
+
+    Raises:
+        SettingError: A part would have no anomaly, or nothing else.
+    """
+    from sklearn.model_selection import train_test_split
+
+    # the legacy generator, in the order of ADBench's calls: only so are its rows ours
+    random = np.random.RandomState(seed)
+    rows = np.arange(len(anomalous))
+    if 0 < len(rows) < min_rows:
+        rows = random.choice(rows, min_rows, replace=True)
+    elif max_rows is not None and len(rows) > max_rows:
+        rows = random.choice(rows, max_rows, replace=False)
+    parts = 3 if val_share else 2
+    anomalies = int(anomalous[rows].sum())
+    if min(anomalies, len(rows) - anomalies) < parts:
+        named = "training, validation" if val_share else "training"
+        raise SettingError(
+            f"{source} has {len(rows)} rows, {anomalies} of them anomalies: {named} and test need at least one anomaly "
+            "and one other row each"
+        )
+    try:
+        train, test = train_test_split(rows, test_size=test_share, stratify=anomalous[rows], random_state=random)
+        val = rows[:0]
+        if val_share:
+            train, val = train_test_split(train, test_size=val_share, stratify=anomalous[train], random_state=random)
+    except ValueError as error:  # a share so small that a part has fewer rows than there are classes
+        raise SettingError(
+            f"{source} has {len(rows)} rows: test_share={test_share:g}, val_share={val_share:g} leave a part too small"
+        ) from error
+    for name, part in (("training", train), ("validation", val), ("test", test)):
+        if len(part) and anomalous[part].all() | ~anomalous[part].any():
+            raise SettingError(
+                f"{source} has {anomalies} anomalies in {len(rows)} rows: the {name} part gets "
+                f"{int(anomalous[part].sum())} of them in {len(part)} rows; set its share higher or lower, or add rows"
+            )
+    known = np.flatnonzero(anomalous[train])
+    known = random.choice(known, ceil(labelled_share * len(known)), replace=False)
+    labelled = np.zeros(len(train), dtype=bool)
+    labelled[known] = True
+    return Split(train, labelled, val, test)

@@ -1,0 +1,218 @@
+"""Anomaly detection with a few labelled anomalies, trained by SGD's, SAM's or ImbSAM's backward pass."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
+
+from imbsam import SettingError
+from imbsam.anomaly_metrics import AnomalyMetrics
+from lightning_modules.detectors import DETECTORS, Detector, create_detector
+from lightning_modules.sharpness_aware import SharpnessAwareModule
+
+
+class AnomalyDetector(SharpnessAwareModule):
+    """A detector of anomalies learned from many unlabelled rows and a few labelled anomalies, which are the tail.
+
+    The DataModule tells the class counts (``class_counts``: unlabelled rows, labelled anomalies), and the detector
+    is prepared (pretrained, say) with its ``train_features`` and ``train_labels``. Training batches are ``(x, labels)``
+    with 1 for labelled anomalies, or pairs ``(x (B, 2, d), labels (B, 2))`` for PReNet, where a pair with an anomaly
+    in it belongs to the tail; evaluation batches are ``(x, true labels)``.
+
+    Logs ``train/loss`` once an epoch; for validation and test ``auroc``, ``average_precision``, ``budget_precision``
+    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them, and ``test/precision``,
+    ``test/recall`` and ``test/f1`` are what it does on the test rows.
+
+    Args:
+        detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
+        detector_args: further settings of the detector, for example ``{hidden: [20]}``.
+        method: sgd (plain training, with whatever optimizer), sam or imbsam.
+        rho: length of the perturbation.
+        tail_weight: multiplies the loss of the tail, for every method.
+        adaptive: scale the perturbation by the weights (ASAM).
+        context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
+        start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
+        optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
+        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the training loss.
+        lr_interval: step the scheduler after every epoch or after every optimizer step.
+        gradient_clip_val: clip the (unscaled) gradient at this value.
+        gradient_clip_algorithm: clip by norm or by value.
+        budget: alarms that can be looked into, a number or a share of the rows; null: as many as there are anomalies.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        detector: str | type[Detector] = "devnet",
+        detector_args: dict[str, Any] | None = None,
+        method: Literal["sgd", "sam", "imbsam"] = "imbsam",
+        rho: float = 0.5,
+        tail_weight: float = 1.0,
+        adaptive: bool = False,
+        context_rows: int | Literal["auto", "batch"] = "auto",
+        start_epoch: int = 0,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        budget: float | None = None,
+    ) -> None:
+        super().__init__(
+            method,
+            rho,
+            start_epoch,
+            optimizer,
+            lr_scheduler,
+            lr_interval,
+            gradient_clip_val,
+            gradient_clip_algorithm,
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.detector_name = detector
+        self.detector_args = detector_args or {}
+        self.engine_settings: dict[str, Any] = {
+            "tail_weight": tail_weight,
+            "adaptive": adaptive,
+            "context_rows": context_rows,
+        }
+        self.input_shape: tuple[int, ...] | None = None
+        self.class_counts: Tensor | None = None
+        self.detector: Detector
+        self.val_metrics = AnomalyMetrics(budget)
+        self.test_metrics = AnomalyMetrics(budget)
+        self.register_buffer("threshold", torch.tensor(math.nan))
+        self._prepared = False
+        self._loss = torch.zeros(())
+
+    def setup(self, stage: str) -> None:
+        """Learn counts and shape of the data; a trained model brings its own to prediction."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        counts, features = getattr(data, "class_counts", None), getattr(data, "train_features", None)
+        if counts is not None and features is not None:
+            shape = tuple(features.shape[1:])
+            if self.input_shape not in (None, shape):
+                raise SettingError(
+                    f"the model takes samples of shape {self.input_shape} and the data has {shape}: use data with the "
+                    "features that it was trained on"
+                )
+            self.class_counts, self.input_shape = torch.as_tensor(counts), shape
+        elif stage != "predict":
+            raise SettingError(
+                f"the data ({type(data).__name__}) has no class_counts and train_features: use AnomalyDataModule, or a "
+                "LightningDataModule with both"
+            )
+        if stage == "fit":
+            self._check_sampling(data)
+
+    def configure_model(self) -> None:
+        """Build the detector, once the shape of a sample is known."""
+        if not hasattr(self, "detector") and self.input_shape is not None:
+            self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
+
+    def on_fit_start(self) -> None:
+        """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
+        assert self.class_counts is not None
+        if self.class_counts[1] == 0:
+            raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
+        if not self._prepared:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
+            self._prepared = True
+        self.sam = self.engine(self.detector, self.class_counts, [1], **self.engine_settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Anomaly scores (B,)."""
+        return self.detector.scores(x)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's mean loss."""
+        super().on_train_epoch_start()
+        self._loss = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """One backward pass, one optimizer step."""
+        x, labels = batch
+        in_tail = labels.amax(dim=1) if labels.dim() == 2 else labels  # a pair with an anomaly in it
+        loss = self.sam.backward(
+            lambda rows: self.detector.losses(x[rows], labels[rows]), in_tail, backward=self.manual_backward
+        )
+        self._loss += loss
+        self.step_optimizer()
+
+    def on_train_epoch_end(self) -> None:
+        """Log once an epoch: logging every step would cost as much as the step."""
+        self.log("train/loss", self._loss / self.trainer.num_training_batches, prog_bar=True)
+        super().on_train_epoch_end()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Collect scores."""
+        x, labels = batch
+        self.val_metrics.update(self(x), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics and choose the threshold."""
+        self.log_dict({f"val/{name}": value for name, value in self.val_metrics.compute().items()})
+        self.threshold.fill_(self.val_metrics.best_threshold())
+        self.val_metrics.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Collect scores."""
+        x, labels = batch
+        self.test_metrics.update(self(x), labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics, and what the threshold does."""
+        metrics = self.test_metrics.compute()
+        if not self.threshold.isnan():
+            scores, labels = torch.cat(self.test_metrics.scores), torch.cat(self.test_metrics.labels)
+            alarms = (scores >= self.threshold).long()
+            metrics["precision"] = binary_precision(alarms, labels)
+            metrics["recall"] = binary_recall(alarms, labels)
+            metrics["f1"] = binary_f1_score(alarms, labels)
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()})
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Anomaly scores (B,)."""
+        scores: Tensor = self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return scores
+
+    def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
+        """Header and rows of the predictions' file: row, score, and alarm (0 or 1) where a threshold was chosen."""
+        scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
+        if math.isnan(threshold):
+            return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores))
+        return ["row", "score", "alarm"], (
+            [row, f"{score:.6g}", int(score >= threshold)] for row, score in enumerate(scores)
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the model learned of its data."""
+        checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the shape of a sample, and so the detector."""
+        shape = tuple(checkpoint["input_shape"])
+        if self.input_shape not in (None, shape):
+            raise SettingError(
+                f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with the "
+                "features that it was trained on"
+            )
+        self.class_counts, self.input_shape = checkpoint["class_counts"], shape
+        self._prepared = True
+        self.configure_model()
+
+    def _check_sampling(self, data: Any) -> None:
+        """Pairs for detectors of pairs, rows for the others."""
+        kind = DETECTORS.get(self.detector_name) if isinstance(self.detector_name, str) else self.detector_name
+        sampling = getattr(data, "sampling", None)
+        if kind is None or sampling is None or kind.uses_pairs == sampling.endswith("pairs"):
+            return  # an unknown name is refused where the detector is built
+        mend = "pairs or natural_pairs" if kind.uses_pairs else "natural or balanced"
+        raise SettingError(f"data.sampling is {sampling}, which {kind.__name__} cannot use: set it to {mend}")

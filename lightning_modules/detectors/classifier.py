@@ -1,0 +1,54 @@
+"""The baseline: a classifier of labelled anomalies against everything else."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbsam.errors import SettingError
+from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
+
+
+class WeightedClassifier(Detector):
+    r"""Logistic loss of labelled anomalies against unlabelled rows, the anomalies' share of it raised.
+
+    .. math::
+        L = (1 - y)\, w_0 \log(1 + e^{\phi(x)}) + y\, w_1 \log(1 + e^{-\phi(x)})
+
+    with inverse-frequency weights w_c = n / (2 n_c) of the n training rows (mean 1), or w = 1.
+
+    Args:
+        input_shape: (d,).
+        hidden: sizes of the hidden layers.
+        weighted: inverse-frequency weights; else 1. For sampling that is balanced already, set it to false.
+    """
+
+    sampling = "natural"
+    weight: Tensor
+
+    def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (20,), weighted: bool = True) -> None:
+        super().__init__()
+        check_sizes(hidden=hidden)
+        self.net: nn.Sequential = mlp([features_of("classifier", input_shape), *hidden, 1])
+        self.weighted = weighted
+        self.register_buffer("weight", torch.ones(2))
+
+    def prepare(self, x: Tensor, labels: Tensor) -> None:
+        """Count the classes."""
+        if not self.weighted:
+            return
+        counts = labels.bincount(minlength=2)
+        if not counts.all():
+            raise SettingError("classifier has no labelled anomaly in the training part: raise data.labelled_share")
+        self.weight.copy_(len(labels) / (2 * counts))
+
+    def losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Weighted binary cross-entropy."""
+        losses = F.binary_cross_entropy_with_logits(self.scores(x), labels.to(x.dtype), reduction="none")
+        return self.weight[labels] * losses
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The logit phi(x)."""
+        scores: Tensor = self.net(x).squeeze(1)
+        return scores

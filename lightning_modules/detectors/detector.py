@@ -1,0 +1,68 @@
+"""What every detector of anomalies offers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from imbsam.errors import SettingError
+
+
+class Detector(nn.Module, ABC):
+    """A network with the per-sample loss and the anomaly score of its method.
+
+    Labels are 0 for unlabelled rows (most of them normal) and 1 for labelled anomalies, the tail.
+
+    Attributes:
+        sampling: the sampling of its paper: natural, balanced or pairs.
+        uses_pairs: whether :meth:`losses` is given pairs of rows.
+    """
+
+    sampling: ClassVar[str]
+    uses_pairs: ClassVar[bool] = False
+
+    @abstractmethod
+    def losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every row, shape (B,).
+
+        Args:
+            x: rows (B, d), images (B, channels, H, W), or pairs of rows (B, 2, d) where ``uses_pairs``.
+            labels: int64 (B,), or (B, 2) for pairs.
+        """
+
+    @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """Anomaly scores (B,), higher is more anomalous, of rows (B, d) or images (B, channels, H, W)."""
+
+    def prepare(self, x: Tensor, labels: Tensor) -> None:
+        """Once, before training, with all training rows: pretrain, or keep what the scores need of them.
+
+        Args:
+            x: all training rows (N, d) or images (N, channels, H, W).
+            labels: int64 (N,).
+        """
+
+
+def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of these sizes with the activation between them, and none after the last."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs, bias=bias), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def features_of(name: str, input_shape: Sequence[int]) -> int:
+    """The number of features of a table's row; refuses images."""
+    if len(input_shape) != 1:
+        raise SettingError(f"detector {name} takes tables, and the data has samples of shape {tuple(input_shape)}")
+    return int(input_shape[0])
+
+
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuse a size below 1."""
+    for name, value in sizes.items():
+        for size in [value] if isinstance(value, int) else value:
+            if size < 1:
+                raise SettingError(f"{name} is {value}: give sizes from 1")

@@ -1,0 +1,413 @@
+"""Does ImbSAM help anomaly detection? Every detector, sampling, method, data set and seed, then a table.
+
+python scripts/anomaly_table.py ADBENCH_FOLDER --tune   # rho, on validation parts of four data sets
+python scripts/anomaly_table.py ADBENCH_FOLDER          # the grid, then the table; started again it goes on
+python scripts/anomaly_table.py ADBENCH_FOLDER --table  # the table of what is there
+
+ADBENCH_FOLDER holds ADBench's npz files in folders (Classical, CV_by_ResNet18, NLP_by_BERT). Results go to
+results/anomaly/{tuning,fits}.csv, one row a fit, whole seeds first.
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+METHODS = ("sgd", "sam", "imbsam")
+RHOS = (0.01, 0.05, 0.2, 0.5, 1.0)  # 0.01 was added when 0.05, then the lowest, came out best in many rows
+COLUMNS = ("data", "detector", "sampling", "method", "rho", "seed")
+RESULTS = ("auroc", "average_precision", "train_loss", "seconds", "steps")
+
+# Chosen before any result, by a rule: of the classical tables the narrowest and the one of median width, and the first
+# data set of images and of texts.
+TUNING_SETS = (
+    "Classical/2_annthyroid",
+    "Classical/6_cardio",
+    "CV_by_ResNet18/CIFAR10_0",
+    "NLP_by_BERT/20news_3",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a detector is trained under one sampling, the same for all three methods.
+
+    The papers take 600 (FEAWAD) to 1,000 (DevNet, PReNet) steps of 512 rows at a learning rate of 1e-3 or 1e-4: 500 of
+    256 at 5e-3 end at a lower training loss for a third of the time. Under natural sampling a batch of 256 holds one
+    or two labelled anomalies, and they are learned late: 1,000 steps at 1e-2. Adam stands for RMSprop in all of them.
+    """
+
+    sampling: str
+    """The DataModule's."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The detector's."""
+    lr: float = 5e-3
+    steps: int = 500
+    batch_size: int = 256
+
+
+LATE: dict[str, Any] = {"lr": 1e-2, "steps": 1000}
+WIDE: dict[str, Any] = {"args": {"pretrain_steps": 150}, "batch_size": 128}  # FEAWAD has the widest net
+
+RECIPES = {
+    ("devnet", "own"): Recipe("balanced"),
+    ("devnet", "natural"): Recipe("natural", **LATE),
+    ("deep_sad", "own"): Recipe("natural", {"pretrain_steps": 200}, lr=1e-3),  # natural is its own
+    ("prenet", "own"): Recipe("pairs"),
+    ("prenet", "natural"): Recipe("natural_pairs", **LATE),
+    ("feawad", "own"): Recipe("balanced", lr=1e-3, steps=300, **WIDE),
+    ("feawad", "natural"): Recipe("natural", lr=2e-3, steps=500, **WIDE),
+    ("classifier", "own"): Recipe("natural", {"weighted": True}),
+    ("classifier", "natural"): Recipe("natural", {"weighted": False}, **LATE),
+}
+"""By detector, and by its own and by natural sampling. The classifier's own is inverse-frequency weights."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training, and the part it is judged on."""
+
+    data: str
+    detector: str
+    sampling: str
+    method: str
+    rho: float
+    seed: int
+    val_share: float = 0.0
+
+    def key(self) -> tuple[str, ...]:
+        """What tells it from the other fits of its file."""
+        return tuple(str(getattr(self, name)) for name in COLUMNS)
+
+
+def run(fit: Fit, folder: Path, steps: int | None = None) -> dict[str, Any]:
+    """Train and judge; the seconds are this process's CPU seconds for the training, preparation included."""
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+
+    from datamodules import AnomalyDataModule
+    from lightning_modules import AnomalyDetector
+
+    recipe = RECIPES[fit.detector, fit.sampling]
+    steps = steps or recipe.steps
+    seed_everything(fit.seed, verbose=False)
+    data = AnomalyDataModule(
+        path=folder / f"{fit.data}.npz",
+        sampling=recipe.sampling,  # type: ignore[arg-type]
+        batch_size=recipe.batch_size,
+        batches_per_epoch=steps,
+        labelled_share=0.1,
+        val_share=fit.val_share,
+        min_rows=1000,
+        max_rows=10000,
+        seed=fit.seed,
+    )
+    detector = AnomalyDetector(
+        fit.detector,
+        recipe.args,
+        fit.method,  # type: ignore[arg-type]
+        rho=fit.rho,
+        optimizer=functools.partial(torch.optim.Adam, lr=recipe.lr, fused=True),
+    )
+    trainer = Trainer(
+        max_epochs=1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    data.setup()  # reading the file is not training
+    start = time.process_time()
+    trainer.fit(detector, datamodule=data)
+    seconds = time.process_time() - start
+    loss = float(trainer.callback_metrics["train/loss"])
+    part, judge = ("val", trainer.validate) if fit.val_share else ("test", trainer.test)
+    trainer.limit_val_batches = 1.0
+    metrics = judge(detector, datamodule=data, verbose=False)[0]
+    found = {
+        "auroc": f"{metrics[f'{part}/auroc']:.6f}",
+        "average_precision": f"{metrics[f'{part}/average_precision']:.6f}",
+        "train_loss": f"{loss:.6g}",
+        "seconds": f"{seconds:.3f}",
+        "steps": steps,
+    }
+    return {name: value for name, value in asdict(fit).items() if name in COLUMNS} | found
+
+
+def start_worker() -> None:
+    """Quiet and single-threaded."""
+    import torch
+
+    import lightning_modules  # noqa: F401  Lightning sets the variable below
+
+    # with NVML asked, every optimizer step on a machine without a GPU looks for its library again: 0.3 ms
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def work(task: tuple[Fit, Path, int | None]) -> dict[str, Any] | str:
+    """A row of the results, or what went wrong."""
+    try:
+        return run(*task)
+    except Exception as error:
+        return f"{task[0]}: {type(error).__name__}: {error}"
+
+
+def data_sets(folder: Path) -> list[str]:
+    """The npz files, as folder/name."""
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.npz"))
+
+
+def tuning_fits(seeds: Iterable[int]) -> Iterator[Fit]:
+    """Every rho for SAM and ImbSAM, and SGD for comparison, on 30 % of the training part."""
+    for seed, data, (detector, sampling) in itertools.product(seeds, TUNING_SETS, RECIPES):
+        yield Fit(data, detector, sampling, "sgd", 0.0, seed, 0.3)
+        for rho, method in itertools.product(RHOS, ("sam", "imbsam")):
+            yield Fit(data, detector, sampling, method, rho, seed, 0.3)
+
+
+def grid_fits(names: list[str], seeds: Iterable[int], rhos: dict[tuple[str, str, str], float]) -> Iterator[Fit]:
+    """Whole seeds first, so that a stop halfway leaves a table."""
+    for seed, data, (detector, sampling), method in itertools.product(seeds, names, RECIPES, METHODS):
+        yield Fit(data, detector, sampling, method, rhos.get((detector, sampling, method), 0.0), seed)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The fits that are there; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row.get(name) for name in (*COLUMNS, *RESULTS))]
+
+
+def run_missing(fits: list[Fit], path: Path, folder: Path, workers: int, steps: int | None = None) -> None:
+    """Run the fits that `path` lacks, appending a row for each as soon as it is done."""
+    rows = read(path)
+    done = {tuple(row[name] for name in COLUMNS) for row in rows}
+    missing = [fit for fit in fits if fit.key() not in done]
+    print(f"{path}: {len(fits) - len(missing)} of {len(fits)} fits are there", file=sys.stderr)
+    if not missing:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:  # without a line cut short
+        writer = csv.DictWriter(file, (*COLUMNS, *RESULTS))
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+    failed = 0
+    tasks = [(fit, folder, steps) for fit in missing]
+    started = time.monotonic()
+    with (
+        path.open("a", newline="") as file,
+        multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool,
+    ):
+        writer = csv.DictWriter(file, (*COLUMNS, *RESULTS))
+        for n, result in enumerate(pool.imap_unordered(work, tasks), start=1):
+            if isinstance(result, str):
+                failed += 1
+                print(f"failed: {result}", file=sys.stderr)
+            else:
+                writer.writerow(result)
+                file.flush()
+            if n % 25 == 0 or n == len(tasks):
+                left = (time.monotonic() - started) / n * (len(tasks) - n)
+                print(f"{n} of {len(tasks)} fits, {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
+    if failed:
+        print(f"{failed} fits failed; start again to repeat them", file=sys.stderr)
+
+
+def best_rhos(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], float]:
+    """For each detector, sampling and method the rho of the best mean average precision on the validation parts.
+
+    Only (data set, seed) pairs that have every rho count, so that a tuning cut short compares like with like.
+    """
+    found: dict[tuple[str, str, str], dict[tuple[str, str], dict[float, float]]] = {}
+    for row in rows:
+        if row["method"] != "sgd":
+            cell = found.setdefault((row["detector"], row["sampling"], row["method"]), {})
+            cell.setdefault((row["data"], row["seed"]), {})[float(row["rho"])] = float(row["average_precision"])
+    best = {}
+    for key, cells in found.items():
+        whole = [cell for cell in cells.values() if set(cell) >= set(RHOS)]
+        if whole:
+            best[key] = max(RHOS, key=lambda rho: mean(cell[rho] for cell in whole))
+    return best
+
+
+def tuning_table(rows: list[dict[str, str]]) -> str:
+    """Mean average precision on the validation parts for every rho."""
+    best = best_rhos(rows)
+    lines = [
+        "| detector | sampling | method | " + " | ".join(f"rho {rho}" for rho in RHOS) + " | SGD |",
+        "| --- " * (len(RHOS) + 4) + "|",
+    ]
+    for detector, sampling, method in best:
+        cells = []
+        for rho in (*RHOS, 0.0):
+            values = [
+                100 * float(row["average_precision"])
+                for row in rows
+                if (row["detector"], row["sampling"], float(row["rho"])) == (detector, sampling, rho)
+                and row["method"] == (method if rho else "sgd")
+            ]
+            text = f"{mean(values):.1f}" if values else ""
+            cells.append(f"**{text}**" if rho == best[detector, sampling, method] else text)
+        lines.append(f"| {detector} | {sampling} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The results in Markdown: overall, wins and losses, cost, then each data set."""
+    variants = list(RECIPES)
+    values: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        cell = values.setdefault((row["detector"], row["sampling"], row["method"]), {})
+        cell[row["data"], row["seed"]] = row
+    parts: list[str] = []
+    for metric, title in (("average_precision", "Average precision"), ("auroc", "AUROC")):
+        lines = [
+            f"### {title} in %, mean over data sets",
+            "",
+            "| detector | sampling | data sets x seeds | rho SAM / ImbSAM | SGD | SAM | ImbSAM "
+            "| ImbSAM against SGD: wins / losses / ties, p | against SAM: wins / losses / ties, p |",
+            "| --- " * 9 + "|",
+        ]
+        for detector, sampling in variants:
+            cells = [values.get((detector, sampling, method), {}) for method in METHODS]
+            # a stop halfway leaves fits of some methods only: compare what all three have
+            common = sorted(set.intersection(*(set(cell) for cell in cells)))
+            if not common:
+                continue
+            means = [_by_data_set(cell, common, metric) for cell in cells]
+            rho = [next(iter(cell.values()))["rho"] for cell in cells[1:]]
+            seeds = len({seed for _, seed in common})
+            lines.append(
+                f"| {detector} | {sampling} | {len(means[0])} x {seeds} | {rho[0]} / {rho[1]} | "
+                + " | ".join(f"{mean(m.values()):.1f}" for m in means)
+                + f" | {_compare(means[2], means[0])} | {_compare(means[2], means[1])} |"
+            )
+        parts.append("\n".join(lines))
+    parts.append(_cost(values, variants))
+    for metric, title in (("average_precision", "Average precision"), ("auroc", "AUROC")):
+        parts.append(_each_data_set(values, variants, metric, title))
+    return "\n\n".join(parts)
+
+
+def _by_data_set(
+    cell: dict[tuple[str, str], dict[str, str]], common: list[tuple[str, str]], metric: str
+) -> dict[str, float]:
+    """Mean over seeds, in %."""
+    return {
+        data: mean(100 * float(cell[d, seed][metric]) for d, seed in common if d == data)
+        for data in dict.fromkeys(d for d, _ in common)
+    }
+
+
+def _compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    """Wins, losses and ties (less than 0.05 points apart) over data sets, and the Wilcoxon signed-rank test's p."""
+    from scipy.stats import wilcoxon
+
+    differences = [ours[data] - theirs[data] for data in ours]
+    wins, losses = sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences)
+    p = wilcoxon(differences).pvalue if any(differences) else 1.0
+    return f"{wins} / {losses} / {len(differences) - wins - losses}, {p:.3f}"
+
+
+def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
+    """Median seconds of a training, and the methods' ratio to SGD on the same data sets and seeds."""
+    lines = [
+        "### CPU seconds of a training, median (in brackets: of SGD's on the same data and seed, median ratio)",
+        "",
+        "| detector | sampling | steps | SGD | SAM | ImbSAM |",
+        "| --- " * 6 + "|",
+    ]
+    for detector, sampling in variants:
+        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
+        common = sorted(set.intersection(*(set(cell) for cell in cells)))
+        if not common:
+            continue
+        seconds = [[float(cell[key]["seconds"]) for key in common] for cell in cells]
+        ratios = [median(s / sgd for s, sgd in zip(each, seconds[0], strict=True)) for each in seconds]
+        texts = [f"{median(each):.2f} ({ratio:.2f})" for each, ratio in zip(seconds, ratios, strict=True)]
+        lines.append(f"| {detector} | {sampling} | {cells[0][common[0]]['steps']} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _each_data_set(values: dict[Any, Any], variants: list[tuple[str, str]], metric: str, title: str) -> str:
+    names = sorted({data for cell in values.values() for data, _ in cell})
+    lines = [
+        f"### {title} in %, SGD / SAM / ImbSAM on each data set",
+        "",
+        "| data set | " + " | ".join(f"{detector}, {sampling}" for detector, sampling in variants) + " |",
+        "| --- " * (len(variants) + 1) + "|",
+    ]
+    for data in names:
+        cells = []
+        for detector, sampling in variants:
+            three = [values.get((detector, sampling, method), {}) for method in METHODS]
+            seeds = set.intersection(*({seed for d, seed in cell if d == data} for cell in three))
+            cells.append(
+                " / ".join(f"{mean(100 * float(cell[data, s][metric]) for s in seeds):.1f}" for cell in three)
+                if seeds
+                else ""
+            )
+        lines.append(f"| {data} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="ADBench's npz files")
+    parser.add_argument("--tune", action="store_true", help="choose rho on validation parts")
+    parser.add_argument("--table", action="store_true", help="only print the table of the fits that are there")
+    parser.add_argument("--out", type=Path, default=Path("results/anomaly"), help="folder of tuning.csv and fits.csv")
+    parser.add_argument("--seeds", type=int, default=None, help="number of seeds from 0 (default: 5, tuning: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--only", default="", help="data sets whose name holds this, for a short look")
+    parser.add_argument("--steps", type=int, default=None, help="fewer steps, for a short look")
+    settings = parser.parse_args(arguments)
+    names = [name for name in data_sets(settings.folder) if settings.only in name]
+    if not names and not settings.table:
+        raise SystemExit(f"anomaly_table: no npz file in {settings.folder} whose name holds {settings.only!r}")
+    tuning, fits = settings.out / "tuning.csv", settings.out / "fits.csv"
+    if settings.tune:
+        if missing := set(TUNING_SETS) - set(names):
+            raise SystemExit(
+                f"anomaly_table: {settings.folder} lacks what rho is tuned on: {', '.join(sorted(missing))}"
+            )
+        todo = list(tuning_fits(range(2 if settings.seeds is None else settings.seeds)))
+        run_missing(todo, tuning, settings.folder, settings.workers, settings.steps)
+        print(tuning_table(read(tuning)))
+        return
+    if not settings.table:
+        rhos = best_rhos(read(tuning))
+        wanted = {(*variant, method) for variant in RECIPES for method in ("sam", "imbsam")}
+        if wanted - set(rhos):
+            raise SystemExit(f"anomaly_table: {tuning} has no rho for {sorted(wanted - set(rhos))}: run --tune first")
+        todo = list(grid_fits(names, range(5 if settings.seeds is None else settings.seeds), rhos))
+        run_missing(todo, fits, settings.folder, settings.workers, settings.steps)
+    print(table(read(fits)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""AnomalyDetector through the command line, and the gradient that it trains with."""
+
+import csv
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from imbsam import SettingError
+from lightning_modules.anomaly import AnomalyDetector
+from lightning_modules.cli import main
+from lightning_modules.detectors import DETECTORS
+
+SHORT = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.batches_per_epoch=3"]
+SHORT += ["--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def imbsam(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["imbsam", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", ["deep_sad", "prenet"])
+def test_fit_test_predict(name, imbsam, tmp_path):
+    """Both carry something from the training rows: a centre, references."""
+    config = ["--config", f"configs/anomaly/{name}_imbsam.yaml", *SHORT]
+    code, out, _ = imbsam("fit", *config)
+    assert code == 0
+    for text in ("AUROC", "average", "F1", name, "imbsam", "checkpoint: logs/anomaly/"):
+        assert text in out
+    run = tmp_path / f"logs/anomaly/{name}_imbsam/version_0"
+    logged = next(row for row in rows(run / "metrics.csv") if row.get("test/auroc"))
+    last = run / "checkpoints/last.ckpt"
+
+    code, out, _ = imbsam("test", *config, "--ckpt_path", last)
+    assert code == 0
+    assert f"{100 * float(logged['test/auroc']):.1f}" in out
+    assert f"{100 * float(logged['test/f1']):.1f}" in out, "the threshold comes from the checkpoint"
+
+    code, out, _ = imbsam("predict", *config, "--ckpt_path", last, "--predictions.path", "scores.csv")
+    assert code == 0
+    found = rows("scores.csv")
+    assert len(found) == 1797
+    assert set(found[0]) == {"row", "score", "alarm"}
+    alarms = [float(row["score"]) for row in found if row["alarm"] == "1"]
+    rest = [float(row["score"]) for row in found if row["alarm"] == "0"]
+    assert alarms
+    assert not rest or min(alarms) >= max(rest)
+
+
+def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
+    config = ["--config", "configs/anomaly/devnet_sgd.yaml", *SHORT, "--data.val_share=0"]
+    code, out, _ = imbsam("fit", *config)
+    assert code == 0
+    assert "F1" not in out
+    last = tmp_path / "logs/anomaly/devnet_sgd/version_0/checkpoints/last.ckpt"
+    assert imbsam("predict", *config, "--ckpt_path", last, "--predictions.path", "scores.csv")[0] == 0
+    assert set(rows("scores.csv")[0]) == {"row", "score"}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        ("devnet_sgd", ["--data.sampling=pairs"], "data.sampling is pairs, which DevNet cannot use"),
+        ("prenet_sgd", ["--data.sampling=natural"], "set it to pairs or natural_pairs"),
+        ("devnet_sgd", ["--model.detector=devnett"], "did you mean devnet"),
+        ("devnet_sgd", ["--model.budget=2.5"], "budget is 2.5"),
+        ("devnet_sgd", ["--model.start_epoch=-1"], "start_epoch is -1"),
+    ],
+)
+def test_wrong_setting_is_one_line(config, settings, message, imbsam):
+    code, _, err = imbsam("fit", "--config", f"configs/anomaly/{config}.yaml", *SHORT, *settings)
+    assert code == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("imbsam: error")]) == 1
+
+
+def attached(name, method, rho, **settings):
+    """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
+    torch.manual_seed(0)
+    x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
+    module = AnomalyDetector(name, method=method, rho=rho, **settings)
+    module.class_counts, module.input_shape = labels.bincount(), (5,)
+    module.configure_model()
+    module.detector.prepare(x.float(), labels)
+    module.double()
+    module._trainer = SimpleNamespace(strategy=None, world_size=1)
+    engine = module.engine(module.detector, module.class_counts, [1], **module.engine_settings)
+    return module, engine, x, labels
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("tail_weight", [1.0, 2.0])
+def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
+    """1/B * sum_i a_i [(1 - c_i) l_i(w) + c_i l_i(w + e)], c_i = 1 for anomalies and for pairs with one in them."""
+    module, engine, x, labels = attached(name, "imbsam", 0.3, tail_weight=tail_weight)
+    chosen = torch.randint(60, (24, 2)) if module.detector.uses_pairs else torch.randint(60, (24,))
+    flat = chosen.reshape(24, -1)
+    flat[:3, 0], flat[3:6, -1] = torch.arange(3), torch.arange(3, 6)
+    batch = x[chosen], labels[chosen]
+    sharp = (labels[flat].sum(dim=1) > 0).double()
+    assert 0 < sharp.sum() < 24
+
+    module.sam, module._loss = engine, torch.zeros(())
+    monkeypatch.setattr(module, "step_optimizer", lambda: None)
+    monkeypatch.setattr(module, "manual_backward", lambda loss, **kwargs: loss.backward(**kwargs))
+    module.training_step(batch, 0)
+    found = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in module.detector.parameters()]
+
+    params = list(module.detector.parameters())
+    weight = 1 + (tail_weight - 1) * sharp
+
+    def gradient(factor):
+        loss = (factor * weight * module.detector.losses(*batch)).sum() / 24
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+
+    head, climb = gradient(1 - sharp), gradient(sharp)
+    length = sum(g.square().sum() for g in climb).sqrt()
+    with torch.no_grad():
+        for p, g in zip(params, climb, strict=True):
+            p += 0.3 * g / length
+    expected = [a + b for a, b in zip(head, gradient(sharp), strict=True)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_own_detector_and_wrong_shape():
+    class Norm(DETECTORS["devnet"]):
+        """The user's own."""
+
+    module, *_ = attached(Norm, "sgd", 0.0)
+    assert isinstance(module.detector, Norm)
+    checkpoint = {"input_shape": (7,), "class_counts": torch.tensor([9, 1])}
+    with pytest.raises(SettingError, match="shape \\(7,\\)"):
+        module.on_load_checkpoint(checkpoint)

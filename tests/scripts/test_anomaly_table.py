@@ -1,0 +1,128 @@
+"""The anomaly table: a short grid on two small data sets, resumed, and the table of it."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "anomaly_table.py"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("anomaly_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "anomaly_table", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def adbench(tmp_path):
+    """Two tables in ADBench's format."""
+    random = np.random.default_rng(0)
+    for name, d in (("Classical/1_small", 3), ("NLP_by_BERT/other_0", 5)):
+        path = tmp_path / f"adbench/{name}.npz"
+        path.parent.mkdir(parents=True)
+        y = (np.arange(300) < 60).astype(int)
+        np.savez(path, X=random.normal(size=(300, d)) + y[:, None], y=y)
+    return tmp_path / "adbench"
+
+
+def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0):
+    values = dict(zip(script.COLUMNS, (data, detector, sampling, method, rho, seed), strict=True))
+    return {name: str(value) for name, value in values.items()} | {
+        "auroc": str(ap),
+        "average_precision": str(ap),
+        "train_loss": "1",
+        "seconds": str(seconds),
+        "steps": "5",
+    }
+
+
+def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monkeypatch):
+    """The fits run in this process here; `run_missing` starts others."""
+    ran = []
+
+    class InThisProcess:
+        def __init__(self, workers, initializer):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def imap_unordered(self, work, tasks):
+            for task in tasks:
+                ran.append(task[0])
+                yield work(task)
+
+    monkeypatch.setattr(
+        script.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": InThisProcess})
+    )
+    fits = [
+        script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0),
+        script.Fit("NLP_by_BERT/other_0", "prenet", "natural", "imbsam", 0.1, 0),
+    ]
+    path = tmp_path / "fits.csv"
+    script.run_missing(fits, path, adbench, workers=1, steps=3)
+    assert ran == fits
+    rows = script.read(path)
+    assert {tuple(r[c] for c in script.COLUMNS) for r in rows} == {fit.key() for fit in fits}
+    assert all(0 <= float(r["auroc"]) <= 1 and float(r["seconds"]) > 0 for r in rows)
+
+    # a crash in mid-line: that fit, and only that, is run again
+    path.write_text(path.read_text()[:-20])
+    script.run_missing(fits, path, adbench, workers=1, steps=3)
+    assert ran == [*fits, fits[1]]
+    assert len(script.read(path)) == 2
+    assert len(list(csv.reader(path.open()))) == 3
+
+    # validation parts for tuning
+    assert float(script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 0.3), adbench, 2)["auroc"])
+
+
+def test_grid_is_seed_major_and_whole(script):
+    fits = list(script.grid_fits(["a", "b"], range(2), {}))
+    assert len(fits) == len({fit.key() for fit in fits}) == 2 * 2 * len(script.RECIPES) * 3
+    assert [fit.seed for fit in fits] == sorted(fit.seed for fit in fits)
+
+
+def test_best_rho_compares_like_with_like(script):
+    """A data set that lacks a rho does not count, however good it is at the others."""
+    score = dict.fromkeys(script.RHOS, 0.2) | {0.5: 0.4}
+    rows = [row(script, "a", "devnet", "own", "imbsam", 0, ap, rho) for rho, ap in score.items()]
+    rows += [row(script, "b", "devnet", "own", "imbsam", 0, 0.99, 0.05)]
+    rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.9)]
+    assert script.best_rhos(rows) == {("devnet", "own", "imbsam"): 0.5}
+    assert "**40.0**" in script.tuning_table(rows)
+
+
+def test_table(script):
+    values = {"a": (0.5, 0.6, 0.8), "b": (0.5, 0.4, 0.4), "c": (0.5, 0.5, 0.5)}
+    rows = [
+        row(script, data, "devnet", "own", method, seed, ap, seconds=1 + n)
+        for data, three in values.items()
+        for n, (method, ap) in enumerate(zip(script.METHODS, three, strict=True))
+        for seed in (0, 1)
+    ]
+    rows.append(row(script, "a", "devnet", "own", "sgd", 2, 0.0))  # a seed that the other methods lack
+    text = script.table(rows)
+    assert "| devnet | own | 3 x 2 | 0.0 / 0.0 | 50.0 | 50.0 | 56.7 | 1 / 1 / 1, " in text
+    assert "| devnet | own | 5 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
+    assert "| a | 50.0 / 60.0 / 80.0 |" in text
+
+
+def test_command_line_says_what_is_missing(script, adbench, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="run --tune first"):
+        script.main([str(adbench), *out])
+    with pytest.raises(SystemExit, match="lacks what rho is tuned on: CV_by_ResNet18/CIFAR10_0"):
+        script.main([str(adbench), *out, "--tune"])
+    with pytest.raises(SystemExit, match="no npz file"):
+        script.main([str(tmp_path / "none"), *out])
