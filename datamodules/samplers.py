@@ -69,9 +69,7 @@ class TrainSampler(DistributedSampler[Key]):
     first_batch: int
     """Batch at which the next iteration starts; 0 again afterwards."""
 
-    def __init__(
-        self, dataset: Any, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
-    ) -> None:
+    def __init__(self, dataset: Any, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
         self.batch_size = batch_size
         self.first_batch = 0

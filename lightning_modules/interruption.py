@@ -50,8 +50,8 @@ class ResumableCheckpoint(ModelCheckpoint):
     To go on bit-identically the data must come from :func:`datamodules.samplers.train_loader`.
 
     Args:
-        every_seconds: Least time between two writings of ``last.ckpt``, and so about the most work that a kill costs. For
-            a model whose checkpoint takes long to write it is lengthened to 20 times that. 0 is every batch.
+        every_seconds: Least time between two writings of ``last.ckpt``, and so about the most work that a kill costs.
+            For a model whose checkpoint takes long to write it is lengthened to 20 times that. 0 is every batch.
         every_n_steps: Write ``last.ckpt`` after every so many optimizer steps too.
         save_last: Keep ``last.ckpt``.
         save_top_k: How many of the best checkpoints to keep, by `monitor`. They are for testing; to go on use the last.

@@ -103,7 +103,9 @@ def test_an_image_depends_on_its_seed_alone():
     state = torch.get_rng_state()
     whole = transform((images, labels), seeds=drawn)[0]
     assert torch.equal(torch.get_rng_state(), state)
-    parts = [transform((images[rows], labels[rows]), seeds=drawn[rows])[0] for rows in (slice(0, 32, 2), slice(1, 32, 2))]
+    parts = [
+        transform((images[rows], labels[rows]), seeds=drawn[rows])[0] for rows in (slice(0, 32, 2), slice(1, 32, 2))
+    ]
     assert torch.equal(whole, torch.stack(parts, dim=1).flatten(0, 1))
     assert not torch.equal(whole, transform((images, labels), seeds=drawn + 1)[0])
 

@@ -1,7 +1,8 @@
 """Runs `imbsam` in forked processes, so that a test pays for the imports once; kills them where it is told to.
 
-Reads one request a line from stdin, JSON: `cwd`, `args`, `processes`, `kill` (see `arm`), `signal` (a name). Answers with
-one line: exit code, stdout and stderr of every process. The code to be killed knows nothing of this file.
+Reads one request a line from stdin, JSON: `cwd`, `args`, `processes`, `kill` (see `arm`), `signal` (its name, and the
+batch at which it comes). Answers with one line: exit code, stdout and stderr of every process. The code to be killed
+knows nothing of this file.
 """
 
 import json
@@ -29,7 +30,7 @@ def die() -> None:
 
 
 def after_calls(owner: Any, name: str, number: int, act: Any) -> None:
-    """Let `act` take the place of the call `number` (from 1) of `owner.name`; it gets the original and its arguments."""
+    """Let `act` take the place of call `number` (from 1) of `owner.name`; it gets the original and its arguments."""
     original, calls = getattr(owner, name), 0
 
     def patched(*args: Any, **kwargs: Any) -> Any:

@@ -91,9 +91,17 @@ def test_tail_weight_is_for_every_method(tmp_path):
 def test_logs(tmp_path):
     model, run = fit(tmp_path, data=DigitsLTDataModule(val_share=0.3), optimizer=sgd)
     logged = run.callback_metrics
-    assert {"train/loss_step", "train/loss_epoch", "train/tail_rows", "lr", "val/loss", "val/many", "val/medium", "val/few", "val/all"} <= set(
-        logged
-    )
+    assert {
+        "train/loss_step",
+        "train/loss_epoch",
+        "train/tail_rows",
+        "lr",
+        "val/loss",
+        "val/many",
+        "val/medium",
+        "val/few",
+        "val/all",
+    } <= set(logged)
     assert logged["lr"] == pytest.approx(0.1)
     run.test(model, datamodule=run.datamodule, verbose=False)
     assert {"test/loss", "test/many", "test/medium", "test/few", "test/all"} <= set(run.callback_metrics)

@@ -34,7 +34,11 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
     for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        settings = [f"--trainer.devices={processes}", f"--data.batch_size={32 // processes}", "--trainer.precision=64-true"]
+        settings = [
+            f"--trainer.devices={processes}",
+            f"--data.batch_size={32 // processes}",
+            "--trainer.precision=64-true",
+        ]
         settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone_args={width: 8}"]
         answer = run_imbsam(folder, *ARGS, *settings, processes=processes)
         assert answer["codes"] == [0] * processes, answer["err"]

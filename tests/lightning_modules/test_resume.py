@@ -174,12 +174,12 @@ def test_with_workers_and_a_second_interruption(tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_after_the_batch_and_stops(tmp_path, monkeypatch, name):
     """Under SLURM's environment too, where Lightning would save inside the handler."""
-    slurm = {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}
+    slurm = {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0}
     for variable, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{variable}", str(value))
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     stop = Stop(1, 1, lambda: os.kill(os.getpid(), signal.Signals[name]))
-    with pytest.raises(Interrupted, match=f"^interrupted by {name} after epoch 1, batch 2; go on with --ckpt_path last$"):
+    with pytest.raises(Interrupted, match=f"^interrupted by {name} after epoch 1, batch 2; go on with"):
         fit(tmp_path / "stopped", callbacks=(stop,), every_seconds=1e9)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert not list(tmp_path.rglob("hpc_ckpt*"))
@@ -212,10 +212,10 @@ def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path
     damaged[len(whole) // 2] ^= 1
     for content, reason in ((whole[:-10], "cut off"), (whole[:100], "cut off"), (b"", "cut off"), (damaged, "damaged")):
         last.write_bytes(content)
-        with pytest.raises(SettingError, match=f"{LAST}: it is {reason}.*; the previous one is whole: --ckpt_path .*{PREVIOUS}$"):
+        with pytest.raises(SettingError, match=rf"{LAST}: it is {reason}.*; the previous one is whole: .*{PREVIOUS}$"):
             check_checkpoint(last)
     previous.write_bytes(b"")
-    with pytest.raises(SettingError, match="start anew without --ckpt_path$"):
+    with pytest.raises(SettingError, match=r"start anew without --ckpt_path$"):
         check_checkpoint(last)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
 
