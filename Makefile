@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow lint bench
+.PHONY: install run test test-slow test-kill lint bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,10 @@ test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q
 
 test-slow: install  ## torch.compile
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/test_kill.py
+
+test-kill: install  ## 20 runs killed and resumed; ends with their table
+	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/test_kill.py
 
 lint: install
 	$(BIN)/ruff check .

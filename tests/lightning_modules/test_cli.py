@@ -78,6 +78,35 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     assert (code, "data.val_share is 0" in err) == (2, True)
 
 
+def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
+    run = tmp_path / "logs/digits_lt/imbsam/version_0"
+    last = run / "checkpoints/last.ckpt"
+    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--trainer.log_every_n_steps=5")
+    assert (code, "no run in logs/digits_lt/imbsam has a checkpoint yet: starting anew" in out) == (0, True)
+    log, config = (run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()
+
+    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--trainer.log_every_n_steps=5")
+    assert code == 0
+    assert "the run is finished: 1 epochs" in out
+    assert "test accuracy" in out
+    assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
+    code, out, _ = imbsam("test", *SHORT, "--ckpt_path=last")
+    assert (code, str(last.relative_to(tmp_path)) in out) == (0, True)
+
+    more = ["--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"]  # the longer run, by its path
+    code, out, _ = imbsam("fit", *SHORT, *more, "--ckpt_path", last)
+    assert (code, "going on at epoch 1, batch 0" in out) == (0, True)
+    assert (run / "checkpoints/previous.ckpt").exists()
+    assert [path.name for path in run.parent.iterdir() if (path / "checkpoints").exists()] == ["version_0"]
+
+    last.write_bytes(last.read_bytes()[:-100])
+    for args in (["--ckpt_path=last"], ["--ckpt_path", last]):
+        code, _, err = imbsam("fit", *SHORT, *args)
+        assert code == 2
+        assert "last.ckpt: it is cut off" in err.splitlines()[-1]
+        assert err.splitlines()[-1].endswith("logs/digits_lt/imbsam/version_0/checkpoints/previous.ckpt")
+
+
 def test_loads_without_the_command_line(imbsam, tmp_path):
     from lightning_modules import LongTailedClassifier
 
@@ -137,6 +166,12 @@ def test_wandb_overlay_offline_with_the_real_client(imbsam, tmp_path, monkeypatc
         (["--trainer.enable_checkpointing=false"], "set checkpoint.save_last to false"),
         (["--trainer.gradient_clip_val=1"], "set model.gradient_clip_val"),
         (["--ckpt_path=nope.ckpt"], "ckpt_path is nope.ckpt"),
+        (
+            ["--ckpt_path=last", "--trainer.logger=false"],
+            "ckpt_path is last: runs are looked up",
+        ),
+        (["--checkpoint.every_seconds=-1"], "checkpoint.every_seconds is -1.0"),
+        (["--checkpoint.every_n_steps=0"], "checkpoint.every_n_steps is 0"),
         (["--model.optimizer.init_args.lr=-1"], "Invalid learning rate"),
     ],
 )

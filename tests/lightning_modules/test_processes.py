@@ -1,0 +1,75 @@
+"""The command on several processes: the same weights on 1, 2 or 4, no repeats in evaluation, and interruption."""
+
+import csv
+
+import pytest
+import torch
+
+ARGS = [
+    "fit",
+    "--config=configs/digits_lt/imbsam.yaml",
+    "--trainer.accelerator=cpu",
+    "--trainer.strategy=ddp",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.lr_scheduler.init_args.T_max=2",
+    "--data.val_share=0.2",
+    "--checkpoint.every_seconds=0",
+    "--ckpt_path=last",
+]
+
+
+def last(folder):
+    run = folder / "logs/digits_lt/imbsam/version_0"
+    with (run / "metrics.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True), log
+
+
+def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam, tmp_path):
+    """Batches of 32, 2 * 16 and 4 * 8 rows; the 540 test images in batches of unequal number on the ranks."""
+    found = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = [
+            f"--trainer.devices={processes}",
+            f"--data.batch_size={32 // processes}",
+            "--trainer.precision=64-true",
+        ]
+        settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone_args={width: 8}"]
+        answer = run_imbsam(folder, *ARGS, *settings, processes=processes)
+        assert answer["codes"] == [0] * processes, answer["err"]
+        found.append(last(folder))
+    for checkpoint, log in found[1:]:
+        for name, value in found[0][0]["state_dict"].items():
+            torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=0, atol=1e-10)
+        for name in ("test/loss", "test/all", "test/few", "train/loss_epoch"):
+            values = [[float(row[name]) for row in rows if row[name]] for rows in (log, found[0][1])]
+            assert values[0] == pytest.approx(values[1], rel=1e-6), name
+
+
+def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
+    """SIGTERM to rank 1 alone; BatchNorm, dropout, and 67 validation images in 2 batches on rank 0 and 1 on rank 1."""
+    settings = ["--trainer.devices=2", "--data.batch_size=16", "--data.eval_batch_size=33"]
+    settings += ["--model.backbone_args={width: 8, norm: batch, dropout: 0.2}"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2)
+    assert answer["codes"] == [0, 0], answer["err"]
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, signal=["SIGTERM", 5])
+    assert answer["codes"] == [0, 0], answer["err"]
+    assert "imbsam: interrupted by SIGTERM after epoch 0, batch 6; go on with --ckpt_path last" in answer["out"][0]
+    assert "test accuracy" not in answer["out"][0]
+    assert "imbsam:" not in answer["out"][1]
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2)
+    assert answer["codes"] == [0, 0], answer["err"]
+    assert "imbsam: going on at epoch 0, batch 6" in answer["out"][0]
+    (found, log), (wanted, wanted_log) = last(tmp_path / "stopped"), last(tmp_path / "whole")
+    for name, value in wanted["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+    for index, state in wanted["optimizer_states"][0]["state"].items():
+        assert torch.equal(found["optimizer_states"][0]["state"][index]["momentum_buffer"], state["momentum_buffer"])
+    assert log == wanted_log
