@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.sample_seeds import random_integers
+
 
 class BatchTransform:
     """Turns a batch of pixels into the network's input; made to be a loader's ``collate_fn``.
 
-    In order: random crop, random flip, conversion to float32, ``(pixel - mean) / std``. The random numbers
-    come from torch's default generator: the main process's, or the one the loader seeds in each worker.
+    In order: random crop, random flip, conversion to float32, ``(pixel - mean) / std``. What is random about an
+    image depends on its seed alone, not on the rest of the batch.
 
     Args:
         mean: Mean of each channel, in units of the pixels (0 to 255 for most images).
@@ -26,24 +28,28 @@ class BatchTransform:
         self.crop_padding = crop_padding
         self.flip = flip
 
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the images and hand the labels through.
 
         Args:
             batch: Pixels, uint8 (B, C, H, W), and labels, int64 (B,).
+            seeds: One seed for each image, int64 (B,), as the training loader has them. Without them crop and flip draw
+                seeds from torch's default generator.
 
         Returns:
             Images, float32 (B, C, H, W), and the same labels.
         """
         images, labels = batch
+        if seeds is None and (self.crop_padding or self.flip):
+            seeds = torch.randint(2**63 - 1, (len(images),))
         if self.crop_padding:
-            images = random_crop(images, self.crop_padding)
+            images = random_crop(images, self.crop_padding, seeds)
         if self.flip:
-            images = random_flip(images)
+            images = random_flip(images, seeds)
         return images.float().sub_(self.mean).div_(self.std), labels
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
+def random_crop(images: Tensor, padding: int, seeds: Tensor) -> Tensor:
     """Shift each image by up to ``padding`` pixels along either axis, every shift equally likely.
 
     That is a random crop of the images' own size from the images padded with zeros. Padded before
@@ -52,24 +58,26 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     Args:
         images: Pixels of any dtype (B, C, H, W).
         padding: Largest shift in pixels, at least 0.
+        seeds: One seed for each image, int64 (B,).
 
     Returns:
         The shifted images, of the same dtype and shape.
     """
     size, _, height, width = images.shape
     windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    down, right = torch.randint(2 * padding + 1, (2, size), device=images.device)
+    down, right = (random_integers(seeds, 2 * padding + 1, draw) for draw in (0, 1))
     return windows[torch.arange(size, device=images.device), :, down, right]
 
 
-def random_flip(images: Tensor) -> Tensor:
+def random_flip(images: Tensor, seeds: Tensor) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
     Args:
         images: Pixels of any dtype (B, C, H, W).
+        seeds: One seed for each image, int64 (B,).
 
     Returns:
         The images, of the same dtype and shape.
     """
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    mirrored = (random_integers(seeds, 2, draw=2) == 1).view(-1, 1, 1, 1)
     return torch.where(mirrored, images.flip(3), images)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from datamodules.long_tail import (
     Profile,
@@ -17,6 +17,7 @@ from datamodules.long_tail import (
     subsample,
     validation_mask,
 )
+from datamodules.samplers import EvalLoader, TrainLoader, eval_loader, ranks, train_loader
 from imbsam.errors import SettingError
 
 
@@ -31,7 +32,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
             ``setup``, whatever its stage.
         class_names: The C names of the classes; known after ``setup``.
         shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
-        train_collate: ``collate_fn`` of the training loader, None for PyTorch's own.
+        train_collate: ``collate_fn`` of the training loader, None for PyTorch's own. One with an argument ``seeds``
+            gets a seed for each sample, int64 (B,), that depends on (seed, epoch, sample) alone.
         eval_collate: ``collate_fn`` of the other loaders, None for PyTorch's own.
 
     Args:
@@ -127,37 +129,33 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self._train = Subset(train, kept[~held_out].tolist())
         self.class_counts = torch.bincount(labels[kept[~held_out]], minlength=num_classes)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The shuffled training batches; the last one may be smaller."""
-        return self._loader(self._train, self.batch_size, self.train_collate, shuffle=True)
+    def train_dataloader(self) -> TrainLoader:
+        """The shuffled training batches; the last one may be smaller.
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        Order and augmentation depend on the seed of ``seed_everything`` and the epoch alone.
+        """
+        return train_loader(
+            self._loaded(self._train), self.batch_size, self.train_collate, self.num_workers, **ranks(self.trainer)
+        )
+
+    def val_dataloader(self) -> EvalLoader | list[Any]:
         """The validation batches, or an empty list where ``val_share`` is 0."""
-        return self._loader(self._val, self.eval_batch_size, self.eval_collate) if self.val_share else []
+        return self._eval_loader(self._val) if self.val_share else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> EvalLoader:
         """The test batches, in order."""
-        return self._loader(self._test, self.eval_batch_size, self.eval_collate)
+        return self._eval_loader(self._test)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> EvalLoader:
         """The test batches again."""
         return self.test_dataloader()
 
-    def _loader(
-        self,
-        dataset: Dataset[Any] | None,
-        batch_size: int,
-        collate_fn: Callable[[Any], Any] | None,
-        shuffle: bool = False,
-    ) -> DataLoader[Any]:
+    def _eval_loader(self, dataset: Dataset[Any] | None) -> EvalLoader:
+        return eval_loader(
+            self._loaded(dataset), self.eval_batch_size, self.eval_collate, self.num_workers, **ranks(self.trainer)
+        )
+
+    def _loaded(self, dataset: Dataset[Any] | None) -> Dataset[Any]:
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first.")
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return dataset

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
 from imbsam.class_groups import tail_mask
@@ -22,8 +23,9 @@ class LongTailedClassifier(LightningModule):
     """Classification with rare classes, by manual optimization: the engine takes the place of ``loss.backward()``.
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
-    are ``(images, targets)``. Logs ``train/loss``, ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and
-    for validation and test the loss and the accuracies ``many``, ``medium``, ``few`` and ``all``.
+    are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
+    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
+    accuracies ``many``, ``medium``, ``few`` and ``all``.
 
     Args:
         backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, or a torchvision classifier's name.
@@ -93,6 +95,8 @@ class LongTailedClassifier(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
+        # Lightning's own means are not in its checkpoints; "disable", or each update would wait for a GPU
+        self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
@@ -138,6 +142,10 @@ class LongTailedClassifier(LightningModule):
         """Make the backward pass."""
         self.sam = self._engine()
 
+    def on_train_start(self) -> None:
+        """Start with the perturbation of this epoch: a run that goes on amid one does not start it."""
+        self._start_epoch()
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W)."""
         logits: Tensor = self.backbone(images)
@@ -145,8 +153,13 @@ class LongTailedClassifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Perturb from `start_epoch` on."""
-        self._micro_batches = []  # of an epoch that was interrupted
-        self.sam.rho = self._rho if self.current_epoch >= self.settings.start_epoch else 0.0
+        self._start_epoch()
+        self.train_loss.reset()
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch is waiting for others to make up a step: the moments at which a run can be interrupted."""
+        return not self._micro_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the targets, and keep them on the host: which rows are sharp is decided there, without a wait."""
@@ -172,7 +185,8 @@ class LongTailedClassifier(LightningModule):
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
         rows = sum(len(targets) for _, targets in micro_batches)
         tail_rows = sum(self._tail_rows(targets) for _, targets in micro_batches)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=rows)
+        self.train_loss.update(loss, rows)
+        self.log("train/loss_step", loss, prog_bar=True, batch_size=rows)
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
         optimizer.step()
         optimizer.zero_grad()
@@ -189,25 +203,26 @@ class LongTailedClassifier(LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Step the scheduler."""
+        """Log the mean loss and step the scheduler."""
+        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1)
         if self.settings.lr_interval == "epoch":
             self._step_scheduler()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        self._evaluate(batch, self.val_loss, self.val_accuracy)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the group accuracies."""
-        self._log_accuracy("val", self.val_accuracy)
+        """Log the loss and the group accuracies."""
+        self._log_metrics("val", self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        self._evaluate(batch, self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
-        """Log the group accuracies."""
-        self._log_accuracy("test", self.test_accuracy)
+        """Log the loss and the group accuracies."""
+        self._log_metrics("test", self.test_loss, self.test_accuracy)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
@@ -239,6 +254,10 @@ class LongTailedClassifier(LightningModule):
         self.val_accuracy, self.test_accuracy = (
             ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
         )
+
+    def _start_epoch(self) -> None:
+        self._micro_batches = []  # of an epoch that was interrupted
+        self.sam.rho = self._rho if self.current_epoch >= self.settings.start_epoch else 0.0
 
     @property
     def _rho(self) -> float:
@@ -278,7 +297,7 @@ class LongTailedClassifier(LightningModule):
         scheduler: Any = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau):
             metrics = self.trainer.callback_metrics
-            scheduler.step(metrics.get("val/loss", metrics["train/loss"]))
+            scheduler.step(metrics.get("val/loss", metrics["train/loss_epoch"]))
         elif scheduler is not None:
             scheduler.step()
 
@@ -298,12 +317,15 @@ class LongTailedClassifier(LightningModule):
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
             )
 
-    def _evaluate(self, batch: Any, stage: str, accuracy: ClassGroupAccuracy) -> None:
+    def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
         images, targets = batch
         logits = self(images)
-        self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(images), sync_dist=True)
+        loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
 
-    def _log_accuracy(self, stage: str, accuracy: ClassGroupAccuracy) -> None:
-        self.log_dict({f"{stage}/{group}": value for group, value in accuracy.compute().items()}, batch_size=1)
+    def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
+        """Sums over all samples of all ranks, however they are shared."""
+        metrics = {"loss": loss.compute(), **accuracy.compute()}
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1)
+        loss.reset()
         accuracy.reset()

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.interruption import Interrupted, ResumableCheckpoint
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -32,8 +34,7 @@ class ImbSAMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our checkpoint and predictions are configured like any other setting."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})  # one file, last.ckpt
+        parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
 
     def before_instantiate_classes(self) -> None:
@@ -55,11 +56,38 @@ class ImbSAMCLI(LightningCLI):
                 )
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        path = config.get("ckpt_path")
+        self._find_checkpoint()
+
+    def _find_checkpoint(self) -> None:
+        """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
+        config = self.config[self.subcommand]
+        path, logger = config.get("ckpt_path"), config.trainer.logger
         if path is None and self.subcommand != "fit":
             raise SettingError(f"ckpt_path is null: name the checkpoint to {self.subcommand} with --ckpt_path")
-        if path not in (None, "last", "best") and not Path(path).exists():
+        if path in (None, "best"):
+            return
+        a_csv_log = getattr(logger, "class_path", "").endswith("CSVLogger")
+        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
+        if path == "last":
+            if runs is None:
+                raise SettingError("ckpt_path is last: runs are looked up in the folder of a CSV log; name the file")
+            path = newest_checkpoint(runs)
+            if path is None and self.subcommand != "fit":
+                raise SettingError(f"ckpt_path is last: no run in {runs} has a checkpoint yet")
+            _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
+        elif not Path(path).exists():
             raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+        config.ckpt_path = path and str(path)
+        if path is None:
+            return
+        check_checkpoint(Path(path))
+        run = Path(path).parent.parent
+        if self.subcommand == "fit" and runs and run.parent.resolve() == runs.resolve():
+            version = run.name.removeprefix("version_")
+            logger.init_args.version = int(version) if version.isdigit() else run.name
+            if logger.class_path.endswith("ResumableCSVLogger"):
+                logger.init_args.resume = True
+            self.save_config_callback = None  # the run's config.yaml stays
 
     def before_validate(self) -> None:
         """Without a validation split there is nothing to do."""
@@ -67,13 +95,13 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:
-        """Test the last epoch's weights."""
+        """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 def main() -> None:
-    """Run the command line; a wrong setting is one line and exit code 2."""
+    """Run the command line; a wrong setting is one line and exit code 2, an interruption one line and 0."""
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -88,18 +116,28 @@ def main() -> None:
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
+                "logger": {
+                    "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
+                    "init_args": {"save_dir": "logs", "name": ""},
+                },
                 "callbacks": [AccuracyTable(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
             parser_kwargs={"exit_on_error": False},
         )
+    except Interrupted as interrupted:  # a wanted end: the next job goes on
+        _say(str(interrupted))
     except Exception as error:
         line = _one_line(error)
         if line is None:
             raise
         print(f"imbsam: error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(f"imbsam: {line}")
 
 
 def _one_line(error: BaseException | None) -> str | None:

@@ -1,8 +1,13 @@
-"""Where the tests find real data."""
+"""Where the tests find real data, and how they run the command in processes of its own."""
 
+import json
 import os
 import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,3 +43,30 @@ def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_thread() -> None:
     """The tensors here are small: a second thread costs more than it brings, the more so on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run_imbsam() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run `imbsam` in processes of its own, see tests/lightning_modules/run_server.py."""
+    repository = Path(__file__).resolve().parents[1]
+    server = subprocess.Popen(
+        [sys.executable, str(repository / "tests/lightning_modules/run_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+    assert stdout.readline() == "ready\n"
+
+    def run(cwd: Path, *args: str, **settings: Any) -> dict[str, Any]:
+        stdin.write(json.dumps({"cwd": str(cwd), "args": args, **settings}) + "\n")
+        stdin.flush()
+        answer: dict[str, Any] = json.loads(stdout.readline())
+        return answer
+
+    yield run
+    stdin.close()
+    server.wait()

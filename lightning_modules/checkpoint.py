@@ -1,0 +1,84 @@
+"""Checkpoint files that survive a kill at any moment, and the way back to the newest one."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from imbsam import SettingError
+
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+"""The checkpoint before the last one, in the same folder."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary name, syncs and renames it, so that a file of its own name is always whole.
+
+    Of ``last.ckpt`` the one before it stays as ``previous.ckpt``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the file, and come back when it is on the disk."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            path.replace(path.with_name(PREVIOUS))
+        unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that is cut off or damaged, before anything is built.
+
+    Args:
+        path: A checkpoint. A folder (a sharded one) is left to torch.
+
+    Raises:
+        SettingError: It is no whole checkpoint; the message names the previous one where that is whole.
+    """
+    if path.is_dir() or (reason := _damage(path)) is None:
+        return
+    previous = path.with_name(PREVIOUS)
+    mend = "name another one, or start anew without --ckpt_path"
+    if previous != path and previous.exists() and _damage(previous) is None:
+        mend = f"the previous one is whole: --ckpt_path {previous}"
+    raise SettingError(f"ckpt_path is {path}: {reason}; {mend}")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the file; torch checks neither length nor checksums of what it reads."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "it is damaged (a checksum is wrong)" if archive.testzip() else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
+        return "it is cut off or no checkpoint"
+
+
+def newest_checkpoint(runs: Path) -> Path | None:
+    """The last checkpoint of the newest run that has one.
+
+    Args:
+        runs: The folder with the runs' folders ``version_0``, ``version_1``, ...
+
+    Returns:
+        Its ``last.ckpt``, or ``previous.ckpt`` where a kill came between two renames, or None.
+    """
+    versions = [run for run in runs.glob("version_*") if run.name.removeprefix("version_").isdigit()]
+    for run in sorted(versions, key=lambda run: int(run.name.removeprefix("version_")), reverse=True):
+        for name in (LAST, PREVIOUS):
+            if (run / "checkpoints" / name).exists():
+                return run / "checkpoints" / name
+    return None

@@ -1,0 +1,90 @@
+"""`kill -9` at any moment: the run goes on with `--ckpt_path last` and ends bit-identically."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+ARGS = [
+    "fit",
+    "--config=configs/digits_lt/imbsam.yaml",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=3",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.lr_scheduler.init_args.T_max=3",
+    "--model.backbone_args={width: 8, dropout: 0.2}",
+    "--data.val_share=0.2",
+    "--checkpoint.every_seconds=0",
+    "--ckpt_path=last",
+]
+RUN = Path("logs/digits_lt/imbsam/version_0")
+STEPS = 3 * 9
+
+
+def weights_optimizer_log(folder):
+    checkpoint = torch.load(folder / RUN / "checkpoints/last.ckpt", weights_only=True)
+    return checkpoint["state_dict"], checkpoint["optimizer_states"], (folder / RUN / "metrics.csv").read_bytes()
+
+
+def assert_same(found, wanted):
+    for name, value in wanted[0].items():
+        assert torch.equal(found[0][name], value), name
+    for index, state in wanted[1][0]["state"].items():
+        assert torch.equal(found[1][0]["state"][index]["momentum_buffer"], state["momentum_buffer"])
+    assert found[2] == wanted[2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_imbsam, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    answer = run_imbsam(folder, *ARGS)
+    assert answer["codes"] == [0], answer["err"]
+    assert "starting anew" in answer["out"][0]
+    return answer["seconds"], weights_optimizer_log(folder)
+
+
+def kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number):
+    answer = run_imbsam(folder, *ARGS, kill=[kind, number])
+    finished = answer["codes"] == [0]
+    assert finished or answer["codes"] == [-signal.SIGKILL], answer["err"]
+    answer = run_imbsam(folder, *ARGS)
+    assert answer["codes"] == [0], answer["err"]
+    lines = [line for line in answer["out"][0].splitlines() if line.startswith("imbsam: ")]
+    assert len(list(folder.glob("logs/digits_lt/imbsam/*"))) == 1  # it went on in its folder
+    assert_same(weights_optimizer_log(folder), uninterrupted[1])
+    return finished, lines
+
+
+@pytest.mark.parametrize(("kind", "number"), [("at w + e", 13), ("amid the file", 8)])
+def test_killed(run_imbsam, tmp_path, uninterrupted, kind, number):
+    finished, lines = kill_and_go_on(run_imbsam, tmp_path, uninterrupted, kind, number)
+    assert not finished
+    assert "going on at epoch" in lines[-1]
+    assert not lines[-1].endswith("epoch 0, batch 0")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(run_imbsam, tmp_path, uninterrupted, capsys):
+    """8 at random times, 6 while the weights are perturbed, 6 while a checkpoint is written; prints a Markdown table."""
+    draw = random.Random(0)
+    duration = uninterrupted[0]
+    kills = [("seconds", draw.uniform(0, 0.9 * duration)) for _ in range(8)]
+    kills += [("at w + e", draw.randint(1, 20)) for _ in range(6)]
+    kills += [("amid the file", draw.randint(2, STEPS)) for _ in range(3)]
+    kills += [("between the renames", draw.randint(2, STEPS)) for _ in range(3)]
+    table = ["| kill -9 | at | went on | bit-identical |", "| --- | --- | --- | --- |"]
+    killed = 0
+    for index, (kind, number) in enumerate(kills):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        finished, lines = kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number)
+        killed += not finished
+        went_on = "the run had ended" if finished else lines[-1].removeprefix("imbsam: ")
+        table.append(f"| {kind} | {number:.3g} | {went_on} | yes |")
+    with capsys.disabled():
+        print("\n" + "\n".join(table))
+    assert killed >= 15  # a time drawn may come after the end
