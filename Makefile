@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow lint bench
+.PHONY: install run test test-slow test-slurm lint bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,9 @@ test: install  ## what every change must pass
 
 test-slow: install  ## torch.compile
 	$(BIN)/python -m pytest -q -m slow
+
+test-slurm: install  ## a run through three interruptions under a SLURM of this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/slurm/one_node.sh tests/slurm/preemption.sh
 
 lint: install
 	$(BIN)/ruff check .

@@ -62,14 +62,19 @@ MpiDefault=none
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=one NodeHostname=$host NodeAddr=127.0.0.1 CPUs=$TASKS State=UNKNOWN
-PartitionName=batch Nodes=one Default=YES PriorityTier=1 GraceTime=$GRACE MaxTime=INFINITE
-PartitionName=urgent Nodes=one PriorityTier=2 MaxTime=INFINITE
+NodeName=localhost NodeHostname=$host NodeAddr=127.0.0.1 CPUs=$TASKS State=UNKNOWN
+PartitionName=batch Nodes=localhost Default=YES PriorityTier=1 GraceTime=$GRACE MaxTime=INFINITE
+PartitionName=urgent Nodes=localhost PriorityTier=2 MaxTime=INFINITE
 CONF
 export SLURM_CONF=$folder/slurm.conf
 
+ready=
 started=()
 stop() {
+    if [[ -n $ready ]]; then # jobs outlive the daemons
+        timeout 10 scancel --user="$user" || true
+        timeout 60 bash -c 'while [[ -n $(squeue --noheader) ]]; do sleep 0.2; done' || true
+    fi
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do
         kill "${started[i]}" 2>/dev/null || continue
         wait "${started[i]}" || true
@@ -78,6 +83,7 @@ stop() {
 }
 trap stop EXIT
 
+# Daemons in the foreground, as children of this script, are ended by their numbers.
 head -c 1024 /dev/urandom >"$folder/munge/key"
 chmod 400 "$folder/munge/key"
 munged --foreground --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \
@@ -85,13 +91,13 @@ munged --foreground --key-file="$folder/munge/key" --socket="$folder/munge/socke
 started+=($!)
 slurmctld -D -i >"$folder/out" 2>&1 &
 started+=($!)
-slurmd -D -N one >"$folder/out2" 2>&1 &
+slurmd -D -N localhost >"$folder/out2" 2>&1 &
 started+=($!)
 for _ in $(seq 60); do
-    [[ $(sinfo --noheader --format=%T 2>/dev/null | head -1) == idle ]] && ready=1 && break
+    [[ $(sinfo --noheader --partition=batch --format=%T 2>/dev/null) == idle ]] && ready=1 && break
     sleep 1
 done
-if [[ -z ${ready:-} ]]; then
+if [[ -z $ready ]]; then
     echo "$0: SLURM did not start:" >&2
     tail -n 20 "$folder"/*.log "$folder"/munge/err >&2
     exit 1
