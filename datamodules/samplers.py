@@ -61,9 +61,9 @@ class TrainSampler(DistributedSampler[Key]):
 
     Example:
         >>> [index for _, index in TrainSampler(range(5), batch_size=2, seed=0)]
-        [4, 1, 2, 0, 3]
+        [3, 2, 4, 0, 1]
         >>> [index for _, index in TrainSampler(range(5), batch_size=1, seed=0, num_replicas=2, rank=1)]
-        [1, 0, 3]
+        [2, 0, 1]
     """
 
     first_batch: int
@@ -262,7 +262,7 @@ def train_loader(
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
     return TrainLoader(
         SeededSamples(dataset, seed),
-        batch_size,
+        batch_size=batch_size,  # by name, or Lightning cannot build the loader again
         sampler=TrainSampler(dataset, batch_size, seed, num_replicas, rank),
         collate_fn=SeededCollate(collate_fn or default_collate),
         **_worker_settings(num_workers),
@@ -291,7 +291,9 @@ def eval_loader(
         rank: Number of this process.
     """
     sampler = EvalSampler(dataset, num_replicas, rank)
-    return EvalLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, **_worker_settings(num_workers))
+    return EvalLoader(
+        dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, **_worker_settings(num_workers)
+    )
 
 
 def _worker_settings(num_workers: int) -> dict[str, Any]:

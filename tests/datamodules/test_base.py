@@ -10,10 +10,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DistributedSampler
 
 from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, LongTailedDataModule
 from datamodules.image_arrays import ImageArrays
+from datamodules.samplers import EvalSampler, TrainSampler
 from imbsam.errors import SettingError
 
 COUNTS = [40, 20, 10]
@@ -85,9 +85,9 @@ def test_the_seed_alone_decides_which_samples_are_kept():
 
 def test_a_second_setup_changes_nothing():
     data = numbered()
-    dataset = data.train_dataloader().dataset
+    dataset = data.train_dataloader().dataset.dataset
     data.setup("test")
-    assert data.train_dataloader().dataset is dataset
+    assert data.train_dataloader().dataset.dataset is dataset
 
 
 def test_without_a_share_there_is_no_validation():
@@ -127,17 +127,6 @@ def test_shuffled_classes_get_the_same_counts():
     data.setup("fit")
     assert data.class_counts.tolist() != COUNTS
     assert sorted(data.class_counts.tolist(), reverse=True) == COUNTS
-
-
-def test_a_distributed_sampler_splits_an_epoch():
-    loader = numbered().train_dataloader()
-    halves = []
-    for rank in range(2):
-        sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=rank)
-        part = torch.utils.data.DataLoader(loader.dataset, 16, sampler=sampler, collate_fn=loader.collate_fn)
-        halves.append(epoch(part)[0])
-    assert len(halves[0]) == len(halves[1]) == 35
-    assert len(set(halves[0] + halves[1])) == 70
 
 
 @pytest.mark.parametrize(
@@ -221,12 +210,13 @@ def test_the_trainer_runs_every_stage(val_share, validated):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_injects_its_distributed_sampler():
+def test_lightning_leaves_our_samplers_in_place():
     run, model = trainer(strategy="ddp", enable_checkpointing=False), Linear()
+    assert run._accelerator_connector.use_distributed_sampler
     try:
-        run.fit(model, datamodule=DigitsLTDataModule())
-        assert isinstance(run.train_dataloader.sampler, DistributedSampler)
-        assert run.train_dataloader.sampler.shuffle
+        run.fit(model, datamodule=DigitsLTDataModule(val_share=0.3))
+        assert isinstance(run.train_dataloader.sampler, TrainSampler)
+        assert isinstance(run.val_dataloaders.sampler, EvalSampler)
     finally:
         torch.distributed.destroy_process_group()
 

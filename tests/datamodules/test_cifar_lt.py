@@ -103,12 +103,12 @@ def test_augment_crops_and_flips_training_images_alone(tmp_path):
         data = cifar10(tmp_path, augment=augment)
         data.setup("fit")
         white = torch.full((400, 3, 32, 32), 255, dtype=torch.uint8)
-        black = data.train_dataloader().collate_fn((white, torch.zeros(400)))[0][:, 0] < 0
+        black = data.train_dataloader().collate_fn.collate((white, torch.zeros(400)))[0][:, 0] < 0
         # a border of at most four pixels, on either side
         assert (black[:, :, 3].any() and black[:, :, 28].any() and black[:, 3].any()).item() is augment
         assert not black[:, 4:28, 4:28].any()
         ramp = torch.arange(32, dtype=torch.uint8).expand(400, 3, 32, 32)
-        rising = data.train_dataloader().collate_fn((ramp, torch.zeros(400)))[0][:, 0, 16].diff().sum(1) > 0
+        rising = data.train_dataloader().collate_fn.collate((ramp, torch.zeros(400)))[0][:, 0, 16].diff().sum(1) > 0
         assert (120 < rising.sum() < 280) if augment else rising.all()
         assert data.test_dataloader().collate_fn.crop_padding == 0
         assert not data.test_dataloader().collate_fn.flip

@@ -63,7 +63,7 @@ def test_augmentation_shifts_training_images_by_one_pixel():
     for augment in (False, True):
         data = DigitsLTDataModule(augment=augment)
         data.setup("fit")
-        collate = data.train_dataloader().collate_fn
+        collate = data.train_dataloader().collate_fn.collate
         one = torch.randint(1, 17, (1, 1, 8, 8), dtype=torch.uint8)
         batches[augment] = collate((one.expand(300, -1, -1, -1), torch.zeros(300)))[0].unique(dim=0)
     assert len(batches[False]) == 1

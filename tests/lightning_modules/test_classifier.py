@@ -58,8 +58,9 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
     engine = model._engine()
+    loader = data.train_dataloader()
     for _ in range(2):
-        for x, y in data.train_dataloader():
+        for x, y in loader:
             engine.backward(lambda rows, x=x, y=y: F.cross_entropy(plain(x[rows]), y[rows], reduction="none"), y)
             optimizer.step()
             optimizer.zero_grad()
@@ -83,14 +84,14 @@ def test_tail_weight_is_for_every_method(tmp_path):
     losses = []
     for weight in (1.0, 2.0):
         _, run = fit(tmp_path, method="sgd", tail_weight=weight, trainer_settings={"max_steps": 1})
-        losses.append(float(run.callback_metrics["train/loss"]))
+        losses.append(float(run.callback_metrics["train/loss_step"]))
     assert losses[1] > losses[0]
 
 
 def test_logs(tmp_path):
     model, run = fit(tmp_path, data=DigitsLTDataModule(val_share=0.3), optimizer=sgd)
     logged = run.callback_metrics
-    assert {"train/loss", "train/tail_rows", "lr", "val/loss", "val/many", "val/medium", "val/few", "val/all"} <= set(
+    assert {"train/loss_step", "train/loss_epoch", "train/tail_rows", "lr", "val/loss", "val/many", "val/medium", "val/few", "val/all"} <= set(
         logged
     )
     assert logged["lr"] == pytest.approx(0.1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
-from torch.utils._pytree import tree_flatten_with_path, keystr
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from datamodules import DigitsLTDataModule
 from imbsam import SettingError
@@ -31,6 +31,22 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == self.moment:
             self.action()
+
+
+class Watch(Callback):
+    """The batches that were trained."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx))
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch):
+    """Here processes die and not machines."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def killed():
@@ -125,14 +141,113 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_as_if_nothing_had_happened(tmp_path, case):
-    """Killed in the middle of an epoch, after its last batch but one, after its last, and after the first of the next."""
+    """Killed in the middle of an epoch, after its last batch, after the first of the next."""
     settings = CASES[case]
-    whole = fit(tmp_path / "whole", every_seconds=1e9, **settings)
-    batches = whole.num_training_batches
-    wanted = result(tmp_path / "whole")
-    for epoch, batch in ((0, 2), (0, batches - 1), (1, 0), (1, 1), (1, batches - 2)):
+    watch = Watch()
+    whole = fit(tmp_path / "whole", every_seconds=1e9, callbacks=(watch,), **settings)
+    wanted, last = result(tmp_path / "whole"), whole.num_training_batches - 1
+    for epoch, batch in ((0, 2), (0, last), (1, 0)) if case == "plain" else ((0, last), (1, 2)):
         folder = tmp_path / f"{epoch}-{batch}"
         with pytest.raises(RuntimeError, match="killed"):
             fit(folder, callbacks=(Stop(epoch, batch, killed),), **settings)
-        fit(folder, resume=True, **settings)
+        again = Watch()
+        fit(folder, resume=True, callbacks=(again,), **settings)
         assert_same(result(folder), wanted)
+        step = settings.get("model", {}).get("accumulate_grad_batches", 1)
+        begin = watch.batches.index((epoch, batch - batch % step))
+        assert again.batches == watch.batches[begin:]
+
+
+def test_with_workers_and_a_second_interruption(tmp_path):
+    data = {"num_workers": 2}
+    fit(tmp_path / "whole", every_seconds=1e9)
+    for epoch, batch, resume in ((0, 1, False), (1, 2, True)):
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(tmp_path / "killed", resume, (Stop(epoch, batch, killed),), data=data)
+    fit(tmp_path / "killed", resume=True, data=data)
+    found, wanted = result(tmp_path / "killed"), result(tmp_path / "whole")
+    for values in (found, wanted):
+        del values["['datamodule_hyper_parameters']['num_workers']"]
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_after_the_batch_and_stops(tmp_path, monkeypatch, name):
+    """Under SLURM's environment too, where Lightning would save inside the handler."""
+    slurm = {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}
+    for variable, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{variable}", str(value))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    stop = Stop(1, 1, lambda: os.kill(os.getpid(), signal.Signals[name]))
+    with pytest.raises(Interrupted, match=f"^interrupted by {name} after epoch 1, batch 2; go on with --ckpt_path last$"):
+        fit(tmp_path / "stopped", callbacks=(stop,), every_seconds=1e9)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+    fit(tmp_path / "stopped", resume=True)
+    fit(tmp_path / "whole", every_seconds=1e9)
+    assert_same(result(tmp_path / "stopped"), result(tmp_path / "whole"))
+
+
+def test_how_often_it_saves(tmp_path, monkeypatch):
+    written = []
+    original = AtomicCheckpointIO.save_checkpoint
+    monkeypatch.setattr(
+        AtomicCheckpointIO, "save_checkpoint", lambda *args, **kw: written.append(1) or original(*args, **kw)
+    )
+    trainer = fit(tmp_path / "a", every_seconds=1e9)
+    assert len(written) == 1  # the last epoch's
+    assert not (tmp_path / "a/version_0/checkpoints" / PREVIOUS).exists()
+    fit(tmp_path / "b")
+    assert len(written) == 1 + 3 * trainer.num_training_batches + 1
+
+
+def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path):
+    last, previous = tmp_path / LAST, tmp_path / PREVIOUS
+    for value in range(2):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), value)}, last)
+    check_checkpoint(last)
+    assert torch.load(previous, weights_only=True)["weights"][0] == 0
+    whole = last.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for content, reason in ((whole[:-10], "cut off"), (whole[:100], "cut off"), (b"", "cut off"), (damaged, "damaged")):
+        last.write_bytes(content)
+        with pytest.raises(SettingError, match=f"{LAST}: it is {reason}.*; the previous one is whole: --ckpt_path .*{PREVIOUS}$"):
+            check_checkpoint(last)
+    previous.write_bytes(b"")
+    with pytest.raises(SettingError, match="start anew without --ckpt_path$"):
+        check_checkpoint(last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
+
+
+def test_the_newest_run_with_a_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for run, name in (("version_2", PREVIOUS), ("version_10", LAST), ("version_10", PREVIOUS), ("version_x", LAST)):
+        (tmp_path / run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / run / "checkpoints" / name).touch()
+    (tmp_path / "version_11").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "version_10/checkpoints" / LAST
+    (tmp_path / "version_10/checkpoints" / LAST).unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "version_10/checkpoints" / PREVIOUS
+
+
+def test_the_log_is_cut_and_goes_on(tmp_path):
+    logger = ResumableCSVLogger(tmp_path, version=0)
+    logger.log_metrics({"a": 1.0}, step=0)
+    assert logger.experiment.sync() == 1
+    one = (tmp_path / "version_0/metrics.csv").read_bytes()
+    logger.log_metrics({"b": 2.0}, step=1)
+    logger.save()
+    with (tmp_path / "version_0/metrics.csv").open("a") as file:
+        file.write("3,")  # killed while writing
+    again = ResumableCSVLogger(tmp_path, version=0, resume=True)
+    assert again.experiment.rows == 2
+    again.experiment.cut(1)
+    assert (tmp_path / "version_0/metrics.csv").read_bytes() == one
+    again.log_metrics({"b": 2.0}, step=1)
+    again.save()
+    assert (tmp_path / "version_0/metrics.csv").read_text().split() == ["a,b,step", "1.0,,0", ",2.0,1"]
+    again.experiment.cut(0)
+    assert not (tmp_path / "version_0/metrics.csv").exists()
+    with pytest.warns(UserWarning, match="deleted"):
+        assert ResumableCSVLogger(tmp_path, version=0).experiment.rows == 0
