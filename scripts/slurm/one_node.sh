@@ -59,7 +59,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2
 ReturnToService=2
 MpiDefault=none
-KillWait=5
+KillWait=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=localhost NodeHostname=$host NodeAddr=127.0.0.1 CPUs=$TASKS State=UNKNOWN
@@ -73,7 +73,10 @@ started=()
 stop() {
     if [[ -n $ready ]]; then # jobs outlive the daemons
         timeout 10 scancel --user="$user" || true
-        timeout 60 bash -c 'while [[ -n $(squeue --noheader) ]]; do sleep 0.2; done' || true
+        for _ in $(seq 300); do
+            [[ -n $(timeout 10 squeue --noheader) ]] || break
+            sleep 0.2
+        done
     fi
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do
         kill "${started[i]}" 2>/dev/null || continue

@@ -14,16 +14,16 @@ say() { echo "$(date +%T) $*"; }
 submit() { # submit NAME: two tasks on processors, no GPU; prints the job's number
     sbatch --parsable --job-name="$1" --gpus-per-node=0 --cpus-per-task=1 "$repository/scripts/slurm/train.sbatch" \
         --config configs/digits_lt/imbsam.yaml --config configs/trainer/slurm.yaml --trainer.accelerator=cpu \
-        --trainer.precision=32 --trainer.max_epochs="${EPOCHS:-60}" --data.batch_size=8 --checkpoint.every_seconds=1 \
-        --trainer.enable_model_summary=false
+        --trainer.precision=32 --trainer.max_epochs=20 --model.lr_scheduler.init_args.T_max=20 --data.batch_size=8 \
+        --checkpoint.every_seconds=1 --trainer.enable_model_summary=false
 }
 
 wait_for() { # wait_for WHAT COMMAND...
     local what=$1 end=$((SECONDS + LIMIT))
     shift
     until "$@"; do
-        if ((SECONDS > end)); then
-            say "no $what in $LIMIT seconds"
+        if ((SECONDS > end)) || scontrol show job | grep -q "JobState=FAILED"; then
+            say "no: $what"
             cat ./*.out
             exit 1
         fi
