@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow test-kill lint bench
+.PHONY: install run test test-slow test-kill test-slurm lint bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +26,9 @@ test-slow: install  ## torch.compile
 
 test-kill: install  ## 20 runs killed and resumed; ends with their table
 	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/test_kill.py
+
+test-slurm: install  ## a run through three interruptions under a SLURM of this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/slurm/one_node.sh tests/slurm/preemption.sh
 
 lint: install
 	$(BIN)/ruff check .
