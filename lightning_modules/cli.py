@@ -15,6 +15,8 @@ import datamodules  # noqa: F401  the command line finds classes by their short 
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+from lightning_modules.cost import Cost
+from lightning_modules.evaluation_files import EvaluationFiles
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -89,7 +91,7 @@ def main() -> None:
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
-                "callbacks": [AccuracyTable(), DiscardRefusedRun()],
+                "callbacks": [AccuracyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
             parser_kwargs={"exit_on_error": False},
