@@ -75,7 +75,7 @@ class ImbSAMCLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the command line; a wrong setting is one line and exit code 2."""
+    """Run the command line without `report`, see `report/entry.py`; a wrong setting is one line and exit code 2."""
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -94,7 +94,10 @@ def main() -> None:
                 "callbacks": [AccuracyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
+            },
         )
     except Exception as error:
         line = _one_line(error)

@@ -26,7 +26,9 @@ def main(args: Sequence[str]) -> None:
         help="folders of runs (CSV logs or offline Weights & Biases), or folders that hold some",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write here; the format is that of its ending")
-    parser.add_argument("--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be")
+    parser.add_argument(
+        "--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be"
+    )
     given = parser.parse_args(args)
     form = given.format or (given.output.suffix[1:] if given.output else None)
     if form not in (None, "html", "md", "csv", "png"):
@@ -59,7 +61,8 @@ def main(args: Sequence[str]) -> None:
             else:
                 given.output.write_text(text, encoding="utf-8")
     except ModuleNotFoundError as error:
-        _stop(f'{form} needs {error.name}: pip install "imbsam[{EXTRAS.get(error.name or "", "report")}]"')
+        library = (error.name or "").partition(".")[0]
+        _stop(f'{form} needs {library}: pip install "imbsam[{EXTRAS.get(library, form)}]"')
     except OSError as error:
         _stop(f"output is {given.output}: {error.strerror}")
     if given.output is not None:

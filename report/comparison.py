@@ -35,15 +35,30 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """One group for the runs of one place with the same settings, in the order of their first runs."""
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        by_settings[f"{run.folder.resolve().parent} {json.dumps(run.settings, sort_keys=True, default=str)}"].append(run)
+        by_settings[f"{run.folder.resolve().parent} {json.dumps(run.settings, sort_keys=True, default=str)}"].append(
+            run
+        )
     groups = list(by_settings.values())
-    return [Group(_name(group[0], [other[0] for other in groups]), group) for group in groups]
+    names = [_name(group[0], [other[0] for other in groups]) for group in groups]
+    return [
+        Group(name if names.count(name) == 1 else f"{name} ({group[0].folder})", group)
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings, by their dotted names, in which the runs differ; a run may lack one."""
+    """The settings, by their dotted names, in which the runs differ.
+
+    Runs of different loggers do not know the same settings: what one of them does not know at all is no difference to it, but a
+    setting that is null in one run and not in another of the same logger is.
+    """
+    by_logger: dict[bool, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_logger["trainer.accelerator" in run.settings].append(run)
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]
+    return [
+        key for key in keys if len({_value(run, key) for g in by_logger.values() for run in g if _known(g, key)}) > 1
+    ]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -82,5 +97,12 @@ def _name(run: Run, all_runs: Sequence[Run]) -> str:
         f"{name if short.count(name) == 1 else key}={run.settings.get(key)}"
         for key, name in zip(differing, short, strict=True)
     ]
-    same = [other for other in neighbours if other.settings == run.settings]  # in folders of the same last two names
-    return " ".join([run.place if len(same) == 1 else str(run.folder.parent), *labels])
+    return " ".join([run.place, *labels])
+
+
+def _known(runs: Sequence[Run], key: str) -> bool:
+    return any(key in run.settings for run in runs)
+
+
+def _value(run: Run, key: str) -> str:
+    return json.dumps(run.settings.get(key), sort_keys=True, default=str)

@@ -82,7 +82,15 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
         },
         "yaxis": {"title": {"text": "test accuracy in %"}, "range": [-3, 103]},
         "shapes": [
-            {"type": "line", "x0": end - 0.5, "x1": end - 0.5, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot"}}
+            {
+                "type": "line",
+                "x0": end - 0.5,
+                "x1": end - 0.5,
+                "y0": 0,
+                "y1": 1,
+                "yref": "paper",
+                "line": {"dash": "dot"},
+            }
             for _, _, end in borders[:-1]
         ],
         "annotations": [

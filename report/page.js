@@ -32,7 +32,7 @@
       xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
       shapes: layout.shapes?.map((shape) => ({ layer: "below", ...shape, line: { color: colour("--quiet"), width: 1, ...shape.line } })),
       hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" },
-    }, { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover" });
+    }, { responsive: true, displayModeBar: false });
   }
   const drawAll = () => Object.keys(figures).forEach(draw);
 

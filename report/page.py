@@ -55,7 +55,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
 
     figures: dict[str, Figure] = {}
     body = [
-        f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {_names(groups)}</h1>",
+        f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
         f"<p>{escape(summary(groups))}</p>",
         _skipped(skipped),
         _legend(groups),
@@ -186,7 +186,9 @@ def _cost(groups: Sequence[Group]) -> str:
         runs = [run for run in group.runs if "train/seconds" in run.curves]
         epochs = [statistics.median(value for _, value in run.curves["train/seconds"]) for run in runs]
         totals = [sum(value for _, value in run.curves["train/seconds"]) / 60 for run in runs]
-        tail = [statistics.fmean(v for _, v in run.curves["train/tail_rows"]) for run in group.runs if _tail(run.curves)]
+        tail = [
+            statistics.fmean(v for _, v in run.curves["train/tail_rows"]) for run in group.runs if _tail(run.curves)
+        ]
         hardware = dict.fromkeys(f"{run.hardware.get('device', '–')}" for run in group.runs)
         processes = dict.fromkeys(str(run.hardware.get("processes", "–")) for run in group.runs)
         cells = [_mean(epochs, 2), _mean(totals, 1), _mean(tail, 1), ", ".join(hardware), ", ".join(processes)]

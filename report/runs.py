@@ -17,7 +17,7 @@ GROUPS = ("many", "medium", "few", "all")
 
 # what does not make a run another experiment: seeds, places, and what is only shown
 NOT_SETTINGS = re.compile(
-    r"seed_everything|data\.(seed|root)|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
+    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
 
@@ -45,7 +45,7 @@ class Run:
         folder: where it lies.
         place: what it is called: its folder's last two names above ``version_N``.
         seeds: what it was seeded with; empty where that is not known.
-        settings: dotted name to value, without what does not make it another experiment.
+        settings: dotted name to value, where it is not null, without what does not make it another experiment.
         final: the last value of every logged quantity; accuracies are in [0, 1].
         curves: quantity to its (epoch, value) pairs, for what is logged once an epoch.
         hardware: device and processes.
@@ -146,7 +146,8 @@ def read_run(folder: Path) -> Run:
         raise UnreadableRunError(f"its log has no train/loss_epoch: a test, a prediction{old}, or nothing yet")
     if missing := [f"test/{group}" for group in GROUPS if f"test/{group}" not in columns]:
         raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet, or written by an older version")
-    flat = flatten(config)
+    # the model's and the data's arguments by their own names, as Lightning logs them to Weights & Biases
+    flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
     final: dict[str, float] = {}
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     try:
@@ -161,7 +162,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         place=place,
-        seeds=tuple(flat[key] for key in ("seed_everything", "data.seed", "seed") if flat.get(key) is not None),
+        seeds=tuple(flat[key] for key in ("seed_everything", "seed") if key in flat),
         settings={key: value for key, value in flat.items() if not NOT_SETTINGS.fullmatch(key)},
         final=final,
         curves=dict(curves),
