@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Cost(Callback):
     """Log ``train/seconds``, the time of each training epoch with its validation, and the device, once.
 
-    The device and the number of processes go where the logger keeps hyperparameters: ``hparams.yaml``, or a Weights & Biases
-    run's config.
+    The device and the number of processes go where the logger keeps hyperparameters: ``hparams.yaml``, or the
+    config of a Weights & Biases run.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """What a test found, as small CSV files beside the log: accuracy per class, confusion, calibration."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,18 @@ CALIBRATION_BINS = 15  # of equal width, as torchmetrics' calibration errors hav
 
 
 class EvaluationFiles(Callback):
-    """Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
+    r"""Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
 
     * ``per_class.csv``: class, class_name, training_samples, group (many, medium or few), tail (1 or 0), test_samples,
       accuracy in [0, 1] (empty for a class without test samples).
     * ``confusion.csv``: target, predicted, count; only the pairs that occurred.
-    * ``calibration.csv``: group, bin, samples, mean confidence and accuracy of those samples, for 15 bins of equal width of
-      the confidence, the probability of the predicted class. The expected calibration error (Guo et al., ICML 2017) is
-      the mean of \\|accuracy - confidence\\| over the bins, weighted by their samples.
+    * ``calibration.csv``: group, bin, samples, mean confidence and accuracy of those samples, for 15 bins of equal
+      width of the confidence, the probability of the predicted class. The expected calibration error (Guo et al.,
+      ICML 2017) is the mean of :math:`|\text{accuracy} - \text{confidence}|` over the bins, weighted by their samples.
 
     They lie in the run's folder (Weights & Biases: in the run's ``files``, which it uploads). A test is remembered as
-    three numbers a row, so a test of 25,000 rows and 8,000 classes takes 300 kB; under DDP the rows of all ranks are gathered,
-    those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that returns logits (B, C), as
+    three numbers a row, so one of 25,000 rows takes 300 kB, however many classes there are; under DDP the rows of all
+    ranks are gathered, those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that returns logits (B, C), as
     :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is written.
     """
 
@@ -72,7 +73,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
     """
     names, counts = model.class_names, model.class_counts
     groups = dict(zip(model.test_accuracy.group_names, model.test_accuracy.groups.cpu(), strict=True))
-    group_of = {c: name for name, mask in groups.items() if name != "all" for c in mask.nonzero().flatten().tolist()}
+    group_of = {int(c): name for name in groups if name != "all" for c in groups[name].nonzero()}
     tail = tail_mask(counts, model.settings.eta, model.settings.tail_classes).int().tolist()
     correct = predicted == target
     samples = target.bincount(minlength=len(names)).tolist()
@@ -92,8 +93,8 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
             strict=True,
         ),
     )
-    pairs, count = torch.stack([target, predicted], dim=1).unique(dim=0, return_counts=True)
-    cells = ([*pair, n] for pair, n in zip(pairs.tolist(), count.tolist(), strict=True))
+    pairs = Counter(zip(target.tolist(), predicted.tolist(), strict=True))
+    cells = ([*pair, n] for pair, n in sorted(pairs.items()))
     _write(folder / "confusion.csv", ["target", "predicted", "count"], cells)
     bins = [
         [name, *row]

@@ -34,8 +34,9 @@ class ClassAccuracy:
 def by_class_count(group: Group) -> list[ClassAccuracy]:
     """The accuracies of a group, by place in the order of the class counts.
 
-    Runs are averaged place by place, so that the second most frequent class of one seed meets that of another. Only the runs
-    that wrote ``per_class.csv`` with the first one's number of classes count; classes without test samples are left out.
+    Runs are averaged place by place, so that the second most frequent class of one seed meets that of another. Only the
+    runs that wrote ``per_class.csv`` with the first one's number of classes count; classes without test samples are
+    left out.
     """
     ordered = [
         sorted((row for row in run.classes if row["accuracy"]), key=lambda row: -int(row["training_samples"]))
@@ -60,8 +61,8 @@ class TailConfusion:
 
     Attributes:
         labels: names of the tail classes shown, with their training samples, from the most to the fewest.
-        cells: test samples of the row's class that were predicted as the column's, and last as a head class, and last but
-            one as a tail class that is not shown; summed over runs.
+        cells: test samples of the row's class that were predicted as the column's, in the last column but one as a tail
+            class that is not shown, in the last as a head class; summed over runs.
         left_out: tail classes that are not shown.
     """
 
@@ -73,8 +74,8 @@ class TailConfusion:
 def tail_confusion(groups: Sequence[Group], most: int = 25) -> list[TailConfusion | None]:
     """Of every group, the confusion among the tail classes.
 
-    The same classes for all groups: where there are more than ``most``, those with most errors over all runs. A run counts for
-    the rows of its own tail classes. None for a group without ``confusion.csv``.
+    The same classes for all groups: where there are more than ``most``, those with most errors over all runs. A run
+    counts for the rows of its own tail classes. None for a group without ``confusion.csv``.
     """
     errors: Counter[str] = Counter()
     counts: dict[str, set[int]] = {}

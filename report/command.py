@@ -15,7 +15,7 @@ def main(args: Sequence[str]) -> None:
     """Run `imbsam report` with the given arguments; what cannot be is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="imbsam report",
-        description="Compare finished runs. Runs that differ in their seeds only are averaged; differences are to the first.",
+        description="Compare finished runs, with the first one. Runs that differ in their seeds only are averaged.",
         epilog="Without --output and --format the table is shown on the terminal.",
     )
     parser.add_argument(

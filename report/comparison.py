@@ -49,8 +49,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 def differing_settings(runs: Sequence[Run]) -> list[str]:
     """The settings, by their dotted names, in which the runs differ.
 
-    Runs of different loggers do not know the same settings: what one of them does not know at all is no difference to it, but a
-    setting that is null in one run and not in another of the same logger is.
+    Runs of different loggers do not know the same settings: what one of them does not know at all is no difference to
+    it, but a setting that is null in one run and not in another of the same logger is.
     """
     by_logger: dict[bool, list[Run]] = defaultdict(list)
     for run in runs:
@@ -69,8 +69,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def difference(group: Group, first: Group, column: str) -> tuple[float, float | None]:
     """How much higher a group's mean is than the first group's, and the standard error of that.
 
-    Where both groups have the same seeds, one run each, the runs are compared seed by seed: s / sqrt(n) with s the standard
-    deviation of the n differences. Otherwise sqrt(s1^2 / n1 + s2^2 / n2). None where a group has a single run.
+    Where both groups have the same seeds, one run each, the runs are compared seed by seed: s / sqrt(n) with s the
+    standard deviation of the n differences. Otherwise sqrt(s1^2 / n1 + s2^2 / n2). None where a group has a single run.
     """
     here, there = group.values(column), first.values(column)
     mean = statistics.fmean(here) - statistics.fmean(there)

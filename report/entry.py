@@ -1,4 +1,4 @@
-"""The console script `imbsam`: `report` is answered at once, everything else by LightningCLI, which takes seconds to import."""
+"""The console script `imbsam`: `report` is answered at once, the rest by LightningCLI, which takes long to import."""
 
 import sys
 

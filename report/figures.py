@@ -115,9 +115,7 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
             ]
             traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
         if traces:
-            layout: dict[str, Any] = {"xaxis": {"title": {"text": "epoch"}}}
-            if "loss" in column:
-                layout["yaxis"] = {"type": "log", "dtick": 1, "exponentformat": "power"}
+            layout = {"xaxis": _epochs(traces), "yaxis": {"type": "log" if "loss" in column else "linear"}}
             figures.append(Figure(title, traces, layout))
     return figures
 
@@ -136,8 +134,7 @@ def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
         for key, of_group in curves.items():
             wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
     return [
-        Figure(f"{measure}, {name}", traces, {"xaxis": {"title": {"text": "epoch"}}})
-        for (measure, name), traces in wanted.items()
+        Figure(f"{measure}, {name}", traces, {"xaxis": _epochs(traces)}) for (measure, name), traces in wanted.items()
     ]
 
 
@@ -162,6 +159,7 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
                 trace = _trace(i, group, [100 * c for _, c, _ in bins], [100 * a for _, _, a in bins])
                 trace["mode"] = "lines+markers"
                 largest = max(n for n, _, _ in bins)
+                trace["marker"]["line"] = {"width": 0}
                 trace["marker"]["size"] = [4 + 8 * math.sqrt(n / largest) for n, _, _ in bins]
                 trace["text"] = [f"{n} test samples" for n, _, _ in bins]
                 trace["hovertemplate"] = (
@@ -207,6 +205,11 @@ def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], 
         mean = _trace(i, group, by_epoch, [statistics.fmean(values) for values in by_epoch.values()])
         traces.append({**mean, "mode": "lines" if len(by_epoch) > 1 else "markers", "hovertemplate": template})
     return traces
+
+
+def _epochs(traces: Sequence[Trace]) -> dict[str, Any]:
+    last = max(max(trace["x"]) for trace in traces)
+    return {"title": {"text": "epoch"}, **({"dtick": 1} if last <= 10 else {})}  # no half epochs
 
 
 def _confusion(group: Group, confusion: TailConfusion) -> Figure:

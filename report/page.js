@@ -9,7 +9,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const narrow = matchMedia("(max-width: 600px)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const hidden = new Set();
+  const hidden = new Set([...document.querySelectorAll(".groups input:not(:checked)")].map((box) => +box.value)); // a reload keeps boxes
 
   function draw(id) {
     const place = document.getElementById(id);
@@ -17,6 +17,7 @@
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
     const { data, layout, height } = figures[id];
+    place.style.height = `${height}px`;
     const axis = (given) => ({
       gridcolor: colour("--grid"), linecolor: colour("--line"), zeroline: false, automargin: true, fixedrange: narrow.matches, ...given,
       title: { ...given?.title, font: { size: 13 } },
@@ -25,7 +26,7 @@
       ? { ...trace, colorscale: [[0, colour("--raised")], [1, colour("--full")]], showscale: !narrow.matches }
       : trace);
     Plotly.react(place, traces, {
-      ...layout, height, autosize: true, showlegend: false, hovermode: "closest",
+      ...layout, height, showlegend: false, hovermode: "closest",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: "system-ui, sans-serif", size: 12 },
       margin: { l: 8, r: 8, t: 24, b: 8 },
@@ -43,12 +44,10 @@
     });
   }
   for (const choice of document.querySelectorAll("select")) {
-    const show = () => [...choice.options].forEach((option) => {
+    choice.addEventListener("change", () => [...choice.options].forEach((option) => {
       document.getElementById(option.value).parentElement.hidden = !option.selected;
       if (option.selected) draw(option.value);
-    });
-    choice.addEventListener("change", show);
-    show();
+    }));
   }
   dark.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);

@@ -107,8 +107,8 @@ def summary(groups: Sequence[Group]) -> str:
         value = number(*mean_and_deviation(best.values(column)), digits=1)
         sentence = f"{what} {best.name} is highest with {value} %"
         if best is not first:
-            gap = number(*difference(best, first, column), digits=1, sign="+")
-            sentence += f", {gap} points to {first.name}"
+            gap = number(*difference(best, first, column), digits=1)
+            sentence += f", {gap} points above {first.name}"
         sentences.append(sentence + ".")
     if any(len(group.runs) == 1 for group in groups):
         sentences.append("One run alone does not tell a difference from chance.")
@@ -162,11 +162,9 @@ def _calibration(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
         if by_class_group:
             errors = [by_class_group[name].errors if name in by_class_group else [] for name in GROUPS]
             rows.append([Cell(group.name), *(Cell(_mean([100 * error for error in of], 1)) for of in errors)])
-    note = (
-        "Confidence is the probability of the predicted class; below the diagonal a model is surer than it is right. The table "
-        "has the expected calibration error in percent points: the mean gap of confidence and accuracy over 15 bins."
-    )
-    return _plots("Calibration", note, found, figures, _table(["run", *GROUPS], rows))
+    note = "Confidence is the probability of the predicted class; below the diagonal a model is surer than it is right."
+    table = "<h3>expected calibration error, in percentage points</h3>" + _table(["run", *GROUPS], rows)
+    return _plots("Calibration", note, found, figures, table)
 
 
 def _settings(groups: Sequence[Group]) -> str:
@@ -210,7 +208,8 @@ def _plots(title: str, note: str, found: Sequence[Figure], figures: dict[str, Fi
     """A section of figures; those with an option share one place, and a list chooses between them."""
     if not found:
         return ""
-    places, options = [], []
+    places: list[str] = []
+    options: list[str] = []
     for figure in found:
         key = f"figure{len(figures)}"
         figures[key] = figure

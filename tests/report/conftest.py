@@ -18,7 +18,7 @@ NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
-    """Write ``save_dir/name/version_N``: a loss that falls over the epochs, and predictions right with chance `skill`."""
+    """Write ``save_dir/name/version_N``: a loss that falls over the epochs, predictions right with chance `skill`."""
 
     def write(
         save_dir: Path,

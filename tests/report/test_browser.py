@@ -43,7 +43,7 @@ def report(three_groups, tmp_path_factory):
 
 @pytest.fixture
 def show(browser, report, tmp_path):
-    """Open the report in a window of some width and colour scheme; leaves a screenshot of the whole page in tmp_path."""
+    """Open the report in a window of some width and colour scheme; leaves a screenshot of the page in tmp_path."""
 
     def show(width=1200, scheme="light"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -73,11 +73,16 @@ def test_draws_every_figure_without_a_word_on_the_console(browser, show, scheme)
     show(scheme=scheme)
     drawn, hidden = browser.execute_script(
         "return [document.querySelectorAll('.plot .main-svg').length > 0, "
-        "[...document.querySelectorAll('.plot')].filter((p) => !p.closest('[hidden]') && !p.querySelector('.main-svg')).length]"
+        "[...document.querySelectorAll('.plot')]"
+        ".filter((p) => !p.closest('[hidden]') && !p.querySelector('.main-svg')).length]"
     )
     assert drawn
     assert hidden == 0
     assert not browser.find_elements("css selector", ".error")
+    assert browser.execute_script(  # nothing hangs over what follows it
+        "return [...document.querySelectorAll('.plot')].filter((p) => !p.closest('[hidden]')).every((p) => "
+        "p.querySelector('.main-svg').getBoundingClientRect().bottom <= p.getBoundingClientRect().bottom + 1)"
+    )
     text, background = browser.execute_script(
         "return [document.querySelector('.plot .xtitle').style.fill, getComputedStyle(document.body).backgroundColor]"
     )

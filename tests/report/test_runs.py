@@ -55,9 +55,7 @@ def test_a_run_without_the_evaluation_files_is_read(tmp_path, write_run):
 
 def test_the_newest_of_the_same_settings_and_seed_counts(tmp_path, write_run):
     folders = [write_run(tmp_path, "a/sgd", seed=0) for _ in range(11)]
-    other = write_run(
-        tmp_path, "b/sgd", seed=0
-    )  # the same settings in another folder: perhaps another state of the code
+    other = write_run(tmp_path, "b/sgd", seed=0)  # the code may have changed
     runs, skipped = read_runs([tmp_path, folders[3]])
     assert [run.folder.parent.parent.name for run in runs] == ["a", "b"]
     assert runs[0].folder.name == "version_10"
