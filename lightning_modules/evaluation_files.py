@@ -29,8 +29,9 @@ class EvaluationFiles(Callback):
 
     They lie in the run's folder (Weights & Biases: in the run's ``files``, which it uploads). A test is remembered as
     three numbers a row, so one of 25,000 rows takes 300 kB, however many classes there are; under DDP the rows of all
-    ranks are gathered, those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that returns logits (B, C), as
-    :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is written.
+    ranks are gathered, those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that
+    returns logits (B, C), as :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is
+    written.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
