@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow test-kill test-slurm lint bench
+.PHONY: install run test test-slow test-kill test-slurm test-browser lint bench picture
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of the table
 	$(BIN)/imbsam fit --config configs/digits_lt/sgd.yaml
 	$(BIN)/imbsam fit --config configs/digits_lt/imbsam.yaml
-	$(BIN)/python scripts/compare_runs.py logs/digits_lt/sgd logs/digits_lt/imbsam
+	$(BIN)/imbsam report logs/digits_lt/sgd logs/digits_lt/imbsam
 
 test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q
@@ -30,10 +30,21 @@ test-kill: install  ## 20 runs killed and resumed; ends with their table
 test-slurm: install  ## a run through three interruptions under a SLURM of this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/slurm/one_node.sh tests/slurm/preemption.sh
 
+test-browser: install  ## the report in Chromium (on Debian: apt-get install chromium chromium-driver)
+	$(BIN)/python -m pip install --quiet --editable ".[browser]"
+	$(BIN)/python -m pytest -q -m browser
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+picture: install  ## the README's picture: five seeds of SGD and of ImbSAM on long-tailed digits, 5 minutes
+	for method in sgd imbsam; do \
+		$(BIN)/python scripts/run_seeds.py 0 1 2 3 4 -- --config configs/digits_lt/$$method.yaml \
+			--trainer.logger.init_args.save_dir=logs/picture || exit 1; \
+	done
+	$(BIN)/imbsam report $(addprefix logs/picture/digits_lt/,sgd imbsam) --output docs/digits_lt.png
 
 bench: install  ## a short version of the cost table
 	$(BIN)/python benchmarks/step_cost.py --short

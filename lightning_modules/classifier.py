@@ -265,9 +265,9 @@ class LongTailedClassifier(LightningModule):
         """Log the loss and the group accuracies."""
         self._log_metrics("val", self.val_loss, self.val_accuracy)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and group accuracies."""
-        self._evaluate(batch, self.test_loss, self.test_accuracy)
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss and group accuracies; returns the logits (B, C), for callbacks."""
+        return self._evaluate(batch, self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -385,11 +385,12 @@ class LongTailedClassifier(LightningModule):
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
             )
 
-    def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
+    def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
         images, targets = batch
-        logits = self(images)
+        logits: Tensor = self(images)
         loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
+        return logits
 
     def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
         """Sums over all samples of all ranks, however they are shared."""

@@ -16,6 +16,8 @@ import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.cost import Cost
+from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
 from lightning_modules.sharpness import SharpnessTrainer
 
@@ -109,7 +111,10 @@ class ImbSAMCLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the command line; a wrong setting is one line and exit code 2, an interruption one line and 0."""
+    """Run the command line without `report`, see `report/entry.py`.
+
+    A wrong setting is one line and exit code 2, an interruption one line and 0.
+    """
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -129,10 +134,13 @@ def main() -> None:
                     "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
-                "callbacks": [AccuracyTable(), AnomalyTable(), DiscardRefusedRun()],
+                "callbacks": [AccuracyTable(), AnomalyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
+            },
         )
     except Interrupted as interrupted:  # a wanted end: the next job goes on
         _say(str(interrupted))

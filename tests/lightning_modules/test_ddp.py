@@ -1,5 +1,6 @@
 """The command on two processes: it trains, tests, prints one table, and ends."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -30,4 +31,10 @@ def test_fit_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy in %") == 1
     assert "log: logs/digits_lt/imbsam/version_0" in done.stdout
-    assert (tmp_path / "logs/digits_lt/imbsam/version_0/checkpoints/last.ckpt").exists()
+    run = tmp_path / "logs/digits_lt/imbsam/version_0"
+    assert (run / "checkpoints/last.ckpt").exists()
+    with (run / "per_class.csv").open(newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert sum(int(row["test_samples"]) for row in classes) == 540  # of both ranks
+    with (run / "confusion.csv").open(newline="") as file:
+        assert sum(int(row["count"]) for row in csv.DictReader(file)) == 540
