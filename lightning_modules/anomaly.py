@@ -63,6 +63,8 @@ class AnomalyDetector(SharpnessAwareModule):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         budget: float | None = None,
     ) -> None:
+        if method not in ("sgd", "sam", "imbsam"):
+            raise SettingError(f"method is {method!r}: choose sgd, sam or imbsam")
         super().__init__(
             method,
             rho,
@@ -70,6 +72,7 @@ class AnomalyDetector(SharpnessAwareModule):
             optimizer,
             lr_scheduler,
             lr_interval,
+            1,
             gradient_clip_val,
             gradient_clip_algorithm,
         )
@@ -118,13 +121,17 @@ class AnomalyDetector(SharpnessAwareModule):
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
         assert self.class_counts is not None
+        if self.trainer.world_size > 1:
+            raise SettingError(
+                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
+            )
         if self.class_counts[1] == 0:
             raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
         if not self._prepared:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
             self._prepared = True
-        self.sam = self.engine(self.detector, self.class_counts, [1], **self.engine_settings)
+        self.sam = self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,)."""

@@ -4,25 +4,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SettingError
 from imbsam.class_groups import tail_mask
 from imbsam.losses import CrossEntropy, LogitAdjusted
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
-from lightning_modules.moved_share import MovedShare
+from lightning_modules.sharpness_aware import SharpnessAwareModule
 
 
-class LongTailedClassifier(LightningModule):
+class LongTailedClassifier(SharpnessAwareModule):
     """Classification with rare classes, by manual optimization: the engine takes the place of ``loss.backward()``.
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
@@ -58,6 +56,8 @@ class LongTailedClassifier(LightningModule):
         compile: compile the backbone with torch.compile.
     """
 
+    train_loss_name = "train/loss_epoch"
+
     def __init__(
         self,
         backbone: str = "cifar_resnet32",
@@ -85,22 +85,21 @@ class LongTailedClassifier(LightningModule):
         few: int = 20,
         compile: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            method,
+            rho,
+            start_epoch,
+            optimizer,
+            lr_scheduler,
+            lr_interval,
+            accumulate_grad_batches,
+            gradient_clip_val,
+            gradient_clip_algorithm,
+        )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        if accumulate_grad_batches < 1:
-            raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise SettingError(
-                f"gradient_clip_val is {gradient_clip_val}: give a number above 0, or null for no clipping"
-            )
         if "num_classes" in (backbone_args or {}):
             raise SettingError("backbone_args sets num_classes: leave it out, the data says how many classes there are")
-        if start_epoch < 0:
-            raise SettingError(f"start_epoch is {start_epoch}: give a number from 0")
         self.settings: Any = self.hparams
-        self.automatic_optimization = False
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
         # Lightning's own means are not in its checkpoints; "disable", or each update would wait for a GPU
@@ -109,8 +108,6 @@ class LongTailedClassifier(LightningModule):
         self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
-        self._watch_moved = False
-        self._loss_scale = 0.0
 
     def setup(self, stage: str) -> None:
         """Learn the classes from the DataModule."""
@@ -144,45 +141,27 @@ class LongTailedClassifier(LightningModule):
                         fully_shard(child, mesh=mesh)
                 fully_shard(self.backbone, mesh=mesh)
 
-    def configure_optimizers(self) -> Any:
-        """One optimizer, and a scheduler where there is one."""
-        try:
-            optimizer = self.optimizer(self.parameters())
-            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"optimizer or lr_scheduler: {error}") from error
-        if scheduler is None:
-            return optimizer
-        self._check_length(scheduler)
-        # manual optimization: Lightning keeps the scheduler in checkpoints, and we step it
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.settings.lr_interval}}
-
     def on_fit_start(self) -> None:
         """Make the backward pass."""
-        self.sam = self._engine()
-        half = next((p.dtype for p in self.backbone.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
-        self._watch_moved = half is not None and self._rho > 0
-        if self._watch_moved:
-            rank_zero_warn(
-                f"trainer.precision is {self.trainer.precision}: with weights in {half} a perturbation of length "
-                f"rho={self._rho} is below the spacing of most weights and moves only some of them (train/moved_share "
-                "logs how many); bf16-mixed keeps the weights in float32"
-            )
+        hp = self.settings
+        assert self.class_counts is not None
+        self.sam = self.engine(
+            self.backbone,
+            self.class_counts,
+            eta=hp.eta,
+            tail_classes=hp.tail_classes,
+            tail_weight=hp.tail_weight,
+            focal_lambda=hp.focal_lambda,
+            focal_gamma=hp.focal_gamma,
+            adaptive=hp.adaptive,
+            context_rows=hp.context_rows,
+            perturbation=hp.perturbation,
+        )
 
     def on_train_start(self) -> None:
-        """Start with the perturbation and the loss scale of this moment: a run may go on amid an epoch."""
-        self._start_epoch()
-        scaler = self._scaler
-        self._loss_scale = scaler.get_scale() if scaler else 0.0
-
-    def on_train_end(self) -> None:
-        """What is tested next must not differ from rank to rank."""
-        self.sam.broadcast_buffers()
-
-    def on_validation_start(self) -> None:
-        """What is validated must not differ from rank to rank."""
-        if self.trainer.training or self.trainer.sanity_checking:
-            self.sam.broadcast_buffers()
+        """Forget the batches of a step that was interrupted."""
+        super().on_train_start()
+        self._micro_batches = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W)."""
@@ -190,8 +169,8 @@ class LongTailedClassifier(LightningModule):
         return logits
 
     def on_train_epoch_start(self) -> None:
-        """Perturb from `start_epoch` on."""
-        self._start_epoch()
+        """Start the epoch's mean loss."""
+        super().on_train_epoch_start()
         self.train_loss.reset()
 
     @property
@@ -216,13 +195,12 @@ class LongTailedClassifier(LightningModule):
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
-        if len(self._micro_batches) < self.settings.accumulate_grad_batches and not self.trainer.is_last_batch:
+        if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
-        moved = None
-        if self._watch_moved:
-            moved = MovedShare(self.backbone)
+        moved = self.moved_share(self.backbone)
+        if moved is not None:
             micro_batches = [(moved.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
         rows = sum(len(targets) for _, targets in micro_batches)
@@ -232,30 +210,12 @@ class LongTailedClassifier(LightningModule):
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
         if moved is not None:
             self.log("train/moved_share", moved.share)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (scaler := self._scaler) is not None:
-            scale = scaler.get_scale()  # no wait of its own: scaler.step has just waited
-            self.log("train/loss_scale", scale)
-            self.log("train/skipped_steps", float(scale < self._loss_scale), on_epoch=True, reduce_fx="sum")
-            self._loss_scale = scale
-        if self.settings.lr_interval == "step":
-            self._step_scheduler()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: gradients are unscaled by now."""
-        if self.settings.gradient_clip_val is not None:
-            self.clip_gradients(
-                optimizer,
-                gradient_clip_val=self.settings.gradient_clip_val,
-                gradient_clip_algorithm=self.settings.gradient_clip_algorithm,
-            )
+        self.step_optimizer()
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean loss and step the scheduler."""
+        """Log the mean loss."""
         self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1)
-        if self.settings.lr_interval == "epoch":
-            self._step_scheduler()
+        super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
@@ -312,42 +272,6 @@ class LongTailedClassifier(LightningModule):
             ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
         )
 
-    def _start_epoch(self) -> None:
-        self._micro_batches = []  # of an epoch that was interrupted
-        self.sam.rho = self._rho if self.current_epoch >= self.settings.start_epoch else 0.0
-
-    @property
-    def _rho(self) -> float:
-        return 0.0 if self.settings.method == "sgd" else float(self.settings.rho)
-
-    @property
-    def _scaler(self) -> Any:
-        """The GradScaler of 16-mixed, which skips steps that overflowed, or None."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _engine(self) -> ClassAwareSAM:
-        hp = self.settings
-        assert self.class_counts is not None
-        weight = torch.where(self._tail, hp.tail_weight, 1.0) if hp.tail_weight != 1 else None
-        settings: dict[str, Any] = {"class_weight": weight, "adaptive": hp.adaptive, "context_rows": hp.context_rows}
-        settings["perturbation"] = hp.perturbation
-        strategy: Any = self.trainer.strategy
-        if getattr(strategy, "_ddp_comm_hook", None) is not None:
-            raise SettingError(
-                "the strategy has a ddp_comm_hook, which would see none of the passes: the gradients are averaged by "
-                "the engine, in at most two all-reduces; leave the hook out"
-            )
-        if self.trainer.world_size > 1:
-            settings["no_sync"] = strategy.block_backward_sync
-            settings["process_group"] = torch.distributed.group.WORLD
-        if hp.method == "imbsam":
-            return ImbSAM(self.backbone, self.class_counts, hp.eta, hp.tail_classes, hp.rho, **settings)
-        if hp.method == "focal_sam":
-            return FocalSAM(self.backbone, self.class_counts, hp.rho, hp.focal_lambda, hp.focal_gamma, **settings)
-        if hp.method == "sam":
-            return SAM(self.backbone, hp.rho, **settings)
-        return ClassAwareSAM(self.backbone, 0.0, self._rho, **settings)
-
     def _loss(self, class_counts: Tensor) -> nn.Module:
         args = self.settings.loss_args or {}
         try:
@@ -360,30 +284,6 @@ class LongTailedClassifier(LightningModule):
     def _tail_rows(self, targets: Tensor) -> float:
         targets = targets.cpu()
         return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
-
-    def _step_scheduler(self) -> None:
-        scheduler: Any = self.lr_schedulers()
-        if isinstance(scheduler, ReduceLROnPlateau):
-            metrics = self.trainer.callback_metrics
-            scheduler.step(metrics.get("val/loss", metrics["train/loss_epoch"]))
-        elif scheduler is not None:
-            scheduler.step()
-
-    def _check_length(self, scheduler: Any) -> None:
-        """A cosine that ends before or after the run is a common slip after changing max_epochs."""
-        end, run = getattr(scheduler, "T_max", None), self.trainer
-        if end is None or getattr(run, "fast_dev_run", False) or not run.max_epochs or run.max_epochs < 0:
-            return
-        steps = run.max_epochs
-        if self.settings.lr_interval == "step":
-            steps = int(run.estimated_stepping_batches)  # knows the number of batches, but not that we accumulate them
-            if self.settings.accumulate_grad_batches > 1:
-                steps = run.max_epochs * -(-int(run.num_training_batches) // self.settings.accumulate_grad_batches)
-        if end != steps:
-            rank_zero_warn(
-                f"the scheduler's T_max is {end} and the run has {steps} {self.settings.lr_interval}s: "
-                f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
-            )
 
     def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
         images, targets = batch

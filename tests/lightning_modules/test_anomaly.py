@@ -105,7 +105,7 @@ def attached(name, method, rho, **settings):
     module.detector.prepare(x.float(), labels)
     module.double()
     module._trainer = SimpleNamespace(strategy=None, world_size=1)
-    engine = module.engine(module.detector, module.class_counts, [1], **module.engine_settings)
+    engine = module.engine(module.detector, module.class_counts, tail_classes=[1], **module.engine_settings)
     return module, engine, x, labels
 
 

@@ -57,7 +57,9 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     plain = create_backbone("small_cnn", num_classes=10, width=8)
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
-    engine = model._engine()
+    model.backbone = plain
+    model.on_fit_start()
+    engine = model.sam
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:

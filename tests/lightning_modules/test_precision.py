@@ -60,7 +60,7 @@ def weights(model: LongTailedClassifier) -> torch.Tensor:
 def test_overflows_are_skipped_and_logged_and_training_goes_on(tmp_path):
     model = fit(tmp_path / "16", plugins=[scaled(2.0**40)], max_epochs=24)
     whole = fit(tmp_path / "32", max_epochs=24)
-    skipped, scale = logged(tmp_path / "16", "train/skipped_steps_epoch"), logged(tmp_path / "16", "train/loss_scale")
+    skipped, scale = logged(tmp_path / "16", "train/skipped_steps"), logged(tmp_path / "16", "train/loss_scale")
     assert skipped[0] == 11  # every step of the first epoch overflows
     assert skipped[-1] == 0
     assert sum(skipped) == 40 - torch.tensor(scale[-1]).log2()
