@@ -175,7 +175,7 @@ class SharpnessAwareModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """What is validated must not differ from rank to rank."""
-        if self.trainer.training or self.trainer.sanity_checking:
+        if self.trainer.state.fn == "fit":
             self.sam.broadcast_buffers()
 
     def on_train_end(self) -> None:

@@ -24,7 +24,7 @@ ARGS = [
 def last(folder):
     run = folder / "logs/digits_lt/imbsam/version_0"
     with (run / "metrics.csv").open(newline="") as file:
-        log = list(csv.DictReader(file))
+        log = [{name: value for name, value in row.items() if name != "train/seconds"} for row in csv.DictReader(file)]
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True), log
 
 
