@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -45,6 +46,13 @@ class ImbSAMCLI(LightningCLI):
         """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a checkpoint that is not whole before LightningCLI reads its hyperparameters."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and Path(path).exists():
+            check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """Name the run's folder after its config, where nobody named it; refuse what Lightning would only trip over."""
