@@ -253,9 +253,9 @@ class LongTailedClassifier(LightningModule):
         """Log the group accuracies."""
         self._log_accuracy("val", self.val_accuracy)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and group accuracies."""
-        self._evaluate(batch, "test", self.test_accuracy)
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss and group accuracies; returns the logits (B, C), for callbacks."""
+        return self._evaluate(batch, "test", self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the group accuracies."""
@@ -361,11 +361,12 @@ class LongTailedClassifier(LightningModule):
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
             )
 
-    def _evaluate(self, batch: Any, stage: str, accuracy: ClassGroupAccuracy) -> None:
+    def _evaluate(self, batch: Any, stage: str, accuracy: ClassGroupAccuracy) -> Tensor:
         images, targets = batch
-        logits = self(images)
+        logits: Tensor = self(images)
         self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(images), sync_dist=True)
         accuracy.update(logits, targets)
+        return logits
 
     def _log_accuracy(self, stage: str, accuracy: ClassGroupAccuracy) -> None:
         # equal on all ranks; sync_dist only tells Lightning that we know

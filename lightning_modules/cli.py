@@ -15,6 +15,8 @@ import datamodules  # noqa: F401  the command line finds classes by their short 
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
+from lightning_modules.cost import Cost
+from lightning_modules.evaluation_files import EvaluationFiles
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -73,7 +75,7 @@ class ImbSAMCLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the command line; a wrong setting is one line and exit code 2."""
+    """Run the command line without `report`, see `report/entry.py`; a wrong setting is one line and exit code 2."""
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -89,10 +91,13 @@ def main() -> None:
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
-                "callbacks": [AccuracyTable(), DiscardRefusedRun()],
+                "callbacks": [AccuracyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
             save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
+            },
         )
     except Exception as error:
         line = _one_line(error)

@@ -1,0 +1,141 @@
+"""What a test found, as small CSV files beside the log: accuracy per class, confusion, calibration."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+from torchmetrics import CatMetric
+
+from imbsam.class_groups import tail_mask
+
+CALIBRATION_BINS = 15  # of equal width, as torchmetrics' calibration errors have by default
+
+
+class EvaluationFiles(Callback):
+    """Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
+
+    * ``per_class.csv``: class, class_name, training_samples, group (many, medium or few), tail (1 or 0), test_samples,
+      accuracy in [0, 1] (empty for a class without test samples).
+    * ``confusion.csv``: target, predicted, count; only the pairs that occurred.
+    * ``calibration.csv``: group, bin, samples, mean confidence and accuracy of those samples, for 15 bins of equal width of
+      the confidence, the probability of the predicted class. The expected calibration error (Guo et al., ICML 2017) is
+      the mean of \\|accuracy - confidence\\| over the bins, weighted by their samples.
+
+    They lie in the run's folder (Weights & Biases: in the run's ``files``, which it uploads). A test is remembered as
+    three numbers a row, so a test of 25,000 rows and 8,000 classes takes 300 kB; under DDP the rows of all ranks are gathered,
+    those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that returns logits (B, C), as
+    :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is written.
+    """
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last test."""
+        self._rows = CatMetric(nan_strategy="disable").to(pl_module.device)  # a look for nan would wait for the GPU
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Remember target, prediction and confidence of each row, as float32: exact for indices below 2^24."""
+        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+            confidence, predicted = outputs.detach().float().softmax(dim=1).max(dim=1)
+            self._rows.update(torch.stack([batch[1].float(), predicted.float(), confidence], dim=1))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all ranks and write the files."""
+        if self._rows.update_called:
+            rows = torch.as_tensor(self._rows.compute()).cpu()
+            folder = _folder(trainer)
+            if folder is not None and trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_evaluation(folder, pl_module, rows[:, 0].long(), rows[:, 1].long(), rows[:, 2])
+
+
+def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor, confidence: Tensor) -> None:
+    """Write the three files.
+
+    Args:
+        folder: where to; it exists.
+        model: knows ``class_counts``, ``class_names``, ``settings`` and ``test_accuracy``, as LongTailedClassifier does.
+        target: class indices (N,), int64.
+        predicted: class indices (N,), int64.
+        confidence: probability of the predicted class (N,), in [0, 1].
+    """
+    names, counts = model.class_names, model.class_counts
+    groups = dict(zip(model.test_accuracy.group_names, model.test_accuracy.groups.cpu(), strict=True))
+    group_of = {c: name for name, mask in groups.items() if name != "all" for c in mask.nonzero().flatten().tolist()}
+    tail = tail_mask(counts, model.settings.eta, model.settings.tail_classes).int().tolist()
+    correct = predicted == target
+    samples = target.bincount(minlength=len(names)).tolist()
+    hits = target[correct].bincount(minlength=len(names)).tolist()
+    accuracy = [hit / of if of else None for hit, of in zip(hits, samples, strict=True)]
+    _write(
+        folder / "per_class.csv",
+        ["class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"],
+        zip(
+            range(len(names)),
+            names,
+            counts.tolist(),
+            [group_of[c] for c in range(len(names))],
+            tail,
+            samples,
+            accuracy,
+            strict=True,
+        ),
+    )
+    pairs, count = torch.stack([target, predicted], dim=1).unique(dim=0, return_counts=True)
+    cells = ([*pair, n] for pair, n in zip(pairs.tolist(), count.tolist(), strict=True))
+    _write(folder / "confusion.csv", ["target", "predicted", "count"], cells)
+    bins = [
+        [name, *row]
+        for name, mask in groups.items()
+        for row in calibration_bins(confidence[mask[target]], correct[mask[target]])
+    ]
+    _write(folder / "calibration.csv", ["group", "bin", "samples", "confidence", "accuracy"], bins)
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int, float, float]]:
+    """Samples, mean confidence and accuracy of the rows in each of 15 bins of the confidence; empty bins are left out.
+
+    Args:
+        confidence: probability of the predicted class (N,), in [0, 1]; rows where it is nan are left out.
+        correct: whether the prediction was right (N,), bool.
+
+    Returns:
+        (bin from 0, samples, mean confidence, accuracy) for each bin with a sample.
+    """
+    known = ~confidence.isnan()
+    confidence, correct = confidence[known].double(), correct[known].double()
+    index = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    samples, sums, hits = (
+        torch.bincount(index, weights, minlength=CALIBRATION_BINS) for weights in (None, confidence, correct)
+    )
+    return [
+        (b, int(samples[b]), float(sums[b] / samples[b]), float(hits[b] / samples[b]))
+        for b in samples.nonzero().flatten().tolist()
+    ]
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    """The run's folder, or None where nothing is logged; every rank takes part."""
+    log_dir = trainer.log_dir
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):  # its save_dir is one folder for all runs
+            return Path(logger.experiment.dir) if trainer.is_global_zero else None
+    return Path(log_dir) if trainer.loggers and log_dir is not None else None
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)

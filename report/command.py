@@ -1,0 +1,83 @@
+"""`imbsam report`: compare runs on the terminal, as a web page, as Markdown, as CSV or as a picture."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from report.comparison import group_runs
+from report.runs import read_runs
+
+EXTRAS = {"plotly": "report", "matplotlib": "plot"}
+
+
+def main(args: Sequence[str]) -> None:
+    """Run `imbsam report` with the given arguments; what cannot be is one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="imbsam report",
+        description="Compare finished runs. Runs that differ in their seeds only are averaged; differences are to the first.",
+        epilog="Without --output and --format the table is shown on the terminal.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folders of runs (CSV logs or offline Weights & Biases), or folders that hold some",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write here; the format is that of its ending")
+    parser.add_argument(
+        "--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be"
+    )
+    given = parser.parse_args(args)
+    form = given.format or (given.output.suffix[1:] if given.output else None)
+    if form not in (None, "html", "md", "csv", "png"):
+        _stop(f"output is {given.output}: end it with .html, .md, .csv or .png, or give --format")
+    if form in ("html", "png") and given.output is None:
+        _stop(f"format is {form}: name the file with --output report.{form}")
+    runs, skipped = read_runs(given.runs)
+    for folder, reason in skipped.items():
+        print(f"skipped {folder}: {reason}", file=sys.stderr)
+    if not runs:
+        _stop("there is no run to report")
+    groups = group_runs(runs)
+    try:
+        if form == "png":
+            from report.exports import picture
+
+            picture(groups, given.output)
+        elif form == "html":
+            from report.page import page
+
+            given.output.write_text(page(groups, skipped), encoding="utf-8")
+        else:
+            from report.exports import comma_separated, markdown
+
+            text = comma_separated(groups) if form == "csv" else markdown(groups)
+            if form is None:
+                _show(text)
+            elif given.output is None:
+                print(text, end="")
+            else:
+                given.output.write_text(text, encoding="utf-8")
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        _stop(f'{form} needs {library}: pip install "imbsam[{EXTRAS.get(library, form)}]"')
+    except OSError as error:
+        _stop(f"output is {given.output}: {error.strerror}")
+    if given.output is not None:
+        print(f"report: {given.output}")
+
+
+def _show(markdown: str) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print("test accuracy in %, end of training", style="italic")
+    console.print(Markdown(markdown))
+
+
+def _stop(line: str) -> None:
+    print(f"imbsam: error: {line}", file=sys.stderr)
+    sys.exit(2)

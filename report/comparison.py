@@ -1,0 +1,108 @@
+"""Runs of the same settings as one group: means over seeds, and differences to the first group."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from report.runs import GROUPS, Run
+
+COLUMNS = {**{f"test/{group}": group for group in GROUPS}, "train/loss_epoch": "training loss"}
+"""Logged quantity to its heading; those of ``test/`` are shown in percent."""
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seeds only.
+
+    Attributes:
+        name: their folder's name, with the settings in which groups of one folder differ.
+        runs: at least one.
+    """
+
+    name: str
+    runs: list[Run]
+
+    def values(self, column: str) -> list[float]:
+        """The runs' last values of a logged quantity, accuracies in percent; nan where one did not log it."""
+        factor = 100 if column.startswith("test/") else 1
+        return [factor * run.final.get(column, math.nan) for run in self.runs]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """One group for the runs of one place with the same settings, in the order of their first runs."""
+    by_settings: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_settings[f"{run.folder.resolve().parent} {json.dumps(run.settings, sort_keys=True, default=str)}"].append(
+            run
+        )
+    groups = list(by_settings.values())
+    names = [_name(group[0], [other[0] for other in groups]) for group in groups]
+    return [
+        Group(name if names.count(name) == 1 else f"{name} ({group[0].folder})", group)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """The settings, by their dotted names, in which the runs differ.
+
+    Runs of different loggers do not know the same settings: what one of them does not know at all is no difference to it, but a
+    setting that is null in one run and not in another of the same logger is.
+    """
+    by_logger: dict[bool, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_logger["trainer.accelerator" in run.settings].append(run)
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [
+        key for key in keys if len({_value(run, key) for g in by_logger.values() for run in g if _known(g, key)}) > 1
+    ]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; the latter is None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def difference(group: Group, first: Group, column: str) -> tuple[float, float | None]:
+    """How much higher a group's mean is than the first group's, and the standard error of that.
+
+    Where both groups have the same seeds, one run each, the runs are compared seed by seed: s / sqrt(n) with s the standard
+    deviation of the n differences. Otherwise sqrt(s1^2 / n1 + s2^2 / n2). None where a group has a single run.
+    """
+    here, there = group.values(column), first.values(column)
+    mean = statistics.fmean(here) - statistics.fmean(there)
+    if min(len(here), len(there)) < 2:
+        return mean, None
+    if paired(group, first):
+        by_seed = {run.seeds: value for run, value in zip(first.runs, there, strict=True)}
+        differences = [value - by_seed[run.seeds] for run, value in zip(group.runs, here, strict=True)]
+        return mean, statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, math.sqrt(statistics.variance(here) / len(here) + statistics.variance(there) / len(there))
+
+
+def paired(group: Group, first: Group) -> bool:
+    """Whether two groups have the same seeds, one run each."""
+    seeds, others = [run.seeds for run in group.runs], [run.seeds for run in first.runs]
+    return () not in seeds and len(set(seeds)) == len(seeds) == len(others) and set(seeds) == set(others)
+
+
+def _name(run: Run, all_runs: Sequence[Run]) -> str:
+    neighbours = [other for other in all_runs if other.place == run.place]
+    differing = differing_settings(neighbours)
+    short = [key.rpartition(".")[2] for key in differing]
+    labels = [
+        f"{name if short.count(name) == 1 else key}={run.settings.get(key)}"
+        for key, name in zip(differing, short, strict=True)
+    ]
+    return " ".join([run.place, *labels])
+
+
+def _known(runs: Sequence[Run], key: str) -> bool:
+    return any(key in run.settings for run in runs)
+
+
+def _value(run: Run, key: str) -> str:
+    return json.dumps(run.settings.get(key), sort_keys=True, default=str)

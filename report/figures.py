@@ -1,0 +1,256 @@
+"""The figures of the page, as plain dictionaries in plotly's format; the page adds the colours of light and dark."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
+from report.comparison import Group
+from report.runs import GROUPS
+from report.style import colour, dash, marker
+
+Trace = dict[str, Any]
+
+CURVES = {
+    "train/loss_epoch": "training loss",
+    "val/loss": "validation loss",
+    **{f"val/{group}": f"validation accuracy in %, {group}" for group in GROUPS},
+}
+"""What is drawn over the epochs, with its heading."""
+
+MANY_POINTS = 5000
+"""From so many points on a figure is drawn by WebGL, which keeps a page with 8,000 classes quick."""
+
+
+@dataclass
+class Figure:
+    """One plotly figure.
+
+    Attributes:
+        title: its heading, plain text.
+        data: plotly traces; ``meta`` is the group of runs that a trace belongs to.
+        layout: plotly layout without colours.
+        option: where several figures share one place on the page, what this one is chosen by.
+        height: in CSS pixels.
+    """
+
+    title: str
+    data: list[Trace]
+    layout: dict[str, Any]
+    option: str = ""
+    height: int = 320
+
+
+def class_figure(groups: Sequence[Group]) -> Figure | None:
+    """The accuracy of every class, from the most to the fewest training samples; None where no run wrote it."""
+    classes = [by_class_count(group) for group in groups]
+    longest = max(classes, key=len)
+    if not longest:
+        return None
+    few = len(longest) <= 60
+    traces = []
+    for i, (group, entries) in enumerate(zip(groups, classes, strict=True)):
+        if entries:
+            trace = _trace(i, group, range(len(entries)), [100 * entry.accuracy for entry in entries])
+            trace["mode"] = "lines+markers" if few else "markers"
+            trace["marker"].update(size=8 if few else 5, opacity=1 if few else 0.6)
+            trace["text"] = [_class_text(entry) for entry in entries]
+            trace["hovertemplate"] = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
+            traces.append(trace)
+            if not few:
+                traces.append(_running_mean(i, group, entries))
+    if len(longest) * len(groups) > MANY_POINTS:
+        traces = [{**trace, "type": "scattergl"} for trace in traces]
+    ticks = range(0, len(longest), -(-len(longest) // 10))
+    borders = []
+    start = 0
+    for name, members in groupby(longest, key=lambda entry: entry.group):
+        size = len(list(members))
+        borders.append((name, start, start + size))
+        start += size
+    layout = {
+        "xaxis": {
+            "title": {"text": "training samples of the class"},
+            "tickvals": list(ticks),
+            "ticktext": [str(longest[t].count) for t in ticks],
+            "range": [-0.5, len(longest) - 0.5],
+        },
+        "yaxis": {"title": {"text": "test accuracy in %"}, "range": [-3, 103]},
+        "shapes": [
+            {
+                "type": "line",
+                "x0": end - 0.5,
+                "x1": end - 0.5,
+                "y0": 0,
+                "y1": 1,
+                "yref": "paper",
+                "line": {"dash": "dot"},
+            }
+            for _, _, end in borders[:-1]
+        ],
+        "annotations": [
+            {"text": name, "x": (begin + end - 1) / 2, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+            for name, begin, end in borders
+        ],
+    }
+    return Figure("", traces, layout, height=400)
+
+
+def curve_figures(groups: Sequence[Group]) -> list[Figure]:
+    """What was logged over the epochs: a thin line a run, and a thick one for the mean of a group."""
+    figures = []
+    for column, title in CURVES.items():
+        factor = 100 if column in {f"val/{name}" for name in GROUPS} else 1
+        traces = []
+        for i, group in enumerate(groups):
+            curves = [
+                [(epoch, factor * value) for epoch, value in run.curves[column]]
+                for run in group.runs
+                if column in run.curves
+            ]
+            traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
+        if traces:
+            layout: dict[str, Any] = {"xaxis": {"title": {"text": "epoch"}}}
+            if "loss" in column:
+                layout["yaxis"] = {"type": "log", "dtick": 1, "exponentformat": "power"}
+            figures.append(Figure(title, traces, layout))
+    return figures
+
+
+def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
+    """Each sharpness measure over the epochs, one figure a class group."""
+    wanted: dict[tuple[str, str], list[Trace]] = defaultdict(list)
+    for i, group in enumerate(groups):
+        curves: dict[tuple[str, str], list[list[tuple[int, float]]]] = defaultdict(list)
+        for run in group.runs:
+            of_run: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+            for row in run.sharpness:
+                of_run[row["measure"], row["group"]].append((int(float(row["epoch"])), float(row["value"] or "nan")))
+            for key, curve in of_run.items():
+                curves[key].append(curve)
+        for key, of_group in curves.items():
+            wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
+    return [
+        Figure(f"{measure}, {name}", traces, {"xaxis": {"title": {"text": "epoch"}}})
+        for (measure, name), traces in wanted.items()
+    ]
+
+
+def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:
+    """A heat map a group of runs: what its tail classes were taken for; and how many tail classes are not shown."""
+    found = tail_confusion(groups)
+    figures = [
+        _confusion(group, confusion) for group, confusion in zip(groups, found, strict=True) if confusion is not None
+    ]
+    return figures, max((confusion.left_out for confusion in found if confusion is not None), default=0)
+
+
+def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
+    """Confidence against accuracy, one figure a class group."""
+    found = [calibration(group) for group in groups]
+    figures = []
+    for name in GROUPS:
+        traces = []
+        for i, (group, by_class_group) in enumerate(zip(groups, found, strict=True)):
+            if name in by_class_group:
+                bins = by_class_group[name].bins
+                trace = _trace(i, group, [100 * c for _, c, _ in bins], [100 * a for _, _, a in bins])
+                trace["mode"] = "lines+markers"
+                largest = max(n for n, _, _ in bins)
+                trace["marker"]["size"] = [4 + 8 * math.sqrt(n / largest) for n, _, _ in bins]
+                trace["text"] = [f"{n} test samples" for n, _, _ in bins]
+                trace["hovertemplate"] = (
+                    f"{_text(group.name)}<br>confidence %{{x:.1f}} %, accuracy %{{y:.1f}} %<br>%{{text}}<extra></extra>"
+                )
+                traces.append(trace)
+        if traces:
+            layout = {
+                "xaxis": {"title": {"text": "confidence in %"}, "range": [-3, 103]},
+                "yaxis": {"title": {"text": "accuracy in %"}, "range": [-3, 103]},
+                "shapes": [{"type": "line", "x0": 0, "y0": 0, "x1": 100, "y1": 100, "line": {"dash": "dot"}}],
+            }
+            figures.append(Figure(name, traces, layout))
+    return figures
+
+
+def _class_text(entry: ClassAccuracy) -> str:
+    names = ", ".join(entry.names[:5]) + (", …" if len(entry.names) > 5 else "")
+    classes = "class" if len(entry.names) == 1 else "classes"
+    return f"{classes} {_text(names)}: {entry.count} training samples ({entry.group})"
+
+
+def _running_mean(i: int, group: Group, entries: Sequence[ClassAccuracy]) -> Trace:
+    half = max(len(entries) // 40, 1)
+    accuracies = [100 * entry.accuracy for entry in entries]
+    means = [statistics.fmean(accuracies[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
+    trace = _trace(i, group, range(len(entries)), means)
+    return {**trace, "mode": "lines", "hoverinfo": "skip"}
+
+
+def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], hover: str) -> list[Trace]:
+    template = f"{_text(group.name)}<br>{hover}<extra></extra>"
+    traces = []
+    for curve in curves if len(curves) > 1 else []:
+        thin = _trace(i, group, *zip(*curve, strict=True))
+        thin["line"]["width"] = 1
+        traces.append({**thin, "mode": "lines", "opacity": 0.35, "hoverinfo": "skip"})
+    by_epoch: dict[int, list[float]] = defaultdict(list)
+    for curve in curves:
+        for epoch, value in curve:
+            by_epoch[epoch].append(value)
+    if by_epoch:
+        mean = _trace(i, group, by_epoch, [statistics.fmean(values) for values in by_epoch.values()])
+        traces.append({**mean, "mode": "lines" if len(by_epoch) > 1 else "markers", "hovertemplate": template})
+    return traces
+
+
+def _confusion(group: Group, confusion: TailConfusion) -> Figure:
+    columns = [_text(label) for label in confusion.labels] + ["other tail classes", "head classes"]
+    keep = [j for j in range(len(columns)) if j != len(columns) - 2 or confusion.left_out]
+    shares = [[100 * n / max(sum(row), 1) for n in row] for row in confusion.cells]
+    small = len(columns) <= 12
+    trace: Trace = {
+        "type": "heatmap",
+        "x": [columns[j] for j in keep],
+        "y": columns[: len(confusion.labels)],
+        "z": [[round(row[j], 2) for j in keep] for row in shares],
+        "customdata": [[row[j] for j in keep] for row in confusion.cells],
+        "zmin": 0,
+        "zmax": 100,
+        "hovertemplate": "%{y} taken for %{x}: %{z:.1f} % (%{customdata})<extra></extra>",
+        "colorbar": {"title": {"text": "%"}, "thickness": 10},
+        **({"texttemplate": "%{z:.0f}"} if small else {}),
+    }
+    layout = {
+        "xaxis": {"title": {"text": "predicted"}, "tickangle": -45, "type": "category"},
+        "yaxis": {"autorange": "reversed", "type": "category"},
+    }
+    height = 200 + 26 * len(confusion.labels)
+    return Figure("", [trace], layout, option=group.name, height=height)
+
+
+def _trace(i: int, group: Group, x: Iterable[float], y: Iterable[float]) -> Trace:
+    return {
+        "type": "scatter",
+        "name": _text(group.name),
+        "meta": i,
+        "x": list(x),
+        "y": [_number(value) for value in y],
+        "line": {"color": colour(i), "dash": dash(i), "width": 2},
+        "marker": {"color": colour(i), "symbol": marker(i)},
+    }
+
+
+def _number(value: float) -> float | None:
+    """Five digits, which no screen exceeds, keep the page small; what is not finite is a gap."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _text(text: str) -> str:
+    """Plotly reads some HTML in its texts."""
+    return escape(text, quote=False).replace("%{", "%&#123;")

@@ -1,0 +1,284 @@
+"""The web page: one file, which needs no network."""
+
+import base64
+import gzip
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from report.classes import calibration
+from report.comparison import (
+    COLUMNS,
+    Group,
+    difference,
+    differing_settings,
+    mean_and_deviation,
+    paired,
+)
+from report.exports import difference_cells, number, table_cells
+from report.figures import (
+    Figure,
+    calibration_figures,
+    class_figure,
+    confusion_figures,
+    curve_figures,
+    sharpness_figures,
+)
+from report.runs import GROUPS
+from report.style import MARKERS, colour, marker
+
+
+@dataclass
+class Cell:
+    """A cell of a table: its text, and a second, smaller line."""
+
+    text: str
+    below: str = ""
+
+
+def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
+    """The HTML page that compares groups of runs.
+
+    Args:
+        groups: at least one; the first is what the others are compared with.
+        skipped: folders that could not be reported, and why.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed.
+    """
+    from plotly.offline import get_plotlyjs
+
+    figures: dict[str, Figure] = {}
+    body = [
+        f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
+        f"<p>{escape(summary(groups))}</p>",
+        _skipped(skipped),
+        _legend(groups),
+        "<main>",
+        _results(groups),
+        _classes(groups, figures),
+        _plots("Learning curves", _seeds_note(groups), curve_figures(groups), figures),
+        _plots("Sharpness", "As the run's sharpness callback measured it.", sharpness_figures(groups), figures),
+        _confusion(groups, figures),
+        _calibration(groups, figures),
+        _settings(groups),
+        _cost(groups),
+        "</main>",
+    ]
+    drawn = {
+        key: {"data": figure.data, "layout": figure.layout, "height": figure.height} for key, figure in figures.items()
+    }
+    here = files("report")
+    plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()  # a third of its size
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{escape(_names(groups))}</title>",
+            f"<style>\n{(here / 'page.css').read_text()}</style>\n</head>\n<body>",
+            *(part for part in body if part),
+            "<noscript><p>The figures need JavaScript; the tables are complete.</p></noscript>",
+            f'<script type="application/json" id="figures">{_json(drawn)}</script>',
+            f'<script type="text/plain" id="plotly">{plotly}</script>',
+            f"<script>\n{(here / 'page.js').read_text()}</script>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """What the table says, in two or three sentences."""
+    first = groups[0]
+    mean, deviation = mean_and_deviation(first.values("test/all"))
+    if len(groups) == 1:
+        few = number(*mean_and_deviation(first.values("test/few")), digits=1)
+        return f"{first.name} reaches {number(mean, deviation, 1)} % over all classes and {few} % on the few-shot ones."
+    sentences = []
+    for column, what in (("test/all", "Over all classes"), ("test/few", "On the few-shot classes")):
+        known = [group for group in groups if statistics.fmean(group.values(column)) >= 0]  # not nan
+        if not known:
+            continue
+        best = max(known, key=lambda group: statistics.fmean(group.values(column)))
+        value = number(*mean_and_deviation(best.values(column)), digits=1)
+        sentence = f"{what} {best.name} is highest with {value} %"
+        if best is not first:
+            gap = number(*difference(best, first, column), digits=1, sign="+")
+            sentence += f", {gap} points to {first.name}"
+        sentences.append(sentence + ".")
+    if any(len(group.runs) == 1 for group in groups):
+        sentences.append("One run alone does not tell a difference from chance.")
+    return " ".join(sentences)
+
+
+def _results(groups: Sequence[Group]) -> str:
+    rows = []
+    for group in groups:
+        below = difference_cells(group, groups[0]) if group is not groups[0] else [""] * len(COLUMNS)
+        rows.append([Cell(group.name, _count(len(group.runs), "run")), *map(Cell, table_cells(group), below)])
+    note = "Test accuracy in % at the end of the training; a group's accuracy is the mean of its classes'."
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Several runs: mean ± standard deviation."
+    if len(groups) > 1:
+        note += f" Below, the difference to {groups[0].name}"
+        if any(min(len(group.runs), len(groups[0].runs)) > 1 for group in groups[1:]):
+            by_seed = all(paired(group, groups[0]) for group in groups[1:])
+            note += " ± its standard error" + (", compared seed by seed" if by_seed else "")
+        note += "."
+    return _section("Results", note, _table(["run", *COLUMNS.values()], rows))
+
+
+def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    figure = class_figure(groups)
+    if figure is None:
+        return _section("Accuracy per class", _missing(groups, "classes", "per_class.csv"))
+    note = "From the class with the most training samples to that with the fewest. Touch a point for its class."
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Several runs are averaged place by place in this order."
+    return _plots("Accuracy per class", f"{note} {_missing(groups, 'classes', 'per_class.csv')}", [figure], figures)
+
+
+def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    found, left_out = confusion_figures(groups)
+    if not found:
+        return ""
+    note = "What the test samples of each tail class (training samples in brackets) were taken for, in %."
+    if left_out:
+        note += f" The {left_out} tail classes with the fewest errors are not shown."
+    return _plots("Confusion among the tail classes", note, found, figures)
+
+
+def _calibration(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    found = calibration_figures(groups)
+    if not found:
+        return ""
+    rows = []
+    for group in groups:
+        by_class_group = calibration(group)
+        if by_class_group:
+            errors = [by_class_group[name].errors if name in by_class_group else [] for name in GROUPS]
+            rows.append([Cell(group.name), *(Cell(_mean([100 * error for error in of], 1)) for of in errors)])
+    note = (
+        "Confidence is the probability of the predicted class; below the diagonal a model is surer than it is right. The table "
+        "has the expected calibration error in percent points: the mean gap of confidence and accuracy over 15 bins."
+    )
+    return _plots("Calibration", note, found, figures, _table(["run", *GROUPS], rows))
+
+
+def _settings(groups: Sequence[Group]) -> str:
+    runs = [group.runs[0] for group in groups]
+    keys = differing_settings(runs)
+    if not keys:
+        return _section("Settings that differ", "None." if len(groups) > 1 else "There is one group of settings.")
+    rows = [
+        [Cell(key), *(Cell(str(run.settings[key]) if key in run.settings else "–") for run in runs)] for key in keys
+    ]
+    return _section("Settings that differ", "", _table(["setting", *(g.name for g in groups)], rows, "words"))
+
+
+def _cost(groups: Sequence[Group]) -> str:
+    rows = []
+    for group in groups:
+        runs = [run for run in group.runs if "train/seconds" in run.curves]
+        epochs = [statistics.median(value for _, value in run.curves["train/seconds"]) for run in runs]
+        totals = [sum(value for _, value in run.curves["train/seconds"]) / 60 for run in runs]
+        tail = [
+            statistics.fmean(v for _, v in run.curves["train/tail_rows"]) for run in group.runs if _tail(run.curves)
+        ]
+        hardware = dict.fromkeys(f"{run.hardware.get('device', '–')}" for run in group.runs)
+        processes = dict.fromkeys(str(run.hardware.get("processes", "–")) for run in group.runs)
+        cells = [_mean(epochs, 2), _mean(totals, 1), _mean(tail, 1), ", ".join(hardware), ", ".join(processes)]
+        rows.append([Cell(group.name), *map(Cell, cells)])
+    head = ["run", "seconds an epoch", "minutes in all", "tail rows a step", "device", "processes"]
+    note = "The median epoch with its validation; rows of tail classes in a step's batch, where it was logged."
+    return _section("Cost", note, _table(head, rows))
+
+
+def _tail(curves: dict[str, Any]) -> bool:
+    return bool(curves.get("train/tail_rows"))
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return number(*mean_and_deviation(values), digits=digits) if values else "–"
+
+
+def _plots(title: str, note: str, found: Sequence[Figure], figures: dict[str, Figure], table: str = "") -> str:
+    """A section of figures; those with an option share one place, and a list chooses between them."""
+    if not found:
+        return ""
+    places, options = [], []
+    for figure in found:
+        key = f"figure{len(figures)}"
+        figures[key] = figure
+        heading = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
+        hidden = " hidden" if figure.option and options else ""
+        places.append(f'<div{hidden}>{heading}<div class="plot" id="{key}"></div></div>')
+        if figure.option:
+            options.append(f'<option value="{key}">{escape(figure.option)}</option>')
+    choice = f'<p><select aria-label="run">{"".join(options)}</select></p>' if len(options) > 1 else ""
+    return _section(title, note, f'{choice}<div class="figures">{"".join(places)}</div>{table}')
+
+
+def _legend(groups: Sequence[Group]) -> str:
+    keys = [
+        f'<label><input type="checkbox" checked value="{i}"><span class="key" style="color:{colour(i)}">'
+        f"{MARKERS[marker(i)]}</span>{escape(group.name)}</label>"
+        for i, group in enumerate(groups)
+    ]
+    return f'<div class="groups">{"".join(keys)}</div>'
+
+
+def _skipped(skipped: dict[Path, str]) -> str:
+    if not skipped:
+        return ""
+    items = "".join(f"<li>{escape(str(folder))}: {escape(reason)}</li>" for folder, reason in skipped.items())
+    return f"<details><summary>{_count(len(skipped), 'folder')} left out</summary><ul>{items}</ul></details>"
+
+
+def _missing(groups: Sequence[Group], attribute: str, file: str) -> str:
+    without = [run for group in groups for run in group.runs if not getattr(run, attribute)]
+    if not without:
+        return ""
+    named = ", ".join(str(run.folder) for run in without[:3]) + (" and others" if len(without) > 3 else "")
+    return f"Without {file}, so not shown: {named}."
+
+
+def _seeds_note(groups: Sequence[Group]) -> str:
+    return "Thin lines are runs, thick ones their mean." if any(len(group.runs) > 1 for group in groups) else ""
+
+
+def _section(title: str, note: str, content: str = "") -> str:
+    paragraph = f'<p class="quiet">{escape(note.strip())}</p>' if note.strip() else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{paragraph}{content}\n</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], kind: str = "numbers") -> str:
+    def cell(tag: str, content: Cell) -> str:
+        below = f"<small>{escape(content.below)}</small>" if content.below else ""
+        return f"<{tag}>{escape(content.text)}{below}</{tag}>"
+
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = [f"<tr>{cell('th', row[0])}{''.join(cell('td', c) for c in row[1:])}</tr>" for row in rows]
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>\n{chr(10).join(body)}\n</tbody></table></div>"
+    )
+
+
+def _names(groups: Sequence[Group]) -> str:
+    names = [group.name for group in groups]
+    return ", ".join(names) if len(names) <= 3 else f"{_count(len(names), 'group')} of settings"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _json(value: Any) -> str:
+    """JSON that ends no script element: HTML's marks as escapes, which mean the same in JSON."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

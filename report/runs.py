@@ -1,0 +1,219 @@
+"""Read what a run left behind: a folder of Lightning's CSVLogger, or an offline folder of Weights & Biases."""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from report.wandb_offline import read_wandb
+
+GROUPS = ("many", "medium", "few", "all")
+
+# what does not make a run another experiment: seeds, places, and what is only shown
+NOT_SETTINGS = re.compile(
+    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
+    r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
+)
+
+EVALUATION_FILES = {
+    "classes": (
+        "per_class.csv",
+        {"class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"},
+    ),
+    "confusion": ("confusion.csv", {"target", "predicted", "count"}),
+    "calibration": ("calibration.csv", {"group", "bin", "samples", "confidence", "accuracy"}),
+    "sharpness": ("sharpness.csv", {"epoch", "group", "measure", "value"}),
+}
+"""What a run may have written: name of the attribute, file, and the columns that are read."""
+
+
+class UnreadableRunError(Exception):
+    """Why a folder cannot be reported, in one line."""
+
+
+@dataclass
+class Run:
+    """One training and its test.
+
+    Attributes:
+        folder: where it lies.
+        place: what it is called: its folder's last two names above ``version_N``.
+        seeds: what it was seeded with; empty where that is not known.
+        settings: dotted name to value, where it is not null, without what does not make it another experiment.
+        final: the last value of every logged quantity; accuracies are in [0, 1].
+        curves: quantity to its (epoch, value) pairs, for what is logged once an epoch.
+        hardware: device and processes.
+        classes: the rows of ``per_class.csv``; this and the following are empty where there is no such file.
+        confusion: the rows of ``confusion.csv``.
+        calibration: the rows of ``calibration.csv``.
+        sharpness: the rows of ``sharpness.csv``.
+    """
+
+    folder: Path
+    place: str
+    seeds: tuple[Any, ...]
+    settings: dict[str, Any]
+    final: dict[str, float]
+    curves: dict[str, list[tuple[int, float]]]
+    hardware: dict[str, Any]
+    classes: list[dict[str, str]] = field(default_factory=list)
+    confusion: list[dict[str, str]] = field(default_factory=list)
+    calibration: list[dict[str, str]] = field(default_factory=list)
+    sharpness: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str]]:
+    """Read every run in some folders, however deep.
+
+    Args:
+        paths: run folders, or folders that hold some.
+
+    Returns:
+        The runs in the order of the paths, and why each folder that was left out cannot be reported. Of several runs of
+        one place with the same settings and seeds the newest counts.
+    """
+    runs: list[Run] = []
+    skipped: dict[Path, str] = {}
+    for path in paths:
+        folders = find_folders(path)
+        if not folders:
+            skipped[path] = "there is no run in it" if path.is_dir() else "there is no such folder"
+        for folder in folders:
+            try:
+                runs.append(read_run(folder))
+            except UnreadableRunError as reason:
+                skipped[folder] = str(reason)
+    newest: dict[str, Run] = {}
+    for run in runs:
+        key = f"{run.folder.resolve().parent} {run.settings} {run.seeds}" if run.seeds else str(run.folder.resolve())
+        older = newest.get(key)
+        if older is not None and older.folder.resolve() != run.folder.resolve():
+            if version(run.folder) < version(older.folder):
+                run, older = older, run
+            skipped[older.folder] = f"{run.folder.name} has the same settings and seed, and is newer"
+        newest[key] = run
+    return list(newest.values()), skipped
+
+
+def find_folders(path: Path) -> list[Path]:
+    """The run folders at or below a path, by number and not by letters: version_2 before version_10."""
+    if is_run(path):
+        return [path]
+    inside = sorted((p for p in path.iterdir() if p.is_dir()), key=version) if path.is_dir() else []
+    return [folder for child in inside for folder in find_folders(child)]
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, be it an empty one."""
+    log = (path / "metrics.csv").exists() or next(path.glob("run-*.wandb"), None) is not None
+    return path.is_dir() and (log or re.fullmatch(r"version_\d+", path.name) is not None)
+
+
+def version(path: Path) -> tuple[Any, ...]:
+    """Sorts names with numbers in them; (text, number, text, ...)."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name))
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run.
+
+    Raises:
+        UnreadableRunError: it was not trained, not tested, or its files are cut off.
+    """
+    files = folder
+    if (folder / "metrics.csv").exists():
+        rows = read_csv(folder / "metrics.csv")
+        config = _read_yaml(folder / "config.yaml")
+        logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
+        place = "/".join(folder.resolve().parts[-3:-1])
+    elif log := next(folder.glob("run-*.wandb"), None):
+        try:
+            rows, config, name = read_wandb(log)
+        except ValueError as error:
+            raise UnreadableRunError(str(error)) from error
+        logged, files, place = config, folder / "files", name
+    else:
+        raise UnreadableRunError("it has no metrics.csv: the run stopped before its first epoch")
+    columns = {name for row in rows for name, value in row.items() if value not in ("", None)}
+    if "train/loss_epoch" not in columns:
+        old = "" if "test/all" in columns else ", or an older version's log"
+        raise UnreadableRunError(f"its log has no train/loss_epoch: a test, a prediction{old}, or nothing yet")
+    if missing := [f"test/{group}" for group in GROUPS if f"test/{group}" not in columns]:
+        raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet, or written by an older version")
+    # the model's and the data's arguments by their own names, as Lightning logs them to Weights & Biases
+    flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
+    final: dict[str, float] = {}
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    try:
+        for row in rows:
+            for column in columns:
+                if row.get(column) not in ("", None):
+                    final[column] = float(row[column])
+                    if column.startswith(("train/", "val/")) and not column.endswith("_step"):
+                        curves[column].append((int(float(row["epoch"])), final[column]))
+    except (ValueError, KeyError) as error:
+        raise UnreadableRunError(f"its log cannot be read: {error}") from error
+    return Run(
+        folder=folder,
+        place=place,
+        seeds=tuple(flat[key] for key in ("seed_everything", "seed") if key in flat),
+        settings={key: value for key, value in flat.items() if not NOT_SETTINGS.fullmatch(key)},
+        final=final,
+        curves=dict(curves),
+        hardware={key: logged[key] for key in ("device", "processes") if key in logged},
+        **{name: _read_rows(files / file, needed) for name, (file, needed) in EVALUATION_FILES.items()},
+    )
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that was written to its end.
+
+    Raises:
+        UnreadableRunError: it is empty or cut off.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise UnreadableRunError(f"its {path.name} is empty")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    if not text.endswith("\n") or any(None in row or None in row.values() for row in rows):
+        raise UnreadableRunError(f"its {path.name} is cut off: half-written?")
+    return rows
+
+
+def _read_rows(path: Path, needed: set[str]) -> list[dict[str, str]]:
+    """The rows of a file that a run need not have."""
+    rows = read_csv(path) if path.exists() else []
+    if rows and (missing := needed - set(rows[0])):
+        raise UnreadableRunError(f"its {path.name} has no column {min(missing)}: written by an older version")
+    return rows
+
+
+def flatten(config: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names; a class is its path's last part, its arguments stand beside it."""
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "class_path":
+            flat[name] = str(value).rpartition(".")[2]
+        else:
+            flat.update(flatten(value, name if key == "init_args" else f"{name}.{key}".strip(".")))
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UnreadableRunError(f"it has no {path.name}")
+    try:
+        found = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UnreadableRunError(f"its {path.name} cannot be read: half-written?") from error
+    if not isinstance(found, dict):
+        raise UnreadableRunError(f"its {path.name} is empty or no mapping: half-written?")
+    return found

@@ -1,0 +1,80 @@
+"""Run folders as the real logger and the real callback write them, without the training."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from imbsam.metrics import ClassGroupAccuracy
+from lightning_modules import LongTailedClassifier
+from lightning_modules.evaluation_files import write_evaluation
+
+COUNTS = [120, 60, 20, 12, 6, 3]
+NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}", "eel | ray"]
+
+
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Path]:
+    """Write ``save_dir/name/version_N``: a loss that falls over the epochs, and predictions right with chance `skill`."""
+
+    def write(
+        save_dir: Path,
+        name: str,
+        seed: int = 0,
+        skill: float = 0.8,
+        epochs: int = 3,
+        counts: list[int] = COUNTS,
+        names: list[str] = NAMES,
+        files: bool = True,
+        **settings: object,
+    ) -> Path:
+        random = torch.Generator().manual_seed(seed)
+        logger = CSVLogger(save_dir, name)
+        model = LongTailedClassifier(many=50, few=10)
+        model._learn_classes(torch.tensor(counts), names)
+        target = torch.arange(len(counts)).repeat_interleave(20)
+        right = torch.rand(len(target), generator=random) < skill
+        predicted = torch.where(right, target, (target + 1) % len(counts))
+        confidence = torch.rand(len(target), generator=random)
+        accuracy = ClassGroupAccuracy(torch.tensor(counts), many=50, few=10)
+        accuracy.update(predicted, target)
+        for epoch in range(epochs):
+            logger.log_metrics({"train/loss_step": 1.0, "train/tail_rows": 2.0, "lr": 0.1, "epoch": epoch}, 2 * epoch)
+            loss = (2.0 + seed) / (1 + epoch)
+            logger.log_metrics({"train/loss_epoch": loss, "train/seconds": 1.5, "epoch": epoch}, 2 * epoch + 1)
+        logger.log_metrics(
+            {f"test/{g}": v.item() for g, v in accuracy.compute().items()} | {"epoch": epochs}, 2 * epochs
+        )
+        logger.log_hyperparams({"device": "CPU", "processes": 1})
+        logger.save()
+        run = Path(logger.log_dir)
+        config = {
+            "seed_everything": seed,
+            "trainer": {"accelerator": "auto", "max_epochs": epochs},
+            "model": {"class_path": "lightning_modules.LongTailedClassifier", "init_args": settings},
+            "data": {"class_path": "datamodules.DigitsLTDataModule", "init_args": {"ratio": 50.0, "seed": seed}},
+        }
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        if files:
+            write_evaluation(run, model, target, predicted, confidence)
+        return run
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def three_groups(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Path]) -> Path:
+    """Two seeds of three methods, with hostile names; the first also has sharpness."""
+    root = tmp_path_factory.mktemp("runs")
+    for method, skill in (("sgd", 0.6), ("imbsam", 0.9), ("<i>sam", 0.7)):
+        for seed in (0, 1):
+            run = write_run(
+                root, f"digits/{method}", seed, skill, method=method, rho=0.05, note="<script>alert(2)</script>"
+            )
+            if method == "sgd":
+                rows = [f"{epoch},{g},trace,{2.5 / (epoch + 1)},40" for epoch in range(3) for g in ("many", "few")]
+                (run / "sharpness.csv").write_text("\n".join(["epoch,group,measure,value,samples", *rows]) + "\n")
+    return root

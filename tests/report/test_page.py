@@ -1,0 +1,245 @@
+"""The page, the exports and the command, without a browser."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from report.classes import by_class_count, calibration, tail_confusion
+from report.command import main
+from report.comparison import group_runs
+from report.page import page
+from report.runs import read_runs
+from report.style import COLOURS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Tables(HTMLParser):
+    """The cells of every table, and the names of all elements."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.elements: list[str] = []
+        self.open = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.open = tag in ("td", "th") or (tag == "small" and self.open)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "small":
+            self.tables[-1][-1][-1] += "\n"
+
+    def handle_endtag(self, tag):
+        self.open = self.open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.open:
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def groups(three_groups):
+    return group_runs(read_runs([three_groups / "digits/sgd", three_groups])[0])
+
+
+@pytest.fixture(scope="module")
+def html(groups):
+    return page(groups, {Path("<b>half"): "cut off"})
+
+
+def figures(html):
+    return json.loads(re.search(r'id="figures">(.*?)</script>', html).group(1))
+
+
+def test_the_tables_numbers_are_the_logs(html, groups, three_groups):
+    def logged(method, column):
+        values = []
+        for run in sorted((three_groups / "digits" / method).glob("version_*")):
+            rows = list(csv.DictReader((run / "metrics.csv").open()))
+            values.append(100 * float(next(row[column] for row in rows if row[column])))
+        return values
+
+    table = Tables(html).tables[0]
+    assert table[0] == ["run", "many", "medium", "few", "all", "training loss"]
+    sgd, imbsam = (next(row for row in table if row[0].startswith(f"digits/{m}\n")) for m in ("sgd", "imbsam"))
+    for column, name in enumerate(("many", "medium", "few", "all"), start=1):
+        first, other = logged("sgd", f"test/{name}"), logged("imbsam", f"test/{name}")
+        spread = abs(first[0] - first[1]) / 2**0.5
+        assert sgd[column] == f"{sum(first) / 2:.1f} ± {spread:.1f}"
+        gaps = [b - a for a, b in zip(first, other, strict=True)]
+        assert imbsam[column].split("\n")[1] == f"{sum(gaps) / 2:+.1f} ± {abs(gaps[0] - gaps[1]) / 2:.1f}"
+
+
+def test_nothing_of_a_run_becomes_html_and_nothing_is_fetched(html):
+    elements = Tables(html).elements
+    assert {"img", "b", "i"}.isdisjoint(elements)
+    assert elements.count("script") == 3
+    assert html.count("</script>") == 3
+    text = re.sub(r'<script type="text/plain".*?</script>', "", html, flags=re.DOTALL)
+    assert not re.findall(r'(?:src|href)="?(?!data:)|url\(|https?://', text)
+    for figure in figures(html).values():
+        for trace in figure["data"]:
+            assert "<img" not in json.dumps(trace)
+            assert "<b>" not in json.dumps(trace)
+
+
+def test_plotly_accepts_every_figure(html):
+    found = figures(html)
+    assert (
+        len(found) == 1 + 1 + 2 + 3 + 4
+    )  # classes, loss, sharpness of two groups, confusion of three runs, calibration
+    for figure in found.values():
+        go.Figure(data=figure["data"], layout=figure["layout"])
+
+
+def test_classes_are_sorted_by_count_and_say_their_name_and_count(html, groups):
+    trace = next(t for f in figures(html).values() for t in f["data"] if "class cat" in str(t.get("text")))
+    counts = [int(re.search(r"(\d+) training", text).group(1)) for text in trace["text"]]
+    assert counts == [120, 60, 20, 12, 6, 3]
+    assert trace["text"][0] == "class cat: 120 training samples (many)"
+    assert trace["text"][2].startswith("class &lt;img")
+    entries = by_class_count(groups[0])
+    few = [entry.accuracy for entry in entries if entry.group == "few"]
+    mean = sum(run.final["test/few"] for run in groups[0].runs) / len(groups[0].runs)
+    assert sum(few) / len(few) == pytest.approx(mean, abs=1e-5)
+
+
+def test_confusion_counts_every_test_sample_of_a_tail_class(groups):
+    first = tail_confusion(groups)[0]
+    assert [label.rpartition(" ")[2] for label in first.labels] == ["(12)", "(6)", "(3)"]  # eta is 20
+    assert [sum(row) for row in first.cells] == [40, 40, 40]  # 20 test samples, two runs
+    assert first.cells[0][2] == 0  # wrong predictions are the next class
+    assert first.cells[2][-1] == 40 - first.cells[2][2]  # after the last class comes the first, a head class
+    most = tail_confusion(groups, most=2)[0]
+    assert (len(most.labels), most.left_out) == (2, 1)
+    assert [sum(row) for row in most.cells] == [40, 40]
+
+
+def test_the_calibration_error_is_torchmetrics(groups, write_run, tmp_path):
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    from lightning_modules.evaluation_files import calibration_bins
+    from report.classes import _expected_error
+
+    random = torch.Generator().manual_seed(0)
+    confidence, correct = torch.rand(500, generator=random), torch.rand(500, generator=random) < 0.4
+    bins = [row[1:] for row in calibration_bins(confidence, correct)]
+    expected = binary_calibration_error(confidence, correct.long(), n_bins=15)
+    assert _expected_error(bins) == pytest.approx(float(expected), abs=1e-5)
+    found = calibration(groups[0])
+    assert set(found) == {"many", "medium", "few", "all"}
+    assert len(found["all"].errors) == 2
+    assert sum(n for n, _, _ in found["all"].bins) == 240
+
+
+def test_one_run_and_runs_without_files(tmp_path, write_run):
+    run = write_run(tmp_path, "a/sgd", files=False)
+    html = page(group_runs(read_runs([run])[0]), {})
+    assert "Without per_class.csv, so not shown" in html
+    assert len(figures(html)) == 1
+    assert "± " not in re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+
+
+def test_exports(three_groups, tmp_path, capsys):
+    main([str(three_groups), "--format", "md"])
+    table = capsys.readouterr().out
+    assert "| run | many | medium | few | all | training loss |" in table
+    assert "| digits/sgd (2 runs) |" in table
+    main([str(three_groups), "--output", str(tmp_path / "t.csv")])
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert len(rows) == 6
+    for row in rows:
+        logged = list(csv.DictReader((Path(row["folder"]) / "metrics.csv").open()))
+        assert float(row["test/few"]) == float(next(r["test/few"] for r in logged if r["test/few"]))
+    main([str(three_groups), "--output", str(tmp_path / "t.png")])
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["nowhere"], "there is no run to report"),
+        (["RUNS", "--output", "report.pdf"], "output is report.pdf: end it with .html, .md, .csv or .png"),
+        (["RUNS", "--format", "html"], "format is html: name the file with --output report.html"),
+        (["RUNS", "--output", "no/such/folder.md"], "output is no/such/folder.md: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(three_groups, capsys, monkeypatch, tmp_path, args, line):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([str(three_groups) if arg == "RUNS" else arg for arg in args])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"imbsam: error: {line}")
+
+
+def test_a_missing_library_is_named_with_its_extra(three_groups, tmp_path, capsys, monkeypatch):
+    for library, form, extra in (("plotly.offline", "html", "report"), ("matplotlib.figure", "png", "plot")):
+        monkeypatch.setitem(sys.modules, library.partition(".")[0], None)
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(SystemExit):
+            main([str(three_groups), "--output", str(tmp_path / f"r.{form}")])
+        assert f'pip install "imbsam[{extra}]"' in capsys.readouterr().err
+
+
+def test_fifty_runs_of_200_epochs_in_under_10_seconds(tmp_path, write_run):
+    """The command as a user starts it, and that it does not import torch or Lightning."""
+    first = write_run(
+        tmp_path, "many/sgd", epochs=200, counts=list(range(100, 0, -1)), names=[f"c{i}" for i in range(100)]
+    )
+    for i in range(1, 50):
+        run = first.with_name(f"version_{i}")
+        run.mkdir()
+        for file in first.iterdir():
+            (run / file.name).write_bytes(file.read_bytes())
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace("seed: 0", f"seed: {i}").replace("50.0", f"{i % 10}.0"))
+    code = (
+        "import resource, sys; from report.entry import main; main();"
+        "assert not {'torch', 'lightning'} & set(sys.modules);"
+        "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_utime + usage.ru_stime)"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(tmp_path), "--output", str(tmp_path / "r.html")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "50 runs" in (tmp_path / "r.html").read_text()
+    processor_seconds = float(done.stdout.splitlines()[-1])
+    assert processor_seconds < 10, (
+        f"{time.monotonic() - start:.1f} s on the clock"
+    )  # the clock depends on who shares the machine
+
+
+def test_colours_stand_out_on_the_light_and_the_dark_page():
+    """WCAG 2.2, contrast of graphics: 3."""
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    css = (REPOSITORY / "report/page.css").read_text()
+    for background in re.findall(r"--page: (#\w+)", css):
+        for colour in COLOURS:
+            dark, light = sorted((luminance(colour), luminance(background)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, background)

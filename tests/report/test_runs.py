@@ -1,0 +1,115 @@
+"""Reading runs: what counts, and what is skipped by name."""
+
+import shutil
+import sys
+import time
+
+import pytest
+
+from lightning_modules.cli import main as train
+from report.runs import read_run, read_runs
+
+
+def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):
+    good = write_run(tmp_path, "a/sgd", seed=0)
+    broken = {}
+
+    def spoil(seed, reason):
+        run = write_run(tmp_path, "a/sgd", seed=seed)
+        broken[run] = reason
+        return run
+
+    cut = spoil(1, "metrics.csv is cut off") / "metrics.csv"
+    cut.write_text(cut.read_text()[:-4])
+    row = spoil(2, "metrics.csv is cut off") / "metrics.csv"
+    row.write_text(row.read_text().rstrip("\n").rpartition(",")[0] + "\n")
+    going = spoil(3, "not tested yet") / "metrics.csv"
+    going.write_text("epoch,step,train/loss_epoch\n0,9,2.0\n")
+    (spoil(4, "metrics.csv is empty") / "metrics.csv").write_text("")
+    (spoil(5, "config.yaml is empty or no mapping") / "config.yaml").write_text("")
+    (spoil(6, "config.yaml cannot be read") / "config.yaml").write_text("model: {init_args: {rho: 0.")
+    (spoil(7, "it has no config.yaml") / "config.yaml").unlink()
+    tested = spoil(8, "a test, a prediction") / "metrics.csv"
+    tested.write_text("epoch,step,test/all\n0,0,0.9\n")
+    (spoil(9, "no column accuracy: written by an older version") / "per_class.csv").write_text("class,count\n0,5\n")
+    words = spoil(10, "its log cannot be read") / "metrics.csv"
+    words.write_text(words.read_text().replace("0.1,", "zero,"))
+    older = spoil(11, "its log has no test/medium") / "metrics.csv"
+    older.write_text(older.read_text().replace("test/medium", "test/middle"))
+    empty = tmp_path / "a/sgd/version_99"
+    empty.mkdir()
+    broken[empty] = "no metrics.csv"
+
+    runs, skipped = read_runs([tmp_path])
+    assert [run.folder for run in runs] == [good]
+    assert set(skipped) == set(broken)
+    for run, reason in broken.items():
+        assert reason in skipped[run], run
+
+
+def test_a_run_without_the_evaluation_files_is_read(tmp_path, write_run):
+    run = read_run(write_run(tmp_path, "a/sgd", files=False))
+    assert run.classes == []
+    assert run.final["test/all"] > 0
+
+
+def test_the_newest_of_the_same_settings_and_seed_counts(tmp_path, write_run):
+    folders = [write_run(tmp_path, "a/sgd", seed=0) for _ in range(11)]
+    other = write_run(
+        tmp_path, "b/sgd", seed=0
+    )  # the same settings in another folder: perhaps another state of the code
+    runs, skipped = read_runs([tmp_path, folders[3]])
+    assert [run.folder.parent.parent.name for run in runs] == ["a", "b"]
+    assert runs[0].folder.name == "version_10"
+    assert runs[1].folder == other
+    assert len(skipped) == 10
+
+
+def test_folders_without_runs_are_named(tmp_path):
+    runs, skipped = read_runs([tmp_path, tmp_path / "nowhere"])
+    assert runs == []
+    assert list(skipped.values()) == ["there is no run in it", "there is no such folder"]
+
+
+def test_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch, capsys):
+    """A real one, of two epochs, by the real client: its numbers, its settings, its evaluation files."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = [
+        *("fit", "--config=configs/digits_lt/imbsam.yaml", "--config=configs/logger/wandb.yaml"),
+        *("--trainer.logger.init_args.offline=true", "--trainer.enable_progress_bar=false"),
+        *("--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["imbsam", *arguments])
+    train()
+    out = capsys.readouterr().out
+    wandb.finish()  # at the end of a process it comes by itself
+    for _ in range(40):  # the client's own process writes the file, and may be late
+        runs, skipped = read_runs([tmp_path / "logs"])
+        if runs:
+            break
+        time.sleep(0.5)
+    assert skipped == {}
+    (run,) = runs
+    assert run.place == "imbsam"
+    assert f"{100 * run.final['test/all']:.1f} │" in out
+    assert (run.settings["method"], run.settings["rho"], run.seeds) == ("imbsam", 0.05, (0,))
+    assert [epoch for epoch, _ in run.curves["train/loss_epoch"]] == [0, 1]
+    assert len(run.curves["train/seconds"]) == 2
+    assert "CPU" in run.hardware["device"]
+    assert sum(int(row["test_samples"]) for row in run.classes) == 540
+    assert run.confusion
+    assert run.calibration
+
+    log = next(run.folder.glob("*.wandb"))
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    assert read_runs([run.folder])[1].keys() == {run.folder}
+
+
+def test_without_wandb_its_runs_are_skipped_with_the_mend(tmp_path, monkeypatch):
+    folder = tmp_path / "offline-run-1"
+    folder.mkdir()
+    (folder / "run-1.wandb").write_bytes(b"")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert 'pip install "wandb>=0.31"' in read_runs([folder])[1][folder]
