@@ -17,6 +17,7 @@ from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
+from lightning_modules.weights_and_biases import WeightsAndBiases
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -37,6 +38,7 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})  # one file, last.ckpt
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
+        parser.add_lightning_class_args(WeightsAndBiases, "wandb")
 
     def before_instantiate_classes(self) -> None:
         """Name the run's folder after its config, where nobody named it; refuse what Lightning would only trip over."""
@@ -55,6 +57,10 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
+        if "WandbLogger" in str(logger):
+            raise SettingError(
+                "trainer.logger has a WandbLogger: set wandb.mode to offline or online, which logs beside the run's folder"
+            )
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         path = config.get("ckpt_path")
@@ -93,7 +99,7 @@ def main() -> None:
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
                 "callbacks": [AccuracyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
-            save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
+            save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
             parser_kwargs={
                 "exit_on_error": False,
                 "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
