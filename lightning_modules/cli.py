@@ -59,7 +59,7 @@ class ImbSAMCLI(LightningCLI):
                 )
         if "WandbLogger" in str(logger):
             raise SettingError(
-                "trainer.logger has a WandbLogger: set wandb.mode to offline or online, which logs beside the run's folder"
+                "trainer.logger has a WandbLogger: set wandb.mode to offline or online instead"
             )
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")

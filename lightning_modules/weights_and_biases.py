@@ -1,4 +1,4 @@
-"""Log a run to Weights & Biases, beside the run's folder: through Lightning's WandbLogger, with tables and checkpoints."""
+"""Log a run to Weights & Biases beside the run's folder, through Lightning's WandbLogger."""
 
 import csv
 import importlib.util
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import dict_to_namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -28,7 +27,7 @@ MOST_CELLS = 10_000
 
 
 class WeightsAndBiases(Callback):
-    """Log to Weights & Biases what the run's folder holds; the folder stays as it is, and W&B's files lie in its ``wandb/``.
+    """Log to Weights & Biases what the run's folder holds; W&B's files lie in its ``wandb/``.
 
     From the first batch to the end of the test that follows there is one W&B run, also under DDP. It has all that the
     other loggers get, the settings as its config (``model.rho``, ``data.ratio``, ...), and after the test:
@@ -38,7 +37,7 @@ class WeightsAndBiases(Callback):
     * ``test/confusion_cells``: a table of the pairs that occurred, the 10,000 most frequent where there are more;
     * ``test/confusion``: the confusion matrix as a chart, up to 100 classes;
     * the CSV files and the config as files;
-    * the last and the best checkpoint as versions of one artifact, ``model-ID``, with the aliases ``last`` and ``best``.
+    * the best and the last checkpoint as versions of one artifact, ``model-ID``, with the aliases ``best``, ``last``.
 
     The tables come from the files of :class:`~lightning_modules.evaluation_files.EvaluationFiles`.
 
@@ -174,13 +173,20 @@ def _settings(folder: Path, trainer: Trainer, pl_module: LightningModule) -> dic
     if (folder / "config.yaml").exists():
         nested = yaml.safe_load((folder / "config.yaml").read_text())
     else:  # without the command line
-        nested = {"model": dict(pl_module.hparams), "data": dict(getattr(trainer.datamodule, "hparams", {}))}
+        nested = {"model": dict(pl_module.hparams), "data": dict(getattr(getattr(trainer, "datamodule", None), "hparams", {}))}
+    return _flat(nested)
+
+
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, as the command line takes them; a class is its path's last part."""
+    if not isinstance(settings, dict) or not settings:
+        return {} if settings is None else {name: settings}
     flat: dict[str, Any] = {}
-    for key, value in vars(dict_to_namespace(nested).as_flat()).items():
-        if key.endswith("class_path"):
-            value = str(value).rpartition(".")[2]
-        if value is not None:
-            flat[key.replace(".init_args", "").removesuffix(".class_path")] = value
+    for key, value in settings.items():
+        if key == "class_path":
+            flat[name] = str(value).rpartition(".")[2]
+        else:
+            flat |= _flat(value, name if key == "init_args" else f"{name}.{key}".removeprefix("."))
     return flat
 
 
@@ -188,8 +194,8 @@ def _tables(folder: Path) -> dict[str, Any]:
     """The tables and charts of what the test found."""
     import wandb
 
-    columns = ["class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"]
-    classes = [
+    columns: list[str | int] = ["class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"]
+    classes: list[list[Any]] = [
         [
             int(row["class"]),
             row["class_name"],
@@ -209,7 +215,7 @@ def _tables(folder: Path) -> dict[str, Any]:
     found = {
         "test/classes": wandb.Table(columns, classes),
         "test/accuracy_by_count": wandb.plot.scatter(
-            wandb.Table(["log10 training samples", "accuracy", "class_name", "group"], points),
+            wandb.Table(data=points, columns=["log10 training samples", "accuracy", "class_name", "group"]),
             "log10 training samples",
             "accuracy",
             title="test accuracy of each class against its training samples",
