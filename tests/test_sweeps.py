@@ -55,7 +55,7 @@ def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
         values = {"model.rho": 0.1, "model.eta": 10, "seed_everything": 2}
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
     assert agent._run_processes["abcd1234"].wait(timeout=300) == 0
-    (log,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/*/*abcd1234.wandb")
+    (log,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/offline-run-*/*abcd1234.wandb")
     logged, config, _ = read_wandb(log)
     assert {key: config[key] for key in values} == values
     assert any("val/all" in row for row in logged)
