@@ -91,8 +91,10 @@ class WeightsAndBiases(Callback):
             self._finish(exit_code=1)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule, job: str) -> None:
+        if self.mode == "disabled" or getattr(trainer, "fast_dev_run", False):
+            return
         folder = Path(trainer.log_dir or trainer.default_root_dir).absolute()  # every rank takes part in log_dir
-        if self.mode == "disabled" or getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         if self._run is None:
             self._folder = folder
