@@ -54,7 +54,12 @@ def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
         agent._sweep_command = [*python, *command, *short]
         values = {"model.rho": 0.1, "model.eta": 10, "seed_everything": 2}
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
-    assert agent._run_processes["abcd1234"].wait(timeout=300) == 0
+    process = agent._run_processes["abcd1234"]
+    try:
+        assert process.wait(timeout=300) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
     (log,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/offline-run-*/*abcd1234.wandb")
     logged, config, _ = read_wandb(log)
     assert {key: config[key] for key in values} == values
