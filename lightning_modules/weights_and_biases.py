@@ -175,7 +175,10 @@ def _settings(folder: Path, trainer: Trainer, pl_module: LightningModule) -> dic
     if (folder / "config.yaml").exists():
         nested = yaml.safe_load((folder / "config.yaml").read_text())
     else:  # without the command line
-        nested = {"model": dict(pl_module.hparams), "data": dict(getattr(getattr(trainer, "datamodule", None), "hparams", {}))}
+        nested = {
+            "model": dict(pl_module.hparams),
+            "data": dict(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
+        }
     return _flat(nested)
 
 
