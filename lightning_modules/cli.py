@@ -21,6 +21,7 @@ from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
 from lightning_modules.sharpness import SharpnessTrainer
+from lightning_modules.weights_and_biases import WeightsAndBiases
 
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
@@ -46,6 +47,7 @@ class ImbSAMCLI(LightningCLI):
         """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
+        parser.add_lightning_class_args(WeightsAndBiases, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse a checkpoint that is not whole before LightningCLI reads its hyperparameters."""
@@ -71,6 +73,8 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
+        if "WandbLogger" in str(logger):
+            raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         self._find_checkpoint()
@@ -144,7 +148,7 @@ def main() -> None:
                 },
                 "callbacks": [AccuracyTable(), AnomalyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
-            save_config_kwargs={"overwrite": True},  # Weights & Biases has one folder for all runs
+            save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
             parser_kwargs={
                 "exit_on_error": False,
                 "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",

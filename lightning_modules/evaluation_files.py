@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torchmetrics import CatMetric
 
@@ -27,11 +26,9 @@ class EvaluationFiles(Callback):
       width of the confidence, the probability of the predicted class. The expected calibration error (Guo et al.,
       ICML 2017) is the mean of :math:`|\text{accuracy} - \text{confidence}|` over the bins, weighted by their samples.
 
-    They lie in the run's folder (Weights & Biases: in the run's ``files``, which it uploads). A test is remembered as
-    three numbers a row, so one of 25,000 rows takes 300 kB, however many classes there are; under DDP the rows of all
-    ranks are gathered, those included that Lightning's sampler repeats to fill a rank. Needs a ``test_step`` that
-    returns logits (B, C), as :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is
-    written.
+    They lie in the run's folder. A test is remembered as three numbers a row, so one of 25,000 rows takes 300 kB,
+    however many classes there are; under DDP the rows of all ranks are gathered. Needs a ``test_step`` that returns
+    logits (B, C), as :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is written.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,9 +127,6 @@ def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int
 def _folder(trainer: Trainer) -> Path | None:
     """The run's folder, or None where nothing is logged; every rank takes part."""
     log_dir = trainer.log_dir
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):  # its save_dir is one folder for all runs
-            return Path(logger.experiment.dir) if trainer.is_global_zero else None
     return Path(log_dir) if trainer.loggers and log_dir is not None else None
 
 

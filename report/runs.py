@@ -17,7 +17,7 @@ GROUPS = ("many", "medium", "few", "all")
 
 # what does not make a run another experiment: seeds, places, and what is only shown
 NOT_SETTINGS = re.compile(
-    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
+    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|wandb\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
 

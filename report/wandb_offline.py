@@ -14,7 +14,7 @@ def read_wandb(log: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
         log: the file ``run-ID.wandb``.
 
     Returns:
-        The logged rows, the run's config, and its project or name.
+        The logged rows, the run's config, and its group, name or project.
 
     Raises:
         ValueError: wandb is not installed, too old, or cannot read the file; one line.
@@ -36,5 +36,5 @@ def read_wandb(log: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
         elif record["type"] == "run":
             run = record["run"]
             config.update(run.get("config", {}).get("update", {}))
-            name = run.get("display_name") or run.get("project") or name
+            name = run.get("run_group") or run.get("display_name") or run.get("project") or name
     return rows, config, name

@@ -1,0 +1,66 @@
+"""Sweep files, checked by W&B's own code; what its agent starts is started."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from report.wandb_offline import read_wandb
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SWEEPS = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))
+
+wandb = pytest.importorskip("wandb")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweep_is_valid(path):
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config
+
+    sweeps = pytest.importorskip("sweeps", reason='W&B\'s schema comes with "wandb[sweeps]", which needs numpy below 2')
+    assert sweeps.schema_violations_from_proposed_config(load_sweep_config(str(path))) == []
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweep_chooses_on_a_validation_split(path):
+    config = yaml.safe_load(path.read_text())
+    assert config["metric"] == {"name": "val/all", "goal": "maximize"}
+    assert float(next(c for c in config["command"] if "val_share" in c).partition("=")[2]) > 0
+    assert {"model.rho", "model.eta"} <= config["parameters"].keys()
+    assert config["command"][-1] == "${args}"
+    sizes = [len(parameter["values"]) for parameter in config["parameters"].values()]
+    runs = len(list(itertools.product(*map(range, sizes))))
+    assert f"{runs} runs" in path.read_text().splitlines()[0]
+
+
+def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
+    """The agent's own code builds the command and starts it; there is no server, so it stays offline."""
+    from wandb.wandb_agent import Agent
+
+    program, *command = yaml.safe_load((REPOSITORY / "configs/sweeps/digits_lt_rho_eta.yaml").read_text())["command"]
+    assert program == "imbsam"
+    python = [sys.executable, "-m", "lightning_modules.cli"]  # `imbsam`, installed or not
+    short = ["--wandb.mode=offline", "--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
+    here = {"WANDB_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep123", "PYTHONPATH": str(REPOSITORY)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them
+            patch.setenv(name, "")
+        for name, value in here.items():
+            patch.setenv(name, value)
+        patch.chdir(tmp_path)
+        agent = Agent(api=None, queue=None)
+        agent._sweep_command = [*python, *command, *short]
+        values = {"model.rho": 0.1, "model.eta": 10, "seed_everything": 2}
+        agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
+    process = agent._run_processes["abcd1234"]
+    try:
+        assert process.wait(timeout=300) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+    (log,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/offline-run-*/*abcd1234.wandb")
+    logged, config, _ = read_wandb(log)
+    assert {key: config[key] for key in values} == values
+    assert any("val/all" in row for row in logged)
