@@ -40,12 +40,12 @@ class BatchTransform:
             Images, float32 (B, C, H, W), and the same labels.
         """
         images, labels = batch
-        if seeds is None and (self.crop_padding or self.flip):
-            seeds = torch.randint(2**63 - 1, (len(images),))
-        if self.crop_padding:
-            images = random_crop(images, self.crop_padding, seeds)
-        if self.flip:
-            images = random_flip(images, seeds)
+        if self.crop_padding or self.flip:
+            seeds = torch.randint(2**63 - 1, (len(images),)) if seeds is None else seeds
+            if self.crop_padding:
+                images = random_crop(images, self.crop_padding, seeds)
+            if self.flip:
+                images = random_flip(images, seeds)
         return images.float().sub_(self.mean).div_(self.std), labels
 
 

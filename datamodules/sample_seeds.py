@@ -65,12 +65,14 @@ def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 (B,)."""
     x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _logical_shift(x, 31)
+    mixed: Tensor = x ^ _logical_shift(x, 31)
+    return mixed
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
     """Shift right with zeros coming in; torch's own shift repeats the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def _signed(number: int) -> int:

@@ -262,7 +262,7 @@ def train_loader(
         SeededSamples(dataset, seed),
         batch_size=batch_size,  # by name, or Lightning cannot build the loader again
         sampler=TrainSampler(dataset, batch_size, seed, num_replicas, rank),
-        collate_fn=SeededCollate(collate_fn or default_collate),
+        collate_fn=SeededCollate(collate_fn or default_collate),  # type: ignore[arg-type]
         **_worker_settings(num_workers),
     )
 

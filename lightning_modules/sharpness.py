@@ -62,7 +62,7 @@ class GroupSamples:
         kept = _draw(getattr(datamodule, name)(), groups, samples, seed)
         self.sizes = {group: len(targets) for group, (_, targets) in kept.items()}
         self.chunks = {
-            group: list(zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True))
+            group: list(zip(torch.split(inputs, chunk_size), torch.split(targets, chunk_size), strict=True))
             for group, (inputs, targets) in kept.items()
             if len(targets)
         }
@@ -160,7 +160,8 @@ class SharpnessOfGroups(Callback):
         random_state = RandomState({pl_module.device})  # a loader draws a seed
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         data = GroupSamples(pl_module, datamodule, self.split, self.samples, self.chunk_size, self.measures.seed)
-        epoch = trainer.fit_loop.epoch_progress.current.processed
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        epoch = progress.processed
         show = trainer.progress_bar_callback is not None
         found = data.measure(self.measures, epoch, Path(folder), f"after {epoch} epochs", show)
         random_state.restore()
@@ -232,7 +233,7 @@ class SharpnessTrainer(Trainer):
         epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         found = data.measure(measures, epoch, out, str(ckpt_path), show)
         if slices:
-            arrays = data.slices(span, points, measures.seed, show)
+            arrays: dict[str, Any] = data.slices(span, points, measures.seed, show)
             np.savez_compressed(out / "loss_slices.npz", **arrays)
             plot_slices(arrays, out / "loss_slices.png")
             Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)

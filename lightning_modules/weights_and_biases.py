@@ -117,8 +117,8 @@ class WeightsAndBiases(Callback):
                 mode=self.mode,
                 project=self.project,
                 entity=self.entity,
-                name=self.name or (log and os.path.relpath(log.log_dir, log.save_dir)),
-                group=self.group or (log and log.name) or None,
+                name=self.name or (os.path.relpath(log.log_dir, log.save_dir) if log else None),
+                group=self.group or (log.name if log else None) or None,
                 tags=_tags(trainer, pl_module) if self.tags is None else self.tags,
                 job_type=job,
                 dir=self._folder,
@@ -133,7 +133,7 @@ class WeightsAndBiases(Callback):
         settings = _settings(self._folder, trainer, pl_module)
         # what a sweep has set is locked, and an update that changes nothing would warn
         new = {key: value for key, value in settings.items() if key not in run.config or run.config[key] != value}
-        run.config.update(new, allow_val_change=True)
+        run.config.update(new, allow_val_change=True)  # type: ignore[no-untyped-call]
         return run
 
     def _log_test(self, trainer: Trainer) -> None:
