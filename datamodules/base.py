@@ -139,8 +139,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         )
 
     def train_eval_dataloader(self) -> EvalLoader:
-        """The training samples in order and without augmentation, for measurements on them."""
-        return self._eval_loader(self._train)
+        """All training samples in order and without augmentation, on every process, for measurements on them."""
+        return eval_loader(self._loaded(self._train), self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """The validation batches, or an empty list where ``val_share`` is 0."""

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 
 from datamodules.sample_seeds import sample_seeds, seeded
+from imbsam.errors import SettingError
 
 Key = tuple[int, int]
 """Epoch and index of a sample: what the training sampler yields, so that the epoch reaches the workers."""
@@ -207,31 +208,57 @@ class TrainLoader(DataLoader[Any]):
             self.sampler.set_epoch(self.sampler.epoch + 1)
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, epoch, and the number of batches of it that were handed out."""
-        return {"seed": self.dataset.seed, "epoch": getattr(self.sampler, "epoch", 0), "batch": self._handed_out}
+        """Seed, epoch, the number of batches of it that were handed out, and the rows of such a batch on all ranks."""
+        return {
+            "seed": self.dataset.seed,
+            "epoch": getattr(self.sampler, "epoch", 0),
+            "batch": self._handed_out,
+            "joint_batch_size": self.joint_batch_size,
+        }
+
+    @property
+    def joint_batch_size(self) -> int:
+        """Rows of a batch of all ranks together."""
+        return (self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration at the batch after those that were handed out."""
+        """Start the next iteration at the batch after those that were handed out.
+
+        Raises:
+            SettingError: amid an epoch, the batches are of another size than those that were handed out.
+        """
+        if state["batch"] > 0 and self.joint_batch_size != state["joint_batch_size"]:
+            raise SettingError(
+                f"batch_size makes batches of {self.joint_batch_size} rows on all processes together, and the "
+                f"checkpoint is of an epoch with {state['joint_batch_size']}: keep that product, or go on from an "
+                "epoch's end"
+            )
         self.dataset.seed = self.sampler.seed = state["seed"]
         self.sampler.set_epoch(state["epoch"])
         self.sampler.first_batch = state["batch"]
 
 
 class EvalLoader(DataLoader[Any]):
-    """The loader that :func:`eval_loader` makes: it has at least one batch, an empty one where there is no share."""
+    """The loader that :func:`eval_loader` makes: as many batches on every rank, the last one empty where rows lack."""
+
+    sampler: EvalSampler
 
     def __len__(self) -> int:
-        """Number of batches, at least 1: a rank without a batch would leave the others waiting for its metrics."""
-        return max(1, super().__len__())
+        """Number of batches of rank 0, which has the most: a forward under FSDP2 waits for all ranks."""
+        largest = -(-len(self.dataset) // getattr(self.sampler, "num_replicas", 1))  # type: ignore[arg-type]
+        return -(-largest // (self.batch_size or 1))
 
     def __iter__(self) -> Any:
-        """Yield the batches; for an empty share the first sample's batch without its row."""
-        if len(self.batch_sampler or ()) or not len(self.dataset):  # type: ignore[arg-type]
-            return super().__iter__()
-        fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch([0]) if fetch else [self.dataset[0]]
-        assert self.collate_fn is not None
-        return iter([tree_map_only(Tensor, lambda t: t[:0], self.collate_fn(samples))])
+        """Yield the batches; where this rank has one less, the first sample's batch without its row at the end."""
+        number = 0
+        for batch in super().__iter__():
+            number += 1
+            yield batch
+        if number < len(self):
+            fetch = getattr(self.dataset, "__getitems__", None)
+            samples = fetch([0]) if fetch else [self.dataset[0]]
+            assert self.collate_fn is not None
+            yield tree_map_only(Tensor, lambda t: t[:0], self.collate_fn(samples))
 
 
 def train_loader(
@@ -277,8 +304,8 @@ def eval_loader(
 ) -> EvalLoader:
     """This process's share of an evaluation set, in order and without repeats.
 
-    The ranks may differ by one batch, and a rank without a share has one batch without a row, so that sums over the
-    ranks (torchmetrics) count every sample once and nobody waits for a rank that has nothing to say.
+    Every rank has as many batches, one without a row where its share is shorter, so that sums over the ranks
+    (torchmetrics) count every sample once and nobody waits for a rank that has nothing to say.
 
     Args:
         dataset: The validation, test or prediction set.
@@ -299,11 +326,12 @@ def _worker_settings(num_workers: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _outlive_sigterm,
+        "worker_init_fn": _outlive_signals,
         "generator": torch.Generator(),  # or starting the workers would draw from the default generator
     }
 
 
-def _outlive_sigterm(worker: int) -> None:
+def _outlive_signals(worker: int) -> None:
     """SLURM signals the workers too: they must last until the main process has saved, and end with it anyway."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

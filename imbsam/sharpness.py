@@ -200,21 +200,20 @@ def top_eigenvalue(
     weights' size in main memory.
 
     Args:
-        module: as for :func:`mean_loss`; it must be twice differentiable, so not compiled.
+        module: as for :func:`mean_loss`; it must be twice differentiable.
         losses: as for :func:`mean_loss`.
         batches: as for :func:`mean_loss`.
         tolerance: relative accuracy of the eigenvalue, from 0 (machine precision).
         seed: seed of the first vector.
 
     Returns:
-        The eigenvalue.
+        The eigenvalue; nan where the method did not get there (``tolerance`` too small, or a Hessian of 0).
 
     Raises:
         SettingError: a setting is outside its range, or as for :func:`mean_loss`.
-        scipy.sparse.linalg.ArpackNoConvergence: ``tolerance`` was not reached.
     """
     # here: imbsam needs torch only, this function the extra `sharpness`
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     _at_least("tolerance", tolerance, 0)
     with _measuring(module) as (params, _):
@@ -233,7 +232,10 @@ def top_eigenvalue(
             columns = [torch.as_tensor(product(unit)) for unit in torch.eye(size, dtype=dtype)]
             return float(torch.linalg.eigvalsh(torch.stack(columns))[-1])
         operator = LinearOperator((size, size), matvec=product, dtype=start.numpy().dtype)
-        values = eigsh(operator, k=1, which="LA", tol=tolerance, v0=start.numpy(), return_eigenvectors=False)
+        try:
+            values = eigsh(operator, k=1, which="LA", tol=tolerance, v0=start.numpy(), return_eigenvectors=False)
+        except ArpackError:
+            return math.nan
         return float(values[0])
 
 
@@ -411,7 +413,8 @@ def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Perturba
     try:
         module.eval()
         # attention's fused kernels have no second derivative
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        # nor has a compiled module
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield params, weights
     finally:
         try:

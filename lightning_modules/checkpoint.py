@@ -67,15 +67,19 @@ def _damage(path: Path) -> str | None:
         return "it is cut off or no checkpoint"
 
 
-def newest_checkpoint(runs: Path) -> Path | None:
+def newest_checkpoint(runs: Path, version: int | str | None = None) -> Path | None:
     """The last checkpoint of the newest run that has one.
 
     Args:
         runs: The folder with the runs' folders ``version_0``, ``version_1``, ...
+        version: Look at this run only: its number, or the name of its folder.
 
     Returns:
         Its ``last.ckpt``, or ``previous.ckpt`` where a kill came between two renames, or None.
     """
+    if version is not None:
+        name = version if isinstance(version, str) else f"version_{version}"
+        return next((p for p in (runs / name / "checkpoints" / n for n in (LAST, PREVIOUS)) if p.exists()), None)
     versions = [run for run in runs.glob("version_*") if run.name.removeprefix("version_").isdigit()]
     for run in sorted(versions, key=lambda run: int(run.name.removeprefix("version_")), reverse=True):
         for name in (LAST, PREVIOUS):

@@ -113,9 +113,9 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Learn the classes from the DataModule."""
         data: Any = getattr(self.trainer, "datamodule", None)
         counts = getattr(data, "class_counts", None)
-        if counts is None:
+        if counts is None or getattr(data, "class_names", None) is None:
             raise SettingError(
-                f"the data ({type(data).__name__}) has no class_counts: use a LightningDataModule with class_counts "
+                f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule with class_counts "
                 "(training samples per class) and class_names"
             )
         if self.class_counts is not None and len(self.class_counts) != len(counts):

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -50,19 +51,25 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(WeightsAndBiases, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a checkpoint that is not whole before LightningCLI reads its hyperparameters."""
+        """Name the run's folder after its config, where nobody named it, and find the checkpoint."""
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and Path(path).exists():
-            check_checkpoint(Path(path))
-
-    def before_instantiate_classes(self) -> None:
-        """Name the run's folder after its config, where nobody named it; refuse what Lightning would only trip over."""
-        config = self.config[self.subcommand]
+        config = self.config[self.config.subcommand]
         files = [Path(path.relative) for path in config.get("config") or []]
         logger = config.trainer.logger
         if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
             logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
+        self._go_on_in: Path | None = None
+        self._find_checkpoint()
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training."""
+        if self.config.subcommand != "fit":
+            super()._parse_ckpt_path()
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning would only trip over."""
+        config = self.config[self.subcommand]
+        logger = config.trainer.logger
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False
         if self.subcommand == "test":
@@ -77,14 +84,17 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        self._find_checkpoint()
+        if self._go_on_in is not None:
+            self.save_config_callback = None  # the run's config.yaml stays
 
     def _find_checkpoint(self) -> None:
         """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
-        config = self.config[self.subcommand]
-        path, logger = config.get("ckpt_path"), config.trainer.logger
-        if path is None and self.subcommand != "fit":
-            what = "measure" if self.subcommand == "sharpness" else self.subcommand
+        subcommand = self.config.subcommand
+        config = self.config[subcommand]
+        asked = path = config.get("ckpt_path")
+        logger = config.trainer.logger
+        if path is None and subcommand != "fit":
+            what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if path in (None, "best"):
             return
@@ -93,8 +103,8 @@ class ImbSAMCLI(LightningCLI):
         if path == "last":
             if runs is None:
                 raise SettingError("ckpt_path is last: runs are looked up in the folder of a CSV log; name the file")
-            path = newest_checkpoint(runs)
-            if path is None and self.subcommand != "fit":
+            path = newest_checkpoint(runs, logger.init_args.version)
+            if path is None and subcommand != "fit":
                 raise SettingError(f"ckpt_path is last: no run in {runs} has a checkpoint yet")
             _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
         elif not Path(path).exists():
@@ -104,12 +114,34 @@ class ImbSAMCLI(LightningCLI):
             return
         check_checkpoint(Path(path))
         run = Path(path).parent.parent
-        if self.subcommand == "fit" and runs and run.parent.resolve() == runs.resolve():
+        if subcommand == "fit" and (differing := self._other_settings(run)):
+            if asked == "last":
+                raise SettingError(
+                    f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to go on with "
+                    "other settings, or train in another folder with --trainer.logger.init_args.save_dir"
+                )
+            _say(f"other settings than in {run / 'config.yaml'}: {', '.join(differing)}")
+        if subcommand == "fit" and runs and run.parent.resolve() == runs.resolve():
             version = run.name.removeprefix("version_")
             logger.init_args.version = int(version) if version.isdigit() else run.name
             if logger.class_path.endswith("ResumableCSVLogger"):
                 logger.init_args.resume = True
-            self.save_config_callback = None  # the run's config.yaml stays
+            self._go_on_in = run
+
+    def _other_settings(self, run: Path) -> list[str]:
+        """The settings of model, data and seed in which this training differs from a run's config.yaml."""
+        if not (run / "config.yaml").exists():
+            return []
+        subcommand = self.config.subcommand
+        dumped = self._parser(subcommand).dump(self.config[subcommand], skip_link_targets=False)
+        now, then = (_flat(yaml.safe_load(text)) for text in (dumped, (run / "config.yaml").read_text()))
+        return [
+            f"{key} {then[key]}, not {now[key]}"
+            for key in now.keys() & then.keys()
+            if now[key] != then[key]
+            and key.split(".")[0] in ("model", "data", "seed_everything")
+            and key.split(".")[-1] not in ("root", "num_workers")  # where the data lie and who reads them
+        ]
 
     def before_validate(self) -> None:
         """Without a validation split there is nothing to do."""
@@ -120,6 +152,13 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    return {k: v for key, inner in settings.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
 
 
 def main() -> None:

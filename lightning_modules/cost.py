@@ -28,5 +28,7 @@ class Cost(Callback):
         self._start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the time; the epoch's mean loss has been read by now, so a GPU has finished it."""
+        """Log the time, once a GPU has finished the epoch."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         pl_module.log("train/seconds", time.monotonic() - self._start, rank_zero_only=False)

@@ -104,7 +104,13 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._written, self._writing = time.monotonic(), 0.0
         if self._resumed:
             for loader in _train_loaders(trainer):
-                loader.load_state_dict({name: self._resumed[name] for name in ("seed", "epoch", "batch")})
+                names = ("seed", "epoch", "batch", "joint_batch_size")
+                loader.load_state_dict({name: self._resumed[name] for name in names})
+            if self._resumed["batch"] > 0 and not _train_loaders(trainer):
+                rank_zero_warn(
+                    "the training data do not come from datamodules.samplers.train_loader: this epoch starts with its "
+                    "first batch again, not with the one after the checkpoint's"
+                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The moment between two epochs."""
@@ -139,6 +145,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             "seed": next((loader.dataset.seed for loader in _train_loaders(trainer)), 0),
             "epoch": epoch,
             "batch": batch,
+            "joint_batch_size": next((loader.joint_batch_size for loader in _train_loaders(trainer)), 0),
             "log_rows": logs[0].experiment.sync() if logs and trainer.is_global_zero else None,
             "ranks": rank_states,
         }

@@ -130,7 +130,8 @@ class SharpnessAwareModule(LightningModule):
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
         if scheduler is None:
             return optimizer
-        self._check_length(scheduler)
+        if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
+            raise SettingError("lr_interval is step: ReduceLROnPlateau watches a loss of whole epochs; set it to epoch")
         # manual optimization: Lightning keeps the scheduler in checkpoints, and we step it
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
@@ -138,6 +139,8 @@ class SharpnessAwareModule(LightningModule):
         """Start with the perturbation and the loss scale of this moment: a run may go on amid an epoch."""
         self._start_epoch()
         self._loss_scale = self._scaler.get_scale() if self._scaler else 0.0
+        if schedulers := self.lr_schedulers():
+            self._check_length(schedulers)  # by now that of the checkpoint
 
     def on_train_epoch_start(self) -> None:
         """Perturb from `start_epoch` on."""

@@ -71,6 +71,17 @@ class TailConfusion:
     left_out: int
 
 
+def same_classes(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The groups whose runs have the class names of the first run that knows them, and the names of the others."""
+    known = [{row["class"]: row["class_name"] for run in group.runs[:1] for row in run.classes} for group in groups]
+    first = next((names for names in known if names), {})
+    alike = [not names or names == first for names in known]
+    return (
+        [group for group, like in zip(groups, alike, strict=True) if like],
+        [group.name for group, like in zip(groups, alike, strict=True) if not like],
+    )
+
+
 def tail_confusion(groups: Sequence[Group], most: int = 25) -> list[TailConfusion | None]:
     """Of every group, the confusion among the tail classes.
 

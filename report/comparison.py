@@ -63,7 +63,7 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation; the latter is None for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), _deviation(values) if len(values) > 1 else None
 
 
 def difference(group: Group, first: Group, column: str) -> tuple[float, float | None]:
@@ -79,8 +79,13 @@ def difference(group: Group, first: Group, column: str) -> tuple[float, float | 
     if paired(group, first):
         by_seed = {run.seeds: value for run, value in zip(first.runs, there, strict=True)}
         differences = [value - by_seed[run.seeds] for run, value in zip(group.runs, here, strict=True)]
-        return mean, statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, math.sqrt(statistics.variance(here) / len(here) + statistics.variance(there) / len(there))
+        return mean, _deviation(differences) / math.sqrt(len(differences))
+    return mean, math.sqrt(_deviation(here) ** 2 / len(here) + _deviation(there) ** 2 / len(there))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation; nan where a value is nan, which `statistics` does not take."""
+    return statistics.stdev(values) if all(math.isfinite(v) for v in values) else math.nan
 
 
 def paired(group: Group, first: Group) -> bool:

@@ -121,20 +121,25 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Each sharpness measure over the epochs, one figure a class group."""
-    wanted: dict[tuple[str, str], list[Trace]] = defaultdict(list)
+    """Each sharpness measure over the epochs, one figure a class group, split and set of settings."""
+    wanted: dict[tuple[str, ...], list[Trace]] = defaultdict(list)
     for i, group in enumerate(groups):
-        curves: dict[tuple[str, str], list[list[tuple[int, float]]]] = defaultdict(list)
+        curves: dict[tuple[str, ...], list[list[tuple[int, float]]]] = defaultdict(list)
         for run in group.runs:
-            of_run: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-            for row in run.sharpness:
-                of_run[row["measure"], row["group"]].append((int(float(row["epoch"])), float(row["value"] or "nan")))
+            of_run: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+            for row in run.sharpness:  # the last one of an epoch counts
+                key = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
+                of_run[key][int(float(row["epoch"]))] = float(row["value"] or "nan")
             for key, curve in of_run.items():
-                curves[key].append(curve)
+                curves[key].append(list(curve.items()))
         for key, of_group in curves.items():
             wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
+    several = len({key[2:] for key in wanted}) > 1
     return [
-        Figure(f"{measure}, {name}", traces, {"xaxis": _epochs(traces)}) for (measure, name), traces in wanted.items()
+        Figure(
+            _text(", ".join(part for part in (key if several else key[:2]) if part)), traces, {"xaxis": _epochs(traces)}
+        )
+        for key, traces in wanted.items()
     ]
 
 
@@ -202,7 +207,7 @@ def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], 
         for epoch, value in curve:
             by_epoch[epoch].append(value)
     if by_epoch:
-        mean = _trace(i, group, by_epoch, [statistics.fmean(values) for values in by_epoch.values()])
+        mean = _trace(i, group, sorted(by_epoch), [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)])
         traces.append({**mean, "mode": "lines" if len(by_epoch) > 1 else "markers", "hovertemplate": template})
     return traces
 

@@ -33,6 +33,10 @@ EVALUATION_FILES = {
 """What a run may have written: name of the attribute, file, and the columns that are read."""
 
 
+NUMBERS = {"training_samples", "test_samples", "accuracy", "count", "bin", "samples", "confidence", "epoch", "value"}
+"""Their columns with numbers."""
+
+
 class UnreadableRunError(Exception):
     """Why a folder cannot be reported, in one line."""
 
@@ -87,7 +91,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str]]:
         for folder in folders:
             try:
                 runs.append(read_run(folder))
-            except UnreadableRunError as reason:
+            except (UnreadableRunError, OSError) as reason:
                 skipped[folder] = str(reason)
     newest: dict[str, Run] = {}
     for run in runs:
@@ -140,6 +144,8 @@ def read_run(folder: Path) -> Run:
         logged, files, place = config, folder / "files", name
     else:
         raise UnreadableRunError("it has no metrics.csv: the run stopped before its first epoch")
+    if not any("train/loss_epoch" in row for row in rows) and any("test/average_precision" in row for row in rows):
+        raise UnreadableRunError("it is of an anomaly detector: scripts/anomaly_table.py compares those")
     columns = {name for row in rows for name, value in row.items() if value not in ("", None)}
     if "train/loss_epoch" not in columns:
         old = "" if "test/all" in columns else ", or an older version's log"
@@ -189,6 +195,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def _read_rows(path: Path, needed: set[str]) -> list[dict[str, str]]:
     """The rows of a file that a run need not have."""
     rows = read_csv(path) if path.exists() else []
+    for row in rows:
+        for name in NUMBERS & row.keys():
+            try:
+                float(row[name] or "nan")
+            except ValueError as error:
+                raise UnreadableRunError(f"its {path.name} holds {row[name]!r} as {name}") from error
     if rows and (missing := needed - set(rows[0])):
         raise UnreadableRunError(f"its {path.name} has no column {min(missing)}: written by an older version")
     return rows
@@ -212,7 +224,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UnreadableRunError(f"it has no {path.name}")
     try:
         found = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnreadableRunError(f"its {path.name} cannot be read: half-written?") from error
     if not isinstance(found, dict):
         raise UnreadableRunError(f"its {path.name} is empty or no mapping: half-written?")
