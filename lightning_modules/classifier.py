@@ -115,8 +115,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         counts = getattr(data, "class_counts", None)
         if counts is None or getattr(data, "class_names", None) is None:
             raise SettingError(
-                f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule with class_counts "
-                "(training samples per class) and class_names"
+                f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
+                "with class_counts (training samples per class) and class_names"
             )
         if self.class_counts is not None and len(self.class_counts) != len(counts):
             raise SettingError(
@@ -214,7 +214,8 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
-        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1)
+        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
+        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -31,4 +31,4 @@ class Cost(Callback):
         """Log the time, once a GPU has finished the epoch."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        pl_module.log("train/seconds", time.monotonic() - self._start, rank_zero_only=False)
+        pl_module.log("train/seconds", time.monotonic() - self._start, sync_dist=trainer.world_size > 1)

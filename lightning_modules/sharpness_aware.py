@@ -172,7 +172,7 @@ class SharpnessAwareModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the steps that overflowed, and step the scheduler."""
         if self._scaler:
-            self.log("train/skipped_steps", self.skipped_steps.compute())
+            self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=self.trainer.world_size > 1)
         if self.lr_interval == "epoch":
             self._step_scheduler()
 

@@ -3,7 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from report.comparison import Group
 from report.runs import GROUPS, Run
@@ -71,15 +71,18 @@ class TailConfusion:
     left_out: int
 
 
-def same_classes(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """The groups whose runs have the class names of the first run that knows them, and the names of the others."""
-    known = [{row["class"]: row["class_name"] for run in group.runs[:1] for row in run.classes} for group in groups]
+def of_one_data_set(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The groups, but what those of other classes than the first's know of their classes is left out, and their names.
+
+    All of them stay, so that each keeps its colour.
+    """
+    known = [{row["class"]: row["class_name"] for run in group.runs for row in run.classes} for group in groups]
     first = next((names for names in known if names), {})
-    alike = [not names or names == first for names in known]
-    return (
-        [group for group, like in zip(groups, alike, strict=True) if like],
-        [group.name for group, like in zip(groups, alike, strict=True) if not like],
-    )
+    others = [bool(names) and names != first for names in known]
+    return [
+        Group(group.name, [replace(run, classes=[], confusion=[]) for run in group.runs]) if other else group
+        for group, other in zip(groups, others, strict=True)
+    ], [group.name for group, other in zip(groups, others, strict=True) if other]
 
 
 def tail_confusion(groups: Sequence[Group], most: int = 25) -> list[TailConfusion | None]:

@@ -128,19 +128,15 @@ def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
         for run in group.runs:
             of_run: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
             for row in run.sharpness:  # the last one of an epoch counts
-                key = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
-                of_run[key][int(float(row["epoch"]))] = float(row["value"] or "nan")
+                what = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
+                of_run[what][int(float(row["epoch"]))] = float(row["value"] or "nan")
             for key, curve in of_run.items():
                 curves[key].append(list(curve.items()))
         for key, of_group in curves.items():
             wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
     several = len({key[2:] for key in wanted}) > 1
-    return [
-        Figure(
-            _text(", ".join(part for part in (key if several else key[:2]) if part)), traces, {"xaxis": _epochs(traces)}
-        )
-        for key, traces in wanted.items()
-    ]
+    titles = {key: ", ".join(part for part in (key if several else key[:2]) if part) for key in wanted}
+    return [Figure(titles[key], traces, {"xaxis": _epochs(traces)}) for key, traces in wanted.items()]
 
 
 def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from report.classes import calibration
+from report.classes import calibration, of_one_data_set
 from report.comparison import (
     COLUMNS,
     Group,
@@ -63,7 +63,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
         _results(groups),
         _classes(groups, figures),
         _plots("Learning curves", _seeds_note(groups), curve_figures(groups), figures),
-        _plots("Sharpness", "As the run's sharpness callback measured it.", sharpness_figures(groups), figures),
+        _plots("Sharpness", "By SharpnessOfGroups or imbsam sharpness.", sharpness_figures(groups), figures),
         _confusion(groups, figures),
         _calibration(groups, figures),
         _settings(groups),
@@ -133,17 +133,21 @@ def _results(groups: Sequence[Group]) -> str:
 
 
 def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    groups, others = of_one_data_set(groups)
     figure = class_figure(groups)
     if figure is None:
         return _section("Accuracy per class", _missing(groups, "classes", "per_class.csv"))
     note = "From the class with the most training samples to that with the fewest. Touch a point for its class."
     if any(len(group.runs) > 1 for group in groups):
         note += " Several runs are averaged place by place in this order."
-    return _plots("Accuracy per class", f"{note} {_missing(groups, 'classes', 'per_class.csv')}", [figure], figures)
+    if others:
+        note += f" Of other classes, so not shown: {', '.join(others)}."
+    missing = "" if others else _missing(groups, "classes", "per_class.csv")
+    return _plots("Accuracy per class", f"{note} {missing}", [figure], figures)
 
 
 def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
-    found, left_out = confusion_figures(groups)
+    found, left_out = confusion_figures(of_one_data_set(groups)[0])
     if not found:
         return ""
     note = "What the test samples of each tail class (training samples in brackets) were taken for, in %."

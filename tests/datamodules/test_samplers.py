@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from datamodules import DigitsLTDataModule
 from datamodules.samplers import EvalSampler, TrainSampler, eval_loader, ranks, train_loader
+from imbsam import SettingError
 
 
 def joint_batches(size, batch_size, replicas, epoch=0, seed=0):
@@ -132,7 +133,7 @@ def test_starts_at_any_batch(num_workers):
     iterator = iter(stopped)
     next(iterator), next(iterator)
     state = stopped.state_dict()
-    assert state == {"seed": 3, "epoch": 1, "batch": 2}
+    assert state == {"seed": 3, "epoch": 1, "batch": 2, "joint_batch_size": 8}
     again = train_loader(Pictures(), 8, num_workers=num_workers, seed=99)
     again.load_state_dict(state)
     assert len(again) == 4
@@ -166,3 +167,23 @@ def test_a_rank_without_a_share_has_one_batch_without_a_row():
 
 def test_ranks_without_a_trainer():
     assert ranks() == {"num_replicas": 1, "rank": 0}
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 8, 9])
+def test_every_rank_has_as_many_evaluation_batches(size):
+    """A forward under FSDP2 waits for the other ranks."""
+    loaders = [eval_loader(torch.arange(size), 2, num_replicas=3, rank=rank) for rank in range(3)]
+    batches = [list(loader) for loader in loaders]
+    assert len({len(found) for found in batches}) == 1
+    assert [len(loader) for loader in loaders] == [len(found) for found in batches]
+    assert sorted(torch.cat([batch for found in batches for batch in found]).tolist()) == list(range(size))
+
+
+def test_amid_an_epoch_the_batches_must_stay_as_large():
+    data = DigitsLTDataModule()
+    data.setup()
+    state = {"seed": 0, "epoch": 1, "batch": 3, "joint_batch_size": 32}
+    train_loader(data._train, 16, num_replicas=2).load_state_dict(state)
+    with pytest.raises(SettingError, match=r"makes batches of 64 rows .* and the checkpoint is of an epoch with 32"):
+        train_loader(data._train, 32, num_replicas=2).load_state_dict(state)
+    train_loader(data._train, 32, num_replicas=2).load_state_dict({**state, "batch": 0})

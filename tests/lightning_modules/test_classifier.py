@@ -388,3 +388,8 @@ def test_compiled_backbone_takes_the_same_steps(tmp_path):
     eager, compiled = (torch.cat([p.detach().flatten() for p in model.backbone.parameters()]) for model in runs)
     torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-4)
     assert list(runs[1].state_dict()) == list(runs[0].state_dict())
+
+
+def test_plateau_scheduler_by_step_is_refused(tmp_path):
+    with pytest.raises(SettingError, match="lr_interval is step: ReduceLROnPlateau"):
+        fit(tmp_path, lr_scheduler=ReduceLROnPlateau, lr_interval="step")

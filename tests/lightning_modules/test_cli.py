@@ -89,12 +89,22 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
     assert "the run is finished: 1 epochs" in out
     assert "test accuracy" in out
     assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
+    code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.rho=0.3")
+    assert code == 2
+    assert "version_0 was trained with model.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
+    other = "--trainer.logger.init_args.version=other"
+    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.rho=0.3", other)
+    assert (code, "starting anew" in out) == (0, True)
+    assert "rho: 0.3" in (run.parent / "other/config.yaml").read_text()
+    code, _, err = imbsam("test", *SHORT, "--ckpt_path=last", "--trainer.logger.init_args.version=nowhere")
+    assert (code, "has a checkpoint yet" in err) == (2, True)
     code, out, _ = imbsam("test", *SHORT, "--ckpt_path=last")
     assert (code, str(last.relative_to(tmp_path)) in out) == (0, True)
 
     more = ["--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"]  # the longer run, by its path
     code, out, _ = imbsam("fit", *SHORT, *more, "--ckpt_path", last)
     assert (code, "going on at epoch 1, batch 0" in out) == (0, True)
+    assert "T_max 1, not 2" in out
     assert (run / "checkpoints/previous.ckpt").exists()
     assert [path.name for path in run.parent.iterdir() if (path / "checkpoints").exists()] == ["version_0"]
 

@@ -15,6 +15,7 @@ import pytest
 from report.classes import by_class_count, calibration, tail_confusion
 from report.command import main
 from report.comparison import group_runs
+from report.figures import sharpness_figures
 from report.page import page
 from report.runs import read_runs
 from report.style import COLOURS
@@ -157,6 +158,39 @@ def test_one_run_and_runs_without_files(tmp_path, write_run):
     assert "Without per_class.csv, so not shown" in html
     assert len(figures(html)) == 1
     assert "± " not in re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("kind", ["html", "md", "csv", "png"])
+def test_without_few_shot_classes_their_accuracy_is_nan(tmp_path, write_run, kind):
+    """CIFAR-100-LT at ratio 10: the smallest class has 50 samples."""
+    for name in ("sgd", "imbsam"):
+        for seed in (0, 1):
+            write_run(tmp_path, f"data/{name}", seed=seed, counts=[120, 110, 90, 70, 60, 55])
+    main([str(tmp_path), "--output", str(tmp_path / f"report.{kind}")])
+    assert (tmp_path / f"report.{kind}").stat().st_size > 0
+
+
+def test_runs_of_other_classes_stay_out_of_the_figures_of_classes(tmp_path, write_run):
+    write_run(tmp_path, "data/first")
+    write_run(tmp_path, "data/other", names=["car", "bus", "van", "bike", "tram", "ship"])
+    groups = group_runs(read_runs([tmp_path])[0])
+    text = page(groups, {})
+    assert "Of other classes, so not shown: data/other." in text
+    assert "car (" not in text
+    assert "ship (" not in text
+
+
+def test_sharpness_of_other_splits_and_settings_is_drawn_apart(tmp_path, write_run):
+    run = write_run(tmp_path, "data/first")
+    rows = ["1,train,few,loss,1.0,rho=0.05", "1,test,few,loss,3.0,rho=0.05", "1,train,few,loss,11.0,rho=0.5"]
+    rows.append("1,train,few,loss,2.0,rho=0.05")  # measured again: the last one counts
+    (run / "sharpness.csv").write_text("\n".join(["epoch,split,group,measure,value,settings", *rows]) + "\n")
+    found = sharpness_figures(group_runs(read_runs([run])[0]))
+    assert {figure.title: list(figure.data[-1]["y"]) for figure in found} == {
+        "loss, few, train, rho=0.05": [2.0],
+        "loss, few, test, rho=0.05": [3.0],
+        "loss, few, train, rho=0.5": [11.0],
+    }
 
 
 def test_exports(three_groups, tmp_path, capsys):

@@ -106,3 +106,23 @@ def test_without_wandb_its_runs_are_skipped_with_the_mend(tmp_path, monkeypatch)
     (folder / "run-1.wandb").write_bytes(b"")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert 'pip install "wandb>=0.31"' in read_runs([folder])[1][folder]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.yaml", b"\xff\xfe: 1", "its config.yaml cannot be read"),
+        (
+            "per_class.csv",
+            b"class,class_name,training_samples,group,tail,test_samples,accuracy\n0,a,x,many,0,1,1\n",
+            "'x' as",
+        ),
+        ("metrics.csv", b"epoch,test/average_precision\n1,0.5\n", "it is of an anomaly detector"),
+    ],
+)
+def test_a_damaged_run_is_skipped_by_name(tmp_path, write_run, file, content, reason):
+    good, bad = write_run(tmp_path, "data/good"), write_run(tmp_path, "data/bad")
+    (bad / file).write_bytes(content)
+    runs, skipped = read_runs([tmp_path])
+    assert [run.folder for run in runs] == [good]
+    assert reason in skipped[bad]
