@@ -245,7 +245,10 @@ class EvalLoader(DataLoader[Any]):
 
     def __len__(self) -> int:
         """Number of batches of rank 0, which has the most: a forward under FSDP2 waits for all ranks."""
-        largest = -(-len(self.dataset) // getattr(self.sampler, "num_replicas", 1))  # type: ignore[arg-type]
+        replicas = getattr(self.sampler, "num_replicas", 1)
+        if replicas == 1:
+            return super().__len__()
+        largest = -(-len(self.dataset) // replicas)  # type: ignore[arg-type]
         return -(-largest // (self.batch_size or 1))
 
     def __iter__(self) -> Any:

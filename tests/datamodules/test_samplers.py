@@ -138,7 +138,7 @@ def test_starts_at_any_batch(num_workers):
     again.load_state_dict(state)
     assert len(again) == 4
     assert [indices.tolist() for _, indices in again] == epochs[1][2:]
-    assert again.state_dict() == {"seed": 3, "epoch": 2, "batch": 0}
+    assert again.state_dict() == {"seed": 3, "epoch": 2, "batch": 0, "joint_batch_size": 8}
     assert [indices.tolist() for _, indices in again] == epochs[2]
     del iterator, stopped, again
     gc.collect()
