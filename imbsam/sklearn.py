@@ -308,7 +308,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
 
     Source:
-        Ruff et al., *Deep Semi-Supervised Anomaly Detection*, ICLR 2020, arXiv 1906.02694, equation 8.
+        Ruff et al., *Deep Semi-Supervised Anomaly Detection*, ICLR 2020, arXiv 1906.02694: the Deep SAD objective.
 
     Example:
         >>> X, y = np.random.default_rng(0).normal(size=(60, 3)), np.repeat([1, -1], [54, 6])
