@@ -6,6 +6,7 @@ python benchmarks/anomaly_data_speed.py ADBENCH_FOLDER
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -31,6 +32,7 @@ def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
 def main(folder: Path) -> None:
     """Measure every set, print a Markdown table."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "sampling is natural")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     AnomalyDataModule().setup()  # imports
     found: dict[str, list[float]] = {}

@@ -105,10 +105,10 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         self.class_counts = torch.bincount(self.train_labels, minlength=2)
         rows, anomalies = len(labelled), int(labelled.sum())
         if self.sampling == "natural" and 0 < anomalies * self.batch_size < rows:
+            expected = anomalies * self.batch_size / rows
             rank_zero_warn(
-                f"sampling is natural: a batch of {self.batch_size} rows holds {anomalies * self.batch_size / rows:.2g} "
-                f"labelled anomalies on average ({anomalies:,} of {rows:,} rows), most have none; raise batch_size to "
-                f"{-(-rows // anomalies)} or more"
+                f"sampling is natural: a batch of {self.batch_size} rows holds {expected:.2g} labelled anomalies on "
+                f"average ({anomalies:,} of {rows:,} rows) and often none; raise batch_size to {-(-rows // anomalies)}"
             )
 
 

@@ -153,7 +153,7 @@ class TrainBatchLoader(BatchLoader):
         """Seed, epoch, the number of batches of it that were handed out, and their size."""
         return {
             "seed": self.sampler.seed,
-            "epoch": self.sampler.epoch - (self._handed_out > 0),  # the sampler has drawn this epoch and counts the next
+            "epoch": self.sampler.epoch - (self._handed_out > 0),  # the sampler counts the next one already
             "batch": self._handed_out,
             "joint_batch_size": self.joint_batch_size,
         }

@@ -28,9 +28,9 @@ class TableEncoder:
 
     Of a column of numbers, x -> (x - minimum) / (maximum - minimum) over the training rows, not clipped: a value
     outside the training range is a sign of an anomaly, and stays outside [0, 1]. A missing number is the training
-    median, and where training had gaps a further 0/1 feature says where it was missing. Of a column of text, one 0/1 feature per value seen in
-    training, missing being a value; a value that was not seen is 0 in all of them. Columns with a single value are left
-    out.
+    median, and where training had gaps a further 0/1 feature says where it was missing. Of a column of text, one 0/1
+    feature per value seen in training, missing being a value; a value that was not seen is 0 in all of them. Columns
+    with a single value are left out.
 
     scikit-learn's transformers do the same, but travel as pickles only; a checkpoint needs plain data.
 

@@ -24,8 +24,8 @@ class AnomalyDetector(SharpnessAwareModule):
     in it belongs to the tail; evaluation batches are ``(x, true labels)``.
 
     Logs ``train/loss`` once an epoch; for validation and test ``auroc``, ``average_precision``, ``budget_precision``
-    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them when the training
-    ends, by the final weights, and ``test/precision``, ``test/recall`` and ``test/f1`` are what it does on the test rows.
+    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them when the training ends,
+    by the final weights; ``test/precision``, ``test/recall`` and ``test/f1`` are what it does on the test rows.
 
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
@@ -196,7 +196,7 @@ class AnomalyDetector(SharpnessAwareModule):
         return scores
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: the data row from 1, score, and alarm (0 or 1) where there is a threshold."""
+        """Header and rows of the predictions' file: data row from 1, score, and alarm (0 or 1) where a threshold is."""
         scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
         if math.isnan(threshold):
             return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores, start=1))

@@ -65,8 +65,8 @@ class Recipe:
 
 
 # Of ten anomalies one is labelled and nine hide among the unlabelled rows. An absolute error is least at the median,
-# which for such rows is the unlabelled target unless a labelled anomaly outweighs nine: with a weight of 1 plain training
-# ends at the loss of a net that says 0, at 1e-3 and 1e-2, and with three times the steps.
+# which for such rows is the unlabelled target unless a labelled anomaly outweighs nine: with a weight of 1 plain
+# training ends at the loss of a net that says 0, at 1e-3 and 1e-2, and with three times the steps.
 OUTWEIGH: dict[str, Any] = {"tail_weight": 50.0}
 WIDE: dict[str, Any] = {"args": {"pretrain_steps": 150}, "batch_size": 128}  # FEAWAD has the widest net
 
@@ -440,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=None, help="number of seeds from 0 (default: 5, tuning: 2)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--only", default="", help="data sets whose name holds this, for a short look")
-    parser.add_argument("--steps", type=int, default=None, help="fewer steps, for a short look; kept apart from the others")
+    parser.add_argument("--steps", type=int, default=None, help="fewer steps, for a short look, kept apart")
     settings = parser.parse_args(arguments)
     names = [name for name in data_sets(settings.folder) if settings.only in name]
     if not names and not settings.table:
