@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
@@ -13,6 +14,15 @@ from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.sharpness_aware import SharpnessAwareModule
+
+
+class _ChooseThreshold(Callback):
+    """Lightning calls it before the checkpoint callbacks."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the threshold by the final weights."""
+        assert isinstance(pl_module, AnomalyDetector)
+        pl_module.choose_threshold()
 
 
 class AnomalyDetector(SharpnessAwareModule):
@@ -119,6 +129,10 @@ class AnomalyDetector(SharpnessAwareModule):
         if not hasattr(self, "detector") and self.input_shape is not None:
             self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
+        return [_ChooseThreshold()]
+
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
         assert self.class_counts is not None
@@ -156,12 +170,10 @@ class AnomalyDetector(SharpnessAwareModule):
         self.step_optimizer()
 
     def on_train_epoch_end(self) -> None:
-        """Log once an epoch, since logging every step would cost as much as the step; after the last, the threshold."""
+        """Log once an epoch: logging every step would cost as much as the step."""
         self.log("train/loss", self._loss / self._batches, prog_bar=True)
         self._loss, self._batches = torch.zeros((), device=self.device), 0
         super().on_train_epoch_end()
-        if self.trainer.fit_loop.done:  # here and not in on_train_end, which comes after the last checkpoint
-            self._choose_threshold()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Collect scores."""
@@ -222,7 +234,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self._prepared = True
         self.configure_model()
 
-    def _choose_threshold(self) -> None:
+    def choose_threshold(self) -> None:
         """Score the validation part by the weights as they are, whatever ``check_val_every_n_epoch`` is."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         precision = self.trainer.precision_plugin

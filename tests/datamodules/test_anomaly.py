@@ -408,7 +408,7 @@ def test_prediction_reads_only_the_columns_of_the_training(tmp_path):
     assert features_of(scored.predict_dataloader()).shape == (200, 5)
     bad = AnomalyDataModule(path=written(new.assign(amount=np.inf), tmp_path / "bad.parquet"))
     bad.load_state_dict(old.state_dict())
-    with pytest.raises(SettingError, match="bad.parquet: columns that the model was trained on: amount is infinite"):
+    with pytest.raises(SettingError, match=r"bad\.parquet: columns that the model was trained on: amount is infinite"):
         bad.predict_dataloader()
 
 
@@ -456,7 +456,7 @@ def test_training_batches_start_anywhere(digits):
     batches = iter(whole)
     first = [next(batches), next(batches)]
     state = whole.state_dict()
-    assert {"epoch": 3, "batch": 2} == {name: state[name] for name in ("epoch", "batch")}
+    assert (state["epoch"], state["batch"]) == (3, 2)
     other = digits.train_dataloader()
     other.load_state_dict(state)
     rest = list(other)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 
 from datamodules import AnomalyDataModule
 from imbsam import SettingError
@@ -152,8 +153,11 @@ def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{}, {"check_val_every_n_epoch": 50}, {"val_check_interval": 0.5}])
-def test_the_threshold_is_that_of_the_final_weights(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "early"),
+    [({}, False), ({}, True), ({"check_val_every_n_epoch": 50}, False), ({"val_check_interval": 0.5}, False)],
+)
+def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
     data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
     module = AnomalyDetector("devnet", method="sgd")
@@ -161,7 +165,10 @@ def test_the_threshold_is_that_of_the_final_weights(settings, tmp_path):
         max_epochs=3,
         accelerator="cpu",
         logger=False,
-        callbacks=[ResumableCheckpoint(dirpath=tmp_path, every_seconds=1e9)],
+        callbacks=[
+            *([EarlyStopping("train/loss", stopping_threshold=1e9)] if early else []),
+            ResumableCheckpoint(dirpath=tmp_path, every_seconds=1e9),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
@@ -174,6 +181,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, tmp_path):
     assert module.threshold == expected.best_threshold()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["threshold"] == module.threshold
     assert not module.val_metrics.scores
+    assert trainer.current_epoch == (1 if early else 3)
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [("devnet", "balanced"), ("devnet", "natural"), ("prenet", "pairs")])
