@@ -1,7 +1,7 @@
 """Semi-supervised anomaly detection on tables: an npz, CSV or Parquet file, or scikit-learn's digits."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,17 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self._encoder: TableEncoder | None = None
         self._parts: dict[str, Table] = {}
         self._true_labels: dict[str, Tensor] = {}
-        self._to_score: Table | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the file, split it, and fit the scaling on the training part; for prediction only read it.
+        """Read the file, split it, and fit the scaling on the training part.
 
         Args:
-            stage: Lightning's stage. All but "predict" do the same; a second call does nothing.
+            stage: Lightning's stage. All but "predict" do the same; a second call does nothing. For prediction the
+                file is read later: which columns are needed stands in the checkpoint, which Lightning loads after this.
         """
-        if stage == "predict":
-            if self._to_score is None:
-                self._to_score = self._read(need_label=False)
+        if stage == "predict" or self._parts:
             return
-        if self._parts:
-            return
-        table = self._read(need_label=True)
+        table = self._read()
         column = self.label or "y"
         anomalous, value = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
         split = split_rows(
@@ -144,16 +140,15 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         )
 
     def predict_dataloader(self) -> BatchLoader:
-        """Every row of the file, in its order, x alone."""
-        if self._to_score is None:
-            raise RuntimeError("AnomalyDataModule has no data yet: call setup('predict') first.")
+        """Every row of the file, in its order, x alone; of its columns only those that training used are read."""
         if self._encoder is None:
             raise SettingError(
                 "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
             )
-        features = self._encoder.transform(self._to_score)
+        table = self._read(self._encoder.columns)
+        features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
-            rank_zero_info(f"{self._to_score.source}: values that training did not see in: {listed(unseen)}")
+            rank_zero_info(f"{table.source}: values that training did not see in: {listed(unseen)}")
         return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,10 +172,10 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self._test = features["test"], self._true_labels["test"]
         self._val = (features["val"], self._true_labels["val"]) if "val" in features else None
 
-    def _read(self, need_label: bool) -> Table:
+    def _read(self, only: Collection[str] | None = None) -> Table:
         if self.path is None:
             return _digits()
-        return read_table(self.path, self.label, self.drop_columns, need_label)
+        return read_table(self.path, self.label, self.drop_columns, only)
 
 
 def _digits() -> Table:

@@ -5,9 +5,10 @@ from typing import Any, get_args
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.anomaly_batches import BatchLoader, EpochRows, Sampling, in_order
+from datamodules.anomaly_batches import BatchLoader, EpochRows, Sampling, TrainBatchLoader, in_order
 from datamodules.long_tail import check_val_share
 from imbsam.errors import SettingError
 
@@ -77,11 +78,11 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         self._val: tuple[Tensor, Tensor] | None = None
         self._test: tuple[Tensor, Tensor] | None = None
 
-    def train_dataloader(self) -> BatchLoader:
+    def train_dataloader(self) -> TrainBatchLoader:
         """The training batches, drawn anew every epoch, the same ones for the same seed and epoch."""
         self._check_set_up()
         rows = EpochRows(self.train_labels, self.sampling, self.batch_size, self.batches_per_epoch, self.seed)
-        return BatchLoader(self.train_features, self.train_labels, rows)
+        return TrainBatchLoader(self.train_features, self.train_labels, rows)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """The validation batches, or an empty list where ``val_share`` is 0."""
@@ -102,6 +103,13 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         """Set what depends on the training labels, bool (N,)."""
         self.train_labels = labelled.long()
         self.class_counts = torch.bincount(self.train_labels, minlength=2)
+        rows, anomalies = len(labelled), int(labelled.sum())
+        if self.sampling == "natural" and 0 < anomalies * self.batch_size < rows:
+            expected = anomalies * self.batch_size / rows
+            rank_zero_warn(
+                f"sampling is natural: a batch of {self.batch_size} rows holds {expected:.2g} labelled anomalies on "
+                f"average ({anomalies:,} of {rows:,} rows) and often none; raise batch_size to {-(-rows // anomalies)}"
+            )
 
 
 def check_share(name: str, value: float, zero_allowed: bool = False) -> None:

@@ -1,5 +1,6 @@
 """A table's columns as features in [0, 1]: fitted on the training part, kept as plain data."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,24 @@ from imbsam.errors import SettingError
 MAX_CATEGORIES = 100
 """A column of text with more values than this in the training part is no category."""
 
+DATE = re.compile(
+    r"""(\d{4}-\d\d? | \d{4}([-/.])\d\d?\2\d\d? | \d\d?([-/.])\d\d?\3\d{4} | \d\d([-/.])\d\d\4\d\d  # 2026-11-24
+    | \d{1,4}[-. ]+[a-z]{3,9}[-.,\ ]+\d{1,4} | [a-z]{3,9}[.\ ]+\d\d?,?\ +\d{4})  # 24 Nov 2026, Nov 24, 2026
+    ([T\ ]+\d\d?:\d\d.*)?  # with a time
+    | \d\d?:\d\d(:\d\d(\.\d+)?)?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""A date, a date with a time, or a time of the day."""
+
 
 class TableEncoder:
     """Numbers to [0, 1] by the training part's minimum and maximum, text to one feature per value.
 
     Of a column of numbers, x -> (x - minimum) / (maximum - minimum) over the training rows, not clipped: a value
     outside the training range is a sign of an anomaly, and stays outside [0, 1]. A missing number is the training
-    median, and a further 0/1 feature says where it was missing. Of a column of text, one 0/1 feature per value seen in
-    training, missing being a value; a value that was not seen is 0 in all of them. Columns with a single value are left
-    out.
+    median, and where training had gaps a further 0/1 feature says where it was missing. Of a column of text, one 0/1
+    feature per value seen in training, missing being a value; a value that was not seen is 0 in all of them. Columns
+    with a single value are left out.
 
     scikit-learn's transformers do the same, but travel as pickles only; a checkpoint needs plain data.
 
@@ -32,11 +42,12 @@ class TableEncoder:
         notices: One line each on what was left out or filled in.
 
     Raises:
-        SettingError: A column of text has too many values, or no column varies.
+        SettingError: Columns cannot be used, all of them in one message, or no column varies.
     """
 
     def __init__(self, table: Table) -> None:
         self.notices: list[str] = []
+        refused = dict(table.refused)
         constant, filled = [], []
         self.names: list[str] = []  # columns of numbers
         self.indicators: list[str] = []  # those that say where they were missing
@@ -56,7 +67,7 @@ class TableEncoder:
                 constant.append(name)
                 continue
             self.names.append(name)
-            medians.append(float(np.median(known)) if count else np.nan)
+            medians.append(float(np.median(known)))  # for later gaps too
             lows.append(low)
             widths.append(high - low)
         self.medians, self.lows, self.widths = (
@@ -68,17 +79,26 @@ class TableEncoder:
             if len(found) == 1:
                 constant.append(name)
                 continue
-            if len(found) > MAX_CATEGORIES:
-                raise SettingError(_no_category(table.source, name, found))
+            if reason := _no_category(values.tolist(), found):
+                refused[name] = reason
             self.categories[name] = found
+        table.refuse(refused)
         if constant:
             self.notices.append(f"left out, a single value in training: {listed(constant)}")
         if filled:
             self.notices.append(
                 f"missing numbers are filled with the training median, in training in: {listed(filled)}"
             )
+        if self.categories:
+            counts = (f"{name} ({len(found)})" for name, found in self.categories.items())
+            self.notices.append(f"text becomes one feature per value: {listed(counts)}")
         if not self.feature_names:
             raise SettingError(f"{table.source}: no column varies in the training part: there is nothing to learn from")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that features are made of."""
+        return [*self._numeric(), *self.categories]
 
     @property
     def feature_names(self) -> list[str]:
@@ -96,10 +116,12 @@ class TableEncoder:
             float32 (N, d).
 
         Raises:
-            SettingError: A column is not there, or holds text in place of numbers.
+            SettingError: A column is not there, cannot be read, or holds text in place of numbers.
         """
+        if unusable := [f"{name} {table.refused[name]}" for name in self.columns if name in table.refused]:
+            raise SettingError(f"{table.source}: columns that the model was trained on: {'; '.join(unusable)}")
         columns = {**table.numbers, **table.texts}
-        if lacking := [name for name in {**self._numeric(), **self.categories} if name not in columns]:
+        if lacking := [name for name in self.columns if name not in columns]:
             raise SettingError(f"{table.source} lacks columns that the model was trained on: {listed(lacking)}")
         if text := [name for name in self._numeric() if name in table.texts]:
             examples = listed([f"{name} ({next(v for v in table.texts[name] if v is not None)!r})" for name in text])
@@ -109,9 +131,7 @@ class TableEncoder:
             numbers = np.stack([columns[name] for name in self.names], axis=1)
             missing = np.isnan(numbers)
             if missing.any():
-                # a column that was never missing in training has no median: the middle of its range
-                middle = np.where(self.medians.isnan(), self.lows + self.widths / 2, self.medians)
-                numbers = np.where(missing, middle, numbers)
+                numbers = np.where(missing, self.medians.numpy(), numbers)
             numbers = (numbers - self.lows.numpy()) / self.widths.numpy()
             parts.append(numbers.astype(np.float32))
         if self.indicators:
@@ -147,17 +167,22 @@ class TableEncoder:
         return dict.fromkeys([*self.names, *self.indicators])
 
 
-def _no_category(source: str, name: str, found: list[str]) -> str:
-    """Why a column of text is refused: codes without end, or numbers with something else among them."""
-    strays = [value for value in found if value and not _is_number(value)]
-    if len(strays) < len(found) / 2:
+def _no_category(values: list[Any], found: list[str]) -> str | None:
+    """Why a column of text is refused, or None: numbers with something else among them, dates, codes without end."""
+    known = [value for value in map(shown_value, values) if value]
+    strays = [value for value in known if not _is_number(value)]
+    if len(strays) < len(known) / 2:
+        if not strays:  # of all rows there is one; not in the training part
+            return None
+        return f"is numbers but for {len(strays)} training rows, first {strays[0]!r}: leave them empty where missing"
+    if sum(DATE.fullmatch(value) is not None for value in known) > len(known) / 2:
+        return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): make numbers of them"
+    if len(found) > MAX_CATEGORIES:
         return (
-            f"{source}: column {name} is no number in some rows ({listed(strays, 3)}): leave them empty where missing"
+            f"is text with {len(found)} values in the training part ({listed(found, 3)}), more than {MAX_CATEGORIES}: "
+            "group them"
         )
-    return (
-        f"{source}: column {name} is text with {len(found)} values in the training part ({listed(found, 3)}), more "
-        f"than {MAX_CATEGORIES}: group them, or leave the column out with drop_columns"
-    )
+    return None
 
 
 def _is_number(text: str) -> bool:

@@ -1,8 +1,10 @@
 """Tables of npz, CSV and Parquet files as columns of numbers and columns of text."""
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+import gzip
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 
 from imbsam.errors import SettingError
 
-SUFFIXES = (".npz", ".csv", ".parquet")
+SUFFIXES = (".npz", ".csv", ".csv.gz", ".parquet")
+
+YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,16 @@ class Table:
         numbers: Columns of numbers, float64 (N,) each, nan where a value is missing.
         texts: Columns of text, object (N,) each, None where a value is missing.
         labels: The label column, float64 or object (N,), or None where there is none.
+        refused: Columns that are neither numbers nor text, and why.
+        dropped: Columns that were left out on demand.
     """
 
     source: str
     numbers: dict[str, Any]
     texts: dict[str, Any]
     labels: Any = None
+    refused: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -39,57 +47,77 @@ class Table:
             self.source,
             {name: values[rows] for name, values in self.numbers.items()},
             {name: values[rows] for name, values in self.texts.items()},
+            refused=self.refused,
+            dropped=self.dropped,
         )
 
+    def refuse(self, reasons: dict[str, str]) -> None:
+        """Raise one error on all columns that cannot be used, if there are any.
 
-def read_table(path: Path, label: str | None, drop_columns: Sequence[str] = (), need_label: bool = True) -> Table:
+        Args:
+            reasons: The columns, and why.
+
+        Raises:
+            SettingError: It names every column and ends in the setting that leaves them out.
+        """
+        if reasons:
+            told = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
+            names = ",".join(map(_yaml, (*self.dropped, *reasons)))
+            raise SettingError(
+                f"{self.source}: {told}; mend {'it' if len(reasons) == 1 else 'them'}, or leave "
+                f"{'it' if len(reasons) == 1 else 'them'} out: --data.drop_columns '[{names}]'"
+            )
+
+
+def read_table(
+    path: Path, label: str | None, drop_columns: Sequence[str] = (), only: Collection[str] | None = None
+) -> Table:
     """Read a table.
 
     Args:
         path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line, or a Parquet
-            file; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
+            file, gzipped or not; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
-        need_label: Whether the label column, and those to leave out, must be there.
+        only: Read these columns alone, where they are there, and no label.
 
     Raises:
-        SettingError: The file cannot be read, is no table, or has a column that is neither numbers nor text.
+        SettingError: The file cannot be read or is no table.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if not path.name.lower().endswith(SUFFIXES):
         raise SettingError(f"path={path} ends in {path.suffix!r}: give a file that ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise SettingError(f"path={path}: there is no such file")
     numpy_file = path.suffix.lower() == ".npz"
-    if label is None and need_label and not numpy_file:
+    if label is None and only is None and not numpy_file:
         raise SettingError(f"label is null: name the column of {path.name} that says which rows are anomalies")
     columns = _read_npz(path, label or "y") if numpy_file else _read_frame(path)
-    if label is None:
-        label = "y"
-    labels = columns.pop(label, None)
-    if labels is None and need_label:
-        raise SettingError(f"label={label}: {path.name} has no such column; it has {listed(columns)}")
-    unknown = [name for name in drop_columns if name not in columns and name != label]
-    if unknown and need_label:  # a new file may lack what was left out in training
-        raise SettingError(f"drop_columns: {path.name} has no column {listed(unknown)}; it has {listed(columns)}")
-    columns = {name: values for name, values in columns.items() if name not in drop_columns}
-    numbers, texts = {}, {}
+    rows = len(next(iter(columns.values()), ()))
+    labels = None
+    if only is None:
+        label = label or "y"
+        labels = columns.pop(label, None)
+        if labels is None:
+            raise SettingError(f"label={label}: {path.name} has no such column; it has {listed(columns)}")
+        if unknown := [name for name in drop_columns if name not in columns and name != label]:
+            raise SettingError(f"drop_columns: {path.name} has no column {listed(unknown)}; it has {listed(columns)}")
+        columns = {name: values for name, values in columns.items() if name not in drop_columns}
+        try:
+            labels = _plain(labels)
+        except _UnusableColumn as error:
+            raise SettingError(f"{path.name}: label {label} {error}") from None
+    else:
+        columns = {name: values for name, values in columns.items() if name in only}
+    if not rows or not (columns or only):
+        raise SettingError(f"{path.name} has {rows} rows and {len(columns)} columns beside the label: nothing to do")
+    table = Table(path.name, {}, {}, labels, dropped=tuple(drop_columns))
     for name, values in columns.items():
-        values = _plain(values, name, path.name)
-        if values.dtype == object:
-            texts[name] = values
+        try:
+            plain = _plain(values)
+        except _UnusableColumn as error:
+            table.refused[name] = str(error)
             continue
-        numbers[name] = values
-        infinite = np.isinf(values)
-        if infinite.any():
-            raise SettingError(
-                f"{path.name}: column {name} is infinite in {infinite.sum()} rows, first in data row "
-                f"{int(infinite.argmax()) + 1}: write a number there, or nothing where the value is missing"
-            )
-    table = Table(path.name, numbers, texts, None if labels is None else _plain(labels, label, path.name))
-    if not columns or not len(table):
-        raise SettingError(
-            f"{path.name} has {len(table)} rows and {len(columns)} columns beside the label: nothing to do"
-        )
+        (table.texts if plain.dtype == object else table.numbers)[name] = plain
     return table
 
 
@@ -176,8 +204,9 @@ def _read_frame(path: Path) -> dict[str, Any]:
         raise SettingError(f"path={path}: reading it needs pandas: pip install 'imbsam[tables]'") from error
     unnamed = False
     try:
-        if path.suffix.lower() == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() != ".parquet":
+            opened = gzip.open if path.suffix.lower() == ".gz" else open
+            with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
                 header = next(csv.reader(file), [])
             frame = pandas.read_csv(path, low_memory=False, encoding="utf-8-sig", index_col=False)
             unnamed = header[:1] == [""]
@@ -197,22 +226,24 @@ def _read_frame(path: Path) -> dict[str, Any]:
     return {str(name): frame.iloc[:, i] for i, name in enumerate(frame.columns)}
 
 
-def _plain(values: Any, name: str, source: str) -> Any:
+class _UnusableColumn(Exception):
+    """What is wrong with a column, after its name."""
+
+
+def _plain(values: Any) -> Any:
     """A column as float64 with nan, or as objects: str and None."""
     if isinstance(values, np.ndarray):
-        if values.dtype.kind in "biuf":
-            return values.astype(np.float64)
         if values.dtype.kind in "US":
             return values.astype(str).astype(object)
-        raise SettingError(f"{source}: {name} holds {values.dtype}: numbers or text are needed")
+        if values.dtype.kind not in "biuf":
+            raise _UnusableColumn(f"holds {values.dtype}: numbers or text are needed")
+        return _finite(values.astype(np.float64))
     from pandas.api import types
 
     if types.is_numeric_dtype(values.dtype) and not types.is_complex_dtype(values.dtype):
-        return values.to_numpy(dtype=np.float64, na_value=np.nan)
+        return _finite(values.to_numpy(dtype=np.float64, na_value=np.nan))
     if not (types.is_object_dtype(values.dtype) or types.is_string_dtype(values.dtype) or _is_category(values)):
-        raise SettingError(
-            f"{source}: column {name} holds {values.dtype}: make numbers of it, or leave it out with drop_columns"
-        )
+        raise _UnusableColumn(f"holds {values.dtype}: make numbers of it")
     missing = values.isna().to_numpy()
     cells = values.astype(object).to_numpy()
     kinds = {type(cell) for cell in cells[~missing].tolist()}
@@ -222,13 +253,28 @@ def _plain(values: Any, name: str, source: str) -> Any:
         return np.where(missing, None, cells)
     try:
         # mixed numbers, Decimals, booleans with gaps
-        return np.array([np.nan if gap else float(cell) for cell, gap in zip(cells, missing, strict=True)])
+        numbers = np.array([np.nan if gap else float(cell) for cell, gap in zip(cells, missing, strict=True)])
     except (TypeError, ValueError):
         kind = listed(sorted(kind.__name__ for kind in kinds))
-        raise SettingError(
-            f"{source}: column {name} holds {kind}: make numbers or text of it, or leave it out with drop_columns"
-        ) from None
+        raise _UnusableColumn(f"holds {kind}: make numbers or text of it") from None
+    return _finite(numbers)
+
+
+def _finite(values: Any) -> Any:
+    """The numbers, unless one is infinite."""
+    infinite = np.isinf(values)
+    if infinite.any():
+        raise _UnusableColumn(
+            f"is infinite in {infinite.sum()} rows, first in data row {int(infinite.argmax()) + 1}: write a number "
+            "there, or nothing where the value is missing"
+        )
+    return values
 
 
 def _is_category(values: Any) -> bool:
     return str(values.dtype) == "category"
+
+
+def _yaml(name: str) -> str:
+    """A name as the command line's YAML reads it back."""
+    return name if name.isidentifier() and name.lower() not in YAML_WORDS else json.dumps(name)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_random_state, compute_class_weight
+from sklearn.utils import check_array, check_consistent_length, check_random_state, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from imbsam.backward import SAM, ClassAwareSAM, ImbSAM
@@ -225,7 +225,11 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         hidden = _layer_sizes(self.hidden_layer_sizes)
         table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
         check_classification_targets(labels)
-        weight = _check_sample_weight(sample_weight, table, dtype=np.float64)
+        weight = np.ones(len(table)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        weight = check_array(np.full(len(table), weight) if weight.ndim == 0 else weight, ensure_2d=False)
+        if weight.ndim != 1:
+            raise SettingError(f"sample_weight has shape {weight.shape}: give one number a row")
+        check_consistent_length(table, weight)
         if (weight < 0).any():
             raise SettingError(f"sample_weight holds {weight.min()}: give numbers from 0")
         if not weight.any():
@@ -308,7 +312,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
 
     Source:
-        Ruff et al., *Deep Semi-Supervised Anomaly Detection*, ICLR 2020, arXiv 1906.02694, equation 8.
+        Ruff et al., *Deep Semi-Supervised Anomaly Detection*, ICLR 2020, arXiv 1906.02694: the Deep SAD objective.
 
     Example:
         >>> X, y = np.random.default_rng(0).normal(size=(60, 3)), np.repeat([1, -1], [54, 6])

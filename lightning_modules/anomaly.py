@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
@@ -13,6 +14,15 @@ from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.sharpness_aware import SharpnessAwareModule
+
+
+class _ChooseThreshold(Callback):
+    """Lightning calls it before the checkpoint callbacks."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the threshold by the final weights."""
+        assert isinstance(pl_module, AnomalyDetector)
+        pl_module.choose_threshold()
 
 
 class AnomalyDetector(SharpnessAwareModule):
@@ -24,14 +34,14 @@ class AnomalyDetector(SharpnessAwareModule):
     in it belongs to the tail; evaluation batches are ``(x, true labels)``.
 
     Logs ``train/loss`` once an epoch; for validation and test ``auroc``, ``average_precision``, ``budget_precision``
-    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them, and ``test/precision``,
-    ``test/recall`` and ``test/f1`` are what it does on the test rows.
+    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them when the training ends,
+    by the final weights; ``test/precision``, ``test/recall`` and ``test/f1`` are what it does on the test rows.
 
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
         detector_args: further settings of the detector, for example ``{hidden: [20]}``.
         method: sgd (plain training, with whatever optimizer), sam or imbsam.
-        rho: length of the perturbation.
+        rho: length of the perturbation. 0.05 is the classification paper's; tune it on a validation part.
         tail_weight: multiplies the loss of the tail, for every method.
         adaptive: scale the perturbation by the weights (ASAM).
         context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
@@ -51,7 +61,7 @@ class AnomalyDetector(SharpnessAwareModule):
         detector: str | type[Detector] = "devnet",
         detector_args: dict[str, Any] | None = None,
         method: Literal["sgd", "sam", "imbsam"] = "imbsam",
-        rho: float = 0.5,
+        rho: float = 0.05,
         tail_weight: float = 1.0,
         adaptive: bool = False,
         context_rows: int | Literal["auto", "batch"] = "auto",
@@ -112,11 +122,16 @@ class AnomalyDetector(SharpnessAwareModule):
             )
         if stage == "fit":
             self._check_sampling(data)
+            self._loss, self._batches = torch.zeros(()), 0
 
     def configure_model(self) -> None:
         """Build the detector, once the shape of a sample is known."""
         if not hasattr(self, "detector") and self.input_shape is not None:
             self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
+        return [_ChooseThreshold()]
 
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
@@ -138,9 +153,10 @@ class AnomalyDetector(SharpnessAwareModule):
         return self.detector.scores(x)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's mean loss."""
+        """Withdraw the threshold: it belongs to the weights that it was chosen for."""
         super().on_train_epoch_start()
-        self._loss, self._batches = torch.zeros((), device=self.device), 0
+        self._loss = self._loss.to(self.device)
+        self.threshold.fill_(math.nan)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """One backward pass, one optimizer step."""
@@ -156,6 +172,7 @@ class AnomalyDetector(SharpnessAwareModule):
     def on_train_epoch_end(self) -> None:
         """Log once an epoch: logging every step would cost as much as the step."""
         self.log("train/loss", self._loss / self._batches, prog_bar=True)
+        self._loss, self._batches = torch.zeros((), device=self.device), 0
         super().on_train_epoch_end()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -164,9 +181,8 @@ class AnomalyDetector(SharpnessAwareModule):
         self.val_metrics.update(self(x), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics and choose the threshold."""
+        """Log the metrics."""
         self.log_dict({f"val/{name}": value for name, value in self.val_metrics.compute().items()})
-        self.threshold.fill_(self.val_metrics.best_threshold())
         self.val_metrics.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -192,17 +208,18 @@ class AnomalyDetector(SharpnessAwareModule):
         return scores
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: row, score, and alarm (0 or 1) where a threshold was chosen."""
+        """Header and rows of the predictions' file: data row from 1, score, and alarm (0 or 1) where a threshold is."""
         scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
         if math.isnan(threshold):
-            return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores))
+            return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores, start=1))
         return ["row", "score", "alarm"], (
-            [row, f"{score:.6g}", int(score >= threshold)] for row, score in enumerate(scores)
+            [row, f"{score:.6g}", int(score >= threshold)] for row, score in enumerate(scores, start=1)
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its data."""
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
+        checkpoint["train_loss"] = self._loss.cpu(), self._batches  # amid an epoch: its sum so far
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the shape of a sample, and so the detector."""
@@ -213,8 +230,22 @@ class AnomalyDetector(SharpnessAwareModule):
                 "features that it was trained on"
             )
         self.class_counts, self.input_shape = checkpoint["class_counts"], shape
+        self._loss, self._batches = checkpoint.get("train_loss", (torch.zeros(()), 0))
         self._prepared = True
         self.configure_model()
+
+    def choose_threshold(self) -> None:
+        """Score the validation part by the weights as they are, whatever ``check_val_every_n_epoch`` is."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        precision = self.trainer.precision_plugin
+        self.eval()
+        with torch.no_grad(), precision.forward_context():
+            for x, labels in data.val_dataloader() if self.trainer.limit_val_batches else []:
+                self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
+        self.train()
+        if self.val_metrics.scores:
+            self.threshold.fill_(self.val_metrics.best_threshold())
+            self.val_metrics.reset()
 
     def _check_sampling(self, data: Any) -> None:
         """Pairs for detectors of pairs, rows for the others."""

@@ -8,7 +8,7 @@ the last batch or epoch is in the log, and know neither where the data stood nor
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
-from datamodules.samplers import TrainLoader
 from imbsam import SettingError
 from lightning_modules.checkpoint import LAST, AtomicCheckpointIO
 from lightning_modules.csv_logger import ResumableCSVLogger
@@ -32,6 +31,21 @@ KEY = "interruption"
 
 SHARE_OF_TIME = 0.05
 """Writing checkpoints takes no more of the time than this, however short `every_seconds` is for a large model."""
+
+
+@runtime_checkable
+class PositionedLoader(Protocol):
+    """A loader that can start at any batch of any epoch, such as :class:`datamodules.samplers.TrainLoader`."""
+
+    @property
+    def joint_batch_size(self) -> int:
+        """Rows of a batch of all ranks together."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, epoch, batch and joint_batch_size."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
 
 
 class Interrupted(Exception):
@@ -47,7 +61,8 @@ class ResumableCheckpoint(ModelCheckpoint):
     batch later: every batch starts one small all-reduce on the CPU, whose result is read a batch later, so that nobody
     waits for it.
 
-    To go on bit-identically the data must come from :func:`datamodules.samplers.train_loader`.
+    To go on bit-identically the data must come from :func:`datamodules.samplers.train_loader`, or another
+    :class:`PositionedLoader`.
 
     Args:
         every_seconds: Least time between two writings of ``last.ckpt``, and so about the most work that a kill costs.
@@ -142,7 +157,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             own, rank_states = rank_states[0], [None] * dist.get_world_size(self._group)
             dist.all_gather_object(rank_states, own, group=self._group)
         checkpoint[KEY] = {
-            "seed": next((loader.dataset.seed for loader in _train_loaders(trainer)), 0),
+            "seed": next((loader.state_dict()["seed"] for loader in _train_loaders(trainer)), 0),
             "epoch": epoch,
             "batch": batch,
             "joint_batch_size": next((loader.joint_batch_size for loader in _train_loaders(trainer)), 0),
@@ -234,8 +249,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         return Interrupted(f"interrupted by {name} after epoch {trainer.current_epoch}, batch {batch}; {after}")
 
 
-def _train_loaders(trainer: Trainer) -> list[TrainLoader]:
-    return [loader for loader in tree_leaves(trainer.train_dataloader) if isinstance(loader, TrainLoader)]
+def _train_loaders(trainer: Trainer) -> list[PositionedLoader]:
+    return [loader for loader in tree_leaves(trainer.train_dataloader) if isinstance(loader, PositionedLoader)]
 
 
 def _set_counts(progress: dict[str, Any], total: int, current: int) -> None:

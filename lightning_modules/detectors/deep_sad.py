@@ -22,7 +22,7 @@ class DeepSAD(Detector):
 
     Args:
         input_shape: (d,), or (channels, H, W) with H and W divisible by 4.
-        hidden: sizes of the MLP's hidden layers, or channels of the two convolutions.
+        hidden: sizes of the MLP's hidden layers, [] for none, or channels of the two convolutions.
         code_size: dimensions of phi(x).
         eta: weight of the labelled anomalies' loss.
         pretrain_steps: steps of the autoencoder before training.
@@ -41,7 +41,7 @@ class DeepSAD(Detector):
     ) -> None:
         super().__init__()
         images = len(input_shape) == 3
-        hidden = list(hidden or ((8, 16) if images else (100,)))
+        hidden = list(hidden if hidden is not None else ((8, 16) if images else (100,)))
         check_sizes(hidden=hidden, code_size=code_size)
         self.input_shape = tuple(input_shape)
         self.sizes = (hidden, code_size)
@@ -64,7 +64,7 @@ class DeepSAD(Detector):
         self.centre.copy_(torch.where(centre.abs() < 0.1, 0.1 * sign, centre))
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Squared distance of unlabelled rows, its inverse for labelled anomalies: equation (7) of the paper."""
+        """Squared distance of unlabelled rows, its inverse for labelled anomalies: the paper's Deep SAD objective."""
         distance = self.scores(x)
         return torch.where(labels == 1, self.eta / (distance + 1e-6), distance)
 

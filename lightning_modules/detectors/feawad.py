@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from imbsam.errors import SettingError
 from lightning_modules.detectors.autoencoder import pretrain
 from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
 
@@ -42,6 +43,8 @@ class FEAWAD(Detector):
     ) -> None:
         super().__init__()
         check_sizes(encoder=encoder, hidden=hidden)
+        if not encoder:
+            raise SettingError("encoder is []: feawad needs an autoencoder, give at least one size")
         d = features_of("feawad", input_shape)
         self.encoder = nn.Sequential(mlp([d, *encoder]), nn.ReLU())
         self.decoder: nn.Sequential = mlp([*reversed(encoder), d])

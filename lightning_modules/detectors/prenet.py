@@ -47,6 +47,8 @@ class PReNet(Detector):
     ) -> None:
         super().__init__()
         check_sizes(hidden=hidden, references=references)
+        if not hidden:
+            raise SettingError("hidden is []: prenet compares features, give at least one size")
         if len(targets) != 3:
             raise SettingError(f"targets is {list(targets)}: give three, for no, one and two anomalies in the pair")
         d = features_of("prenet", input_shape)

@@ -13,6 +13,7 @@ from sklearn.preprocessing import MinMaxScaler
 
 from datamodules import AnomalyDataModule
 from datamodules.anomaly_batches import EpochRows
+from datamodules.table_encoding import DATE
 from imbsam import SettingError
 
 
@@ -163,7 +164,8 @@ def test_one_line_says_what_was_left_out_and_filled_in(tmp_path, caplog):
     table.loc[range(50), "amount"] = np.nan
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         data_of(written(table, tmp_path / "mine.csv"))
-    left_out, filled, summary = caplog.messages
+    left_out, filled, text, summary = caplog.messages
+    assert text == "mine.csv: text becomes one feature per value: country (3)"
     assert left_out == "mine.csv: left out, a single value in training: currency"
     assert filled.startswith("mine.csv: missing numbers are filled with the training median, in training in: amount (")
     assert summary == (
@@ -396,6 +398,75 @@ def test_a_test_of_another_file_uses_the_checkpoints_scaling(tmp_path):
     assert torch.equal(labels_of(other.test_dataloader()), labels)
 
 
+def test_prediction_reads_only_the_columns_of_the_training(tmp_path):
+    """Neither its label nor what training left out; a feature named y is a feature."""
+    old = data_of(written(frame().assign(y=np.arange(200) % 5), tmp_path / "old.csv"), drop_columns=["hour"])
+    new = frame().assign(hour=np.inf, currency=np.inf, fraud=pd.Timestamp("2026-11-24"), y=1)
+    scored = AnomalyDataModule(path=written(new, tmp_path / "new.parquet"))
+    scored.setup("predict")
+    scored.load_state_dict(old.state_dict())
+    assert features_of(scored.predict_dataloader()).shape == (200, 5)
+    bad = AnomalyDataModule(path=written(new.assign(amount=np.inf), tmp_path / "bad.parquet"))
+    bad.load_state_dict(old.state_dict())
+    with pytest.raises(SettingError, match=r"bad\.parquet: columns that the model was trained on: amount is infinite"):
+        bad.predict_dataloader()
+
+
+def test_a_gap_in_a_column_without_gaps_in_training_is_the_median(tmp_path):
+    old = data_of(written(frame(), tmp_path / "old.csv"))
+    gaps = AnomalyDataModule(path=written(frame().assign(amount=np.nan), tmp_path / "new.csv"))
+    gaps.load_state_dict(old.state_dict())
+    assert (features_of(gaps.predict_dataloader())[:, 0] - old.train_features[:, 0].median()).abs().max() < 0.02
+    encoder = old.state_dict()["encoder"]
+    expected = (encoder["medians"][0] - encoder["lows"][0]) / encoder["widths"][0]
+    assert torch.allclose(features_of(gaps.predict_dataloader())[:, 0], expected.float())
+
+
+def test_gzipped(tmp_path):
+    frame().to_csv(tmp_path / "mine.csv.gz", index=False)
+    assert torch.equal(
+        data_of(tmp_path / "mine.csv.gz").train_features,
+        data_of(written(frame(), tmp_path / "mine.csv")).train_features,
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-11-24", "24.11.2026", "11/24/26", "2026-11-24T10:00:00Z", "24 Nov 2026", "Nov 24, 2026", "2026-11", "10:30"],
+)
+def test_dates(text):
+    assert DATE.fullmatch(text)
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "10.0.0.1", "A-12", "555-1234", "size 10", "2026", "AT"])
+def test_no_dates(text):
+    assert not DATE.fullmatch(text)
+
+
+def test_natural_batches_without_anomalies_are_told(tmp_path):
+    path = written(frame(), tmp_path / "mine.csv")
+    with pytest.warns(UserWarning, match=r"a batch of 5 rows holds 0.5 labelled .*raise batch_size to 10$"):
+        data_of(path, batch_size=5)
+
+
+def test_training_batches_start_anywhere(digits):
+    digits.sampling, digits.batches_per_epoch = "balanced", 4
+    whole = digits.train_dataloader()
+    whole.sampler.set_epoch(3)
+    batches = iter(whole)
+    first = [next(batches), next(batches)]
+    state = whole.state_dict()
+    assert (state["epoch"], state["batch"]) == (3, 2)
+    other = digits.train_dataloader()
+    other.load_state_dict(state)
+    rest = list(other)
+    assert len(first) + len(rest) == 4
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, rest, strict=True))
+    other.sampler.batch_size = 8
+    with pytest.raises(SettingError, match="batch_size=8, and the checkpoint is of an epoch with 64"):
+        other.load_state_dict(state)
+
+
 # ---- what is refused, one line each
 
 
@@ -429,12 +500,29 @@ REFUSED = {
         with_column("note", [f"note {row}" for row in range(200)]),
         {},
         "mine.csv: column note is text with 140 values in the training part (note 0, note 10, note 100 and 137 more), "
-        "more than 100: group them, or leave the column out with drop_columns",
+        "more than 100: group them; mend it, or leave it out: --data.drop_columns '[note]'",
     ),
     "numbers with something else": (
-        with_column("price", ["?"] + [f"{row / 3}" for row in range(199)]),
-        {"seed": 1},
-        "mine.csv: column price is no number in some rows (?): leave them empty where missing",
+        with_column("price", [*["3", "4", "?", "n/k"] * 5, *[f"{row % 7}" for row in range(180)]]),
+        {},
+        "first '?': leave them empty where missing; mend it, or leave it out: --data.drop_columns '[price]'",
+    ),
+    "dates of few days": (
+        with_column("day", [f"2026-11-{1 + row % 24:02}" for row in range(200)]),
+        {},
+        "mine.csv: column day holds dates (2026-11-",
+    ),
+    "several at once": (
+        broken(
+            lambda table: _infinite(table).assign(
+                **{
+                    "transaction id": [f"t{row}" for row in range(200)],
+                    "date": [f"{1 + row % 9}.11.2026" for row in range(200)],
+                }
+            )
+        ),
+        {"drop_columns": ["hour"]},
+        "--data.drop_columns '[hour,amount,\"transaction id\",date]'",
     ),
     "infinite": (
         broken(_infinite),
@@ -511,7 +599,7 @@ REFUSED = {
     "suffix": (
         text_file("", "mine.xlsx"),
         {},
-        "mine.xlsx ends in '.xlsx': give a file that ends in .npz, .csv, .parquet",
+        "mine.xlsx ends in '.xlsx': give a file that ends in .npz, .csv, .csv.gz, .parquet",
     ),
     "no parquet": (text_file("amount", "mine.parquet"), {}, "mine.parquet: no table ("),
     "no npz": (text_file("amount", "mine.npz"), {}, "mine.npz: no npz file of plain arrays ("),
@@ -546,7 +634,10 @@ def test_dates_and_lists_are_refused_by_name(tmp_path):
         ({"X": np.zeros(9), "y": np.zeros(9)}, r"mine.npz has X \(9,\), y \(9,\): pass X of shape"),
         ({"X": np.zeros((9, 2)), "y": np.zeros(8)}, r"mine.npz has X \(9, 2\), y \(8,\): pass X of shape"),
         ({"X": np.array([[{}]]), "y": np.zeros(1)}, "mine.npz: no npz file of plain arrays"),
-        ({"X": np.zeros((9, 2), dtype=complex), "y": np.arange(9) % 2}, "mine.npz: x0 holds complex128"),
+        (
+            {"X": np.zeros((9, 2), dtype=complex), "y": np.arange(9) % 2},
+            "mine.npz: column x0 holds complex128: numbers or text are needed; column x1",
+        ),
     ],
 )
 def test_npz_files_that_are_refused(tmp_path, arrays, message):

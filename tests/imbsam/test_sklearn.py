@@ -72,13 +72,13 @@ def test_eta_none_takes_the_classes_below_the_mean_size():
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Every engine made, with the rows and the sharpness of its steps."""
+    """Every engine made, with the targets and the sharp rows of its steps."""
     made = []
     batch = ClassAwareSAM._batch
 
     def spy(self, *arguments):
         result = batch(self, *arguments)
-        made.append((self, arguments[1], result))
+        made.append((self, arguments[1], result.sharpness.nonzero().flatten().tolist()))
         return result
 
     monkeypatch.setattr(ClassAwareSAM, "_batch", spy)
@@ -88,18 +88,18 @@ def engines(monkeypatch):
 def test_imbsam_perturbs_along_the_rows_of_the_tail_alone(rare, engines):
     clone(QUICK).set_params(max_epochs=1, rho=0.3).fit(*rare)
     assert {engine.rho for engine, _, _ in engines} == {0.3}
-    assert sum(len(batch.sharp) for _, _, batch in engines) == rare[1].sum()
-    for _, targets, batch in engines:
-        assert batch.sharp == (targets == 1).nonzero().flatten().tolist()
+    assert sum(len(sharp) for _, _, sharp in engines) == rare[1].sum()
+    for _, targets, sharp in engines:
+        assert sharp == (targets == 1).nonzero().flatten().tolist()
 
 
 def test_detector_perturbs_along_the_labelled_anomalies_alone(outliers, engines):
     X, y, _ = outliers
     clone(QUICK_DETECTOR).set_params(max_epochs=1).fit(X, y)
-    assert sum(len(batch.sharp) for _, _, batch in engines) == 5
+    assert sum(len(sharp) for _, _, sharp in engines) == 5
     engines.clear()
     clone(QUICK_DETECTOR).set_params(max_epochs=1, method="sam").fit(X, y)
-    assert sum(len(batch.sharp) for _, _, batch in engines) == 220
+    assert sum(len(sharp) for _, _, sharp in engines) == 220
 
 
 def test_methods_differ_and_rho_0_is_plain_training(rare):

@@ -2,17 +2,24 @@
 
 import csv
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 
+from datamodules import AnomalyDataModule
 from imbsam import SettingError
+from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.cli import main
+from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.detectors import DETECTORS
+from lightning_modules.interruption import ResumableCheckpoint
 
-SHORT = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.batches_per_epoch=3"]
+SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]
 SHORT += ["--trainer.enable_model_summary=false"]
 
 
@@ -62,6 +69,7 @@ def test_fit_test_predict(name, imbsam, tmp_path):
     found = rows("scores.csv")
     assert len(found) == 1797
     assert set(found[0]) == {"row", "score", "alarm"}
+    assert (found[0]["row"], found[-1]["row"]) == ("1", "1797")
     alarms = [float(row["score"]) for row in found if row["alarm"] == "1"]
     rest = [float(row["score"]) for row in found if row["alarm"] == "0"]
     assert alarms
@@ -143,6 +151,74 @@ def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
     expected = [a + b for a, b in zip(head, gradient(sharp), strict=True)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "early"),
+    [({}, False), ({}, True), ({"check_val_every_n_epoch": 50}, False), ({"val_check_interval": 0.5}, False)],
+)
+def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
+    """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
+    data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
+    module = AnomalyDetector("devnet", method="sgd")
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[
+            *([EarlyStopping("train/loss", stopping_threshold=1e9)] if early else []),
+            ResumableCheckpoint(dirpath=tmp_path, every_seconds=1e9),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(module, datamodule=data)
+    expected = AnomalyMetrics()
+    with torch.no_grad():
+        for x, labels in data.val_dataloader():
+            expected.update(module(x), labels)
+    assert module.threshold == expected.best_threshold()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["threshold"] == module.threshold
+    assert not module.val_metrics.scores
+    assert trainer.current_epoch == (1 if early else 3)
+
+
+@pytest.mark.parametrize(("detector", "sampling"), [("devnet", "balanced"), ("devnet", "natural"), ("prenet", "pairs")])
+def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                raise RuntimeError("killed")
+
+    def fit(folder, callbacks=(), resume=False):
+        seed_everything(3)
+        trainer = Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            logger=ResumableCSVLogger(folder, version=0, resume=resume),
+            callbacks=[*callbacks, ResumableCheckpoint(every_seconds=0)],
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = AnomalyDataModule(sampling=sampling, batch_size=128, batches_per_epoch=4, val_share=0.3)
+        path = folder / "version_0/checkpoints/last.ckpt" if resume else None
+        trainer.fit(AnomalyDetector(detector, rho=0.2), datamodule=data, ckpt_path=path)
+
+    fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "stopped", [Stop()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the training data do not come from")
+        fit(tmp_path / "stopped", resume=True)
+    found, wanted = (
+        torch.load(tmp_path / name / "version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("stopped", "whole")
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    logs = [(tmp_path / name / "version_0/metrics.csv").read_text() for name in ("stopped", "whole")]
+    assert logs[0] == logs[1]
 
 
 def test_own_detector_and_wrong_shape():

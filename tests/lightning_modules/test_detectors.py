@@ -186,3 +186,15 @@ def test_no_labelled_anomaly(name, rows):
     x, labels = rows
     with pytest.raises(SettingError, match="labelled anomal"):
         built(name, x, torch.zeros_like(labels))
+
+
+@pytest.mark.parametrize("name", ["devnet", "deep_sad", "feawad", "classifier"])
+def test_no_hidden_layer_is_a_linear_detector(name, rows):
+    assert built(name, *rows, hidden=[]).scores(rows[0]).shape == (400,)
+
+
+def test_nothing_to_compare_or_encode_is_refused():
+    with pytest.raises(SettingError, match=r"hidden is \[\]: prenet compares features"):
+        create_detector("prenet", (D,), hidden=[])
+    with pytest.raises(SettingError, match=r"encoder is \[\]: feawad needs an autoencoder"):
+        create_detector("feawad", (D,), encoder=[])

@@ -32,14 +32,15 @@ def adbench(tmp_path):
     return tmp_path / "adbench"
 
 
-def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0):
-    values = dict(zip(script.COLUMNS, (data, detector, sampling, method, rho, seed), strict=True))
+def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0, steps=5, learned=1.0, constant=0):
+    values = dict(zip(script.COLUMNS, (data, detector, sampling, method, rho, seed, steps), strict=True))
     return {name: str(value) for name, value in values.items()} | {
         "auroc": str(ap),
         "average_precision": str(ap),
         "train_loss": "1",
+        "learned": str(learned),
+        "constant": str(constant),
         "seconds": str(seconds),
-        "steps": "5",
     }
 
 
@@ -66,25 +67,26 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
         script.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": InThisProcess})
     )
     fits = [
-        script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0),
-        script.Fit("NLP_by_BERT/other_0", "prenet", "natural", "imbsam", 0.1, 0),
+        script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 3),
+        script.Fit("NLP_by_BERT/other_0", "prenet", "natural", "imbsam", 0.1, 0, 3),
     ]
     path = tmp_path / "fits.csv"
-    script.run_missing(fits, path, adbench, workers=1, steps=3)
+    script.run_missing(fits, path, adbench, workers=1)
     assert ran == fits
     rows = script.read(path)
     assert {tuple(r[c] for c in script.COLUMNS) for r in rows} == {fit.key() for fit in fits}
     assert all(0 <= float(r["auroc"]) <= 1 and float(r["seconds"]) > 0 for r in rows)
+    assert all(0 <= float(r["learned"]) <= 1 and r["constant"] == "0" for r in rows)
 
     # a crash in mid-line: that fit, and only that, is run again
     path.write_text(path.read_text()[:-20])
-    script.run_missing(fits, path, adbench, workers=1, steps=3)
+    script.run_missing(fits, path, adbench, workers=1)
     assert ran == [*fits, fits[1]]
     assert len(script.read(path)) == 2
     assert len(list(csv.reader(path.open()))) == 3
 
     # validation parts for tuning
-    assert float(script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 0.3), adbench, 2)["auroc"])
+    assert float(script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 2, 0.3), adbench)["auroc"])
 
 
 def test_grid_is_seed_major_and_whole(script):
@@ -114,8 +116,43 @@ def test_table(script):
     rows.append(row(script, "a", "devnet", "own", "sgd", 2, 0.0))  # a seed that the other methods lack
     text = script.table(rows)
     assert "| devnet | own | 3 x 2 | 0.0 / 0.0 | 50.0 | 50.0 | 56.7 | 1 / 1 / 1, " in text
+    assert " | 100 / 100 / 100 | 0 / 0 / 0 of 6 |" in text
     assert "| devnet | own | 5 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
+
+
+def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
+    tuned = script.TUNING_SETS[0]
+    rows = [row(script, tuned, "devnet", "own", method, 0, 0.9) for method in script.METHODS]
+    rows += [row(script, "other", "devnet", "own", m, 0, 0.5, learned=0.2, constant=1) for m in script.METHODS]
+    overall, without = script.table(rows).split("without the 4 data sets")[:2]
+    assert "| devnet | own, not learned | 2 x 1 | 0.0 / 0.0 | 70.0 |" in overall
+    assert "| devnet | own, not learned | 1 x 1 | 0.0 / 0.0 | 50.0 |" in without
+    assert " | 20 / 20 / 20 | 1 / 1 / 1 of 1 |" in without
+
+
+def test_short_looks_and_other_rhos_stay_out_of_the_table(script):
+    steps = script.RECIPES["devnet", "own"].steps
+    rows = [
+        row(script, "a", "devnet", "own", "imbsam", 0, 0.1, rho, steps=n) for rho in (0.05, 0.2) for n in (5, steps)
+    ]
+    rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.1, steps=steps)]
+    kept = script.of_rhos(script.of_recipe(rows), {("devnet", "own", "imbsam"): 0.05})
+    assert [(r["method"], r["rho"], r["steps"]) for r in kept] == [
+        ("imbsam", "0.05", str(steps)),
+        ("sgd", "0.0", str(steps)),
+    ]
+    assert len(script.of_recipe(rows, 5)) == 2
+    one, other = (script.Fit("a", "devnet", "own", "sgd", 0.0, 0, n).key() for n in (5, steps))
+    assert one != other
+
+
+def test_a_failed_fit_is_exit_code_1(script, adbench, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TUNING_SETS", ("Classical/1_small",))
+    monkeypatch.setattr(script, "run_missing", lambda *args: 1)
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(adbench), "--out", str(tmp_path), "--tune"])
+    assert stop.value.code == 1
 
 
 def test_command_line_says_what_is_missing(script, adbench, tmp_path):
