@@ -19,7 +19,7 @@ run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of
 	$(BIN)/imbsam report logs/digits_lt/sgd logs/digits_lt/imbsam
 
 test: install  ## what every change must pass
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: install  ## torch.compile
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/test_kill.py
