@@ -63,7 +63,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
         _results(groups),
         _classes(groups, figures),
         _plots("Learning curves", _seeds_note(groups), curve_figures(groups), figures),
-        _plots("Sharpness", "By SharpnessOfGroups or imbsam sharpness.", sharpness_figures(groups), figures),
+        _sharpness(groups, figures),
         _confusion(groups, figures),
         _calibration(groups, figures),
         _settings(groups),
@@ -144,6 +144,22 @@ def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
         note += f" Of other classes, so not shown: {', '.join(others)}."
     missing = "" if others else _missing(groups, "classes", "per_class.csv")
     return _plots("Accuracy per class", f"{note} {missing}", [figure], figures)
+
+
+def _sharpness(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    note = "By SharpnessOfGroups or imbsam sharpness."
+    found = sharpness_figures(groups)
+    if any(len(set(trace["x"])) > 1 for figure in found for trace in figure.data):
+        return _plots("Sharpness", note, found, figures)
+    if not found:
+        return ""
+    # measured once: a table of the groups' means says it better than dots
+    rows = []
+    for figure in found:
+        of_group = {trace["meta"]: trace["y"][0] for trace in figure.data}  # the mean comes last
+        values = [of_group.get(i) for i in range(len(groups))]
+        rows.append([Cell(figure.title), *(Cell("–" if value is None else f"{value:.3g}") for value in values)])
+    return _section("Sharpness", note, _table(["measure, classes", *(group.name for group in groups)], rows))
 
 
 def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:

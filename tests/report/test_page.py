@@ -191,6 +191,8 @@ def test_sharpness_of_other_splits_and_settings_is_drawn_apart(tmp_path, write_r
         "loss, few, test, rho=0.05": [3.0],
         "loss, few, train, rho=0.5": [11.0],
     }
+    text = page(group_runs(read_runs([run])[0]), {})  # measured at one epoch: a table, not dots
+    assert ["loss, few, test, rho=0.05", "3"] in [row for table in Tables(text).tables for row in table]
 
 
 def test_exports(three_groups, tmp_path, capsys):
