@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from imbsam import SettingError
+from report.runs import flatten
 
 FILES = {"config.yaml": "resolved_config.yaml"} | {
     name: name for name in ("per_class.csv", "confusion.csv", "calibration.csv")
@@ -179,20 +180,7 @@ def _settings(folder: Path, trainer: Trainer, pl_module: LightningModule) -> dic
             "model": dict(pl_module.hparams),
             "data": dict(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
         }
-    return _flat(nested)
-
-
-def _flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, as the command line takes them; a class is its path's last part."""
-    if not isinstance(settings, dict) or not settings:
-        return {} if settings is None else {name: settings}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key == "class_path":
-            flat[name] = str(value).rpartition(".")[2]
-        else:
-            flat |= _flat(value, name if key == "init_args" else f"{name}.{key}".removeprefix("."))
-    return flat
+    return {name: value for name, value in flatten(nested).items() if value is not None}
 
 
 def _tables(folder: Path) -> dict[str, Any]:

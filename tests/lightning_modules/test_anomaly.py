@@ -1,7 +1,6 @@
 """AnomalyDetector through the command line, and the gradient that it trains with."""
 
 import csv
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -14,32 +13,12 @@ from datamodules import AnomalyDataModule
 from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.anomaly import AnomalyDetector
-from lightning_modules.cli import main
 from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.detectors import DETECTORS
 from lightning_modules.interruption import ResumableCheckpoint
 
 SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]
 SHORT += ["--trainer.enable_model_summary=false"]
-
-
-@pytest.fixture
-def imbsam(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["imbsam", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def rows(path):

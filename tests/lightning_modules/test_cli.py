@@ -1,14 +1,11 @@
 """The `imbsam` command, run in this process on the digits."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-
-from lightning_modules.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DIGITS = ["--config", "configs/digits_lt/imbsam.yaml", "--trainer.enable_model_summary=false"]
@@ -18,25 +15,6 @@ SHORT = [
     "--model.lr_scheduler.init_args.T_max=1",
     "--trainer.enable_progress_bar=false",
 ]
-
-
-@pytest.fixture
-def imbsam(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["imbsam", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def rows(path):

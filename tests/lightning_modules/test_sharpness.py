@@ -108,30 +108,22 @@ def test_draw_is_seeded_and_without_repetition(run):
 
 
 @pytest.fixture
-def imbsam(tmp_path, monkeypatch, capsys):
+def sharpness(imbsam, monkeypatch):
     """Run `imbsam sharpness` on a checkpoint; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*args):
         Path("digits.yaml").write_text(CONFIG)
         quick = [f"--{name}={value}" for name, value in QUICK.items()]
-        monkeypatch.setattr(sys, "argv", ["imbsam", "sharpness", "--config=digits.yaml", *quick, *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
+        return imbsam("sharpness", "--config=digits.yaml", *quick, *args)
 
     return command
 
 
-def test_command_gives_the_callbacks_numbers(run, imbsam, tmp_path):
+def test_command_gives_the_callbacks_numbers(run, sharpness, tmp_path):
     folder, _, _ = run
     last = next(folder.rglob("*.ckpt"))
-    code, out, _ = imbsam("--ckpt_path", last, "--folder", tmp_path / "out", "--slices=true", "--points=3")
+    code, out, _ = sharpness("--ckpt_path", last, "--folder", tmp_path / "out", "--slices=true", "--points=3")
     assert code == 0
     found = rows(tmp_path / "out/sharpness.csv")
     assert found == rows(folder / "sharpness.csv")[len(found) :]
@@ -158,9 +150,9 @@ def test_command_gives_the_callbacks_numbers(run, imbsam, tmp_path):
         (["--ckpt_path=CKPT", "--rhoo=1"], "rhoo"),
     ],
 )
-def test_command_refuses_in_one_line(run, imbsam, args, message):
+def test_command_refuses_in_one_line(run, sharpness, args, message):
     last = next(run[0].rglob("*.ckpt"))
-    code, _, err = imbsam(*(a.replace("CKPT", str(last)) for a in args))
+    code, _, err = sharpness(*(a.replace("CKPT", str(last)) for a in args))
     assert code == 2
     assert message in err.splitlines()[-1]
 
