@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, default_collate
 
+from datamodules.class_sampling import ClassSampling, Sampling, check_sampling, class_probabilities
 from datamodules.long_tail import (
     Profile,
     check_imbalance,
@@ -17,6 +18,7 @@ from datamodules.long_tail import (
     subsample,
     validation_mask,
 )
+from datamodules.mixing import MixedBatches, check_mixing
 from datamodules.samplers import EvalLoader, TrainLoader, eval_loader, ranks, train_loader
 from imbsam.errors import SettingError
 
@@ -45,6 +47,12 @@ class LongTailedDataModule(LightningDataModule, ABC):
         batch_size: Rows of a training batch.
         eval_batch_size: Rows of a validation, test or prediction batch.
         num_workers: Loader processes; with 0 the batches are made in the main process.
+        sampler: How often training draws each class: "instance_balanced" (every sample once an epoch),
+            "class_balanced" (all classes alike), "square_root" (as the roots of the class counts), or
+            "progressively_balanced" (from the first to the second over the trainer's ``max_epochs``). Every epoch has
+            as many draws as there are samples.
+        mixup: alpha of mixup's Beta distribution, 0 for no mixup. Its partner is the neighbour in the batch.
+        cutmix: alpha of CutMix's, 0 for no CutMix. Where both are set, each batch takes one of them, by chance.
         seed: Seed of the draw of the training samples and of the validation split.
 
     Raises:
@@ -65,12 +73,17 @@ class LongTailedDataModule(LightningDataModule, ABC):
         batch_size: int = 128,
         eval_batch_size: int = 512,
         num_workers: int = 0,
+        sampler: Sampling = "instance_balanced",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # those of the subclass's constructor too
         check_imbalance(ratio, profile)
         check_val_share(val_share)
+        check_sampling(sampler)
+        check_mixing(mixup, cutmix)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
@@ -84,7 +97,11 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.sampler: Sampling = sampler
+        self.mixup = mixup
+        self.cutmix = cutmix
         self.seed = seed
+        self._train_labels: Tensor
         self._train: Subset[Any] | None = None
         self._val: Subset[Any] | None = None
         self._test: Dataset[Any] | None = None
@@ -127,16 +144,28 @@ class LongTailedDataModule(LightningDataModule, ABC):
         held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
         self._val = Subset(train, kept[held_out].tolist())
         self._train = Subset(train, kept[~held_out].tolist())
-        self.class_counts = torch.bincount(labels[kept[~held_out]], minlength=num_classes)
+        self._train_labels = labels[kept[~held_out]]
+        self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
+
+    @property
+    def drawn_shares(self) -> Tensor:
+        """The share of the training draws that are of each class, float64 (C,), on average over the run."""
+        return class_probabilities(self.class_counts, self.sampler, progress=0.5)
 
     def train_dataloader(self) -> TrainLoader:
         """The shuffled training batches; the last one may be smaller.
 
         Order and augmentation depend on the seed of ``seed_everything`` and the epoch alone.
+
+        Raises:
+            SettingError: Progressively balanced sampling without a trainer that has ``max_epochs``.
         """
-        return train_loader(
-            self._loaded(self._train), self.batch_size, self.train_collate, self.num_workers, **ranks(self.trainer)
-        )
+        train, collate, order = self._loaded(self._train), self.train_collate, None
+        if self.sampler != "instance_balanced":
+            order = ClassSampling(self._train_labels, self.sampler, getattr(self.trainer, "max_epochs", None))
+        if self.mixup or self.cutmix:
+            collate = MixedBatches(collate or default_collate, len(self.class_names), self.mixup, self.cutmix)
+        return train_loader(train, self.batch_size, collate, self.num_workers, **ranks(self.trainer), order=order)
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""

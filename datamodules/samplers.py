@@ -24,7 +24,11 @@ from datamodules.sample_seeds import sample_seeds, seeded
 from imbsam.errors import SettingError
 
 Key = tuple[int, int]
-"""Epoch and index of a sample: what the training sampler yields, so that the epoch reaches the workers."""
+"""What the training sampler yields: the epoch, so that it reaches the workers, and the draw, which is the sample's
+index, plus the number of samples for every earlier time that this epoch has drawn it."""
+
+Order = Callable[[int, torch.Generator], Tensor]
+"""From an epoch and a generator to the epoch's draws, int64 (N,)."""
 
 
 def ranks(trainer: Any = None) -> dict[str, int]:
@@ -56,9 +60,11 @@ class TrainSampler(DistributedSampler[Key]):
         seed: Seed of the order.
         num_replicas: Number of processes k.
         rank: Number of this process, in [0, k).
+        order: The order of an epoch, such as :class:`~datamodules.class_sampling.ClassSampling`; None for a random
+            permutation.
 
     Yields:
-        Epoch and index of each sample.
+        Epoch and draw, see :data:`Key`.
 
     Example:
         >>> [index for _, index in TrainSampler(range(5), batch_size=2, seed=0)]
@@ -70,9 +76,18 @@ class TrainSampler(DistributedSampler[Key]):
     first_batch: int
     """Batch at which the next iteration starts; 0 again afterwards."""
 
-    def __init__(self, dataset: Any, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        order: Order | None = None,
+    ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
         self.batch_size = batch_size
+        self.order = order
         self.first_batch = 0
 
     def __len__(self) -> int:
@@ -83,11 +98,12 @@ class TrainSampler(DistributedSampler[Key]):
         return max(own, full_batches * self.batch_size + 1) if size else 0
 
     def __iter__(self) -> Iterator[Key]:
-        """Yield (epoch, index) from `first_batch` on."""
+        """Yield (epoch, draw) from `first_batch` on."""
         first, self.first_batch = self.first_batch, 0
         epoch, size = self.epoch, len(self.dataset)  # type: ignore[arg-type]
         key = sample_seeds(self.seed, torch.tensor([epoch]), torch.tensor([-1]))  # -1: no sample has this seed
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(int(key)))
+        generator = torch.Generator().manual_seed(int(key))
+        order = self.order(epoch, generator) if self.order else torch.randperm(size, generator=generator)
         own = order[self.rank :: self.num_replicas]
         if len(own) < len(self):
             last = order[len(own) * self.num_replicas :]
@@ -124,11 +140,11 @@ class EvalSampler(DistributedSampler[int]):
 
 
 class SeededSamples(Dataset[Any]):
-    """A data set read by (epoch, index), which hands out the samples and one seed for each.
+    """A data set read by (epoch, draw), which hands out the samples and one seed for each.
 
     A data set that reads whole batches (``__getitems__``) is expected to be deterministic; what is random belongs into
     the ``collate_fn``. Any other data set is read sample by sample, each under its own seed of torch's default
-    generator, so that torchvision's random transforms depend on (seed, epoch, index) alone.
+    generator, so that torchvision's random transforms depend on (seed, epoch, draw) alone.
 
     Args:
         dataset: A map-style data set.
@@ -154,7 +170,8 @@ class SeededSamples(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Any, Tensor]:
         """The samples, and their seeds, int64 (B,). A plain index is one of epoch 0."""
         pairs = torch.tensor([key if isinstance(key, tuple) else (0, key) for key in keys])
-        seeds, indices = sample_seeds(self.seed, pairs[:, 0], pairs[:, 1]), pairs[:, 1].tolist()
+        seeds = sample_seeds(self.seed, pairs[:, 0], pairs[:, 1])  # of the draw: a repeated sample is augmented anew
+        indices = (pairs[:, 1] % len(self)).tolist()
         if self._reads_batches:
             return self.dataset.__getitems__(indices), seeds  # type: ignore[attr-defined]
         samples = []
@@ -272,6 +289,7 @@ def train_loader(
     seed: int | None = None,
     num_replicas: int = 1,
     rank: int = 0,
+    order: Order | None = None,
 ) -> TrainLoader:
     """The shuffled training batches of this process; order and augmentation depend on (seed, epoch) alone.
 
@@ -283,6 +301,7 @@ def train_loader(
         seed: Seed of order and augmentation; None for that of Lightning's ``seed_everything``, or 0.
         num_replicas: Number of processes that share the data, see :func:`ranks`.
         rank: Number of this process.
+        order: See :class:`TrainSampler`; None for a random permutation.
 
     Returns:
         The loader; ``set_epoch`` of its sampler is Lightning's to call.
@@ -291,7 +310,7 @@ def train_loader(
     return TrainLoader(
         SeededSamples(dataset, seed),
         batch_size=batch_size,  # by name, or Lightning cannot build the loader again
-        sampler=TrainSampler(dataset, batch_size, seed, num_replicas, rank),
+        sampler=TrainSampler(dataset, batch_size, seed, num_replicas, rank, order),
         collate_fn=SeededCollate(collate_fn or default_collate),  # type: ignore[arg-type]
         **_worker_settings(num_workers),
     )

@@ -145,6 +145,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Make the backward pass."""
         hp = self.settings
         assert self.class_counts is not None
+        self._watch_sampling(self.class_counts)
         self.sam = self.engine(
             self.backbone,
             self.class_counts,
@@ -281,6 +282,20 @@ class LongTailedClassifier(SharpnessAwareModule):
             )
         except TypeError as error:
             raise SettingError(f"loss_args is {args}: {error}") from error
+
+    def _watch_sampling(self, class_counts: Tensor) -> None:
+        """ImbSAM is for tail rows that are rare in the batches too."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        sampler, shares = getattr(data, "sampler", "instance_balanced"), getattr(data, "drawn_shares", None)
+        hp = self.settings
+        if hp.method == "imbsam" and hp.tail_classes is None and shares is not None and sampler != "instance_balanced":
+            drawn = 100 * float(shares[self._tail].sum())
+            there = 100 * float(class_counts[self._tail].sum() / class_counts.sum())
+            rank_zero_warn(
+                f"data.sampler is {sampler}, while model.eta={hp.eta:g} goes by the class counts: tail classes are "
+                f"{there:.1f} % of the training samples and {drawn:.1f} % of the drawn rows, all of which ImbSAM "
+                "perturbs, at a cost to match; set model.tail_classes where that is meant"
+            )
 
     def _tail_rows(self, targets: Tensor) -> float:
         targets = targets.cpu()
