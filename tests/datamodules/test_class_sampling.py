@@ -43,9 +43,9 @@ def test_the_samples_of_a_class_take_turns():
     draws = ClassSampling(SHUFFLED, "class_balanced")(0, torch.Generator().manual_seed(0))
     assert len(set(draws.tolist())) == SIZE  # every repeat of a sample has a number of its own
     times = torch.bincount(draws % SIZE, minlength=SIZE)
-    for c, count in enumerate(COUNTS):
+    for label, count in enumerate(COUNTS):
         if count:
-            of_class = times[SHUFFLED == c]
+            of_class = times[SHUFFLED.eq(label)]
             assert of_class.max() - of_class.min() <= 1
     repeats = torch.zeros(SIZE, dtype=torch.int64)
     repeats.scatter_reduce_(0, draws % SIZE, draws // SIZE, "amax")

@@ -39,7 +39,7 @@ def test_images_and_targets_are_mixed_in_the_same_proportion(name):
         found.append(float(weights[0]))
     low, high = {"mixup": (0.35, 0.65), "cutmix": (0.65, 0.85)}[name]  # Beta(1, 1) is uniform; boxes end at the border
     assert low < sum(found) / 50 < high
-    assert min(found) < 0.3 < 0.8 < max(found)
+    assert max(found) - min(found) > 0.4
 
 
 def test_both_take_turns_by_chance():
@@ -62,7 +62,8 @@ def test_mixing_depends_on_seed_epoch_and_draw_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert batches[0][1].shape == (32, 10)
     for (images, targets), (others, theirs) in zip(batches, epoch(2), strict=True):
-        assert torch.equal(images, others) and torch.equal(targets, theirs)
+        assert torch.equal(images, others)
+        assert torch.equal(targets, theirs)
     assert len({float(targets[targets > 0].min()) for _, targets in batches}) > 1
 
 
