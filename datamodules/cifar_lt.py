@@ -11,13 +11,15 @@ from datamodules.augmentation import BatchTransform
 from datamodules.base import LongTailedDataModule
 from datamodules.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays import ImageArrays
+from datamodules.packed_images import PackedImages, read_packed
 
 
 class CIFAR10LTDataModule(LongTailedDataModule):
     """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
-        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing.
+        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing. Or a packed
+            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
         augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
             them left to right.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
@@ -41,15 +43,20 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         Raises:
             SettingError: It is missing and cannot be downloaded.
         """
-        fetch_cifar(self.root, self.source)
+        if self.root.suffix != ".npz":
+            fetch_cifar(self.root, self.source)
 
-    def load_datasets(self) -> tuple[ImageArrays, Tensor, ImageArrays]:
+    def load_datasets(self) -> tuple[ImageArrays | PackedImages, Tensor, ImageArrays]:
         """Read the files, whatever their checksums, and set ``class_names``.
 
         Raises:
             SettingError: A file is missing or damaged.
         """
-        train, test, self.class_names = read_cifar(self.root, self.source)
+        train: ImageArrays | PackedImages
+        if self.root.suffix == ".npz":
+            train, test, self.class_names = read_packed(self.root)
+        else:
+            train, test, self.class_names = read_cifar(self.root, self.source)
         return train, train.labels, test
 
 
@@ -57,7 +64,8 @@ class CIFAR100LTDataModule(CIFAR10LTDataModule):
     """CIFAR-100, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
-        root: Folder that holds ``cifar-100-python``, torchvision's layout; downloaded there if missing.
+        root: Folder that holds ``cifar-100-python``, torchvision's layout; downloaded there if missing. Or a packed
+            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
         augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
             them left to right.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
