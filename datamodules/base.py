@@ -33,6 +33,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         class_counts: Training samples per class after the validation split, int64 (C,); known after
             ``setup``, whatever its stage.
         class_names: The C names of the classes; known after ``setup``.
+        kept_samples: Indices of the long tail's samples in the whole training set, those for validation among them,
+            int64 (M,); known after ``setup``.
         shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
         train_collate: ``collate_fn`` of the training loader, None for PyTorch's own. One with an argument ``seeds``
             gets a seed for each sample, int64 (B,), that depends on (seed, epoch, sample) alone.
@@ -61,6 +63,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
 
     class_counts: Tensor
     class_names: list[str]
+    kept_samples: Tensor
     shuffle_classes: bool = False
     train_collate: Callable[[Any], Any] | None = None
     eval_collate: Callable[[Any], Any] | None = None
@@ -141,6 +144,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
             if self.shuffle_classes:
                 counts = counts[torch.randperm(num_classes, generator=generator)]
             kept = subsample(labels, counts, generator)
+        self.kept_samples = kept
         held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
         self._val = Subset(train, kept[held_out].tolist())
         self._train = Subset(train, kept[~held_out].tolist())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.base import LongTailedDataModule
 from datamodules.image_arrays import ImageArrays
 from imbsam.errors import SettingError
 
@@ -53,24 +54,24 @@ class PackedImages(Dataset[tuple[Tensor, Tensor]]):
         return self.images[rows], self.labels[torch.tensor(indices, dtype=torch.int64)]
 
 
-def pack_images(path: Path, train: ImageArrays, indices: list[int], test: ImageArrays, class_names: list[str]) -> None:
-    """Write some of the training images and all test images, without loss, to one file.
+def pack_images(path: Path, data: LongTailedDataModule) -> None:
+    """Write the training and validation images of a DataModule and all test images, without loss, to one file.
 
     Args:
         path: The file, its name ending in ``.npz``.
-        train: The whole training set.
-        indices: The training samples to keep.
-        test: The test set.
-        class_names: The C names of the classes.
+        data: A DataModule of :class:`~datamodules.image_arrays.ImageArrays`.
     """
+    data.setup()
+    indices = data.kept_samples
+    train, _, test = data.load_datasets()
     np.savez_compressed(
         path,
         train_images=train.images[indices].numpy(),
-        train_indices=np.asarray(indices, dtype=np.int32),
+        train_indices=indices.numpy().astype(np.int32),
         train_labels=train.labels.numpy().astype(np.int16),
         test_images=test.images.numpy(),
         test_labels=test.labels.numpy().astype(np.int16),
-        class_names=np.asarray(class_names),
+        class_names=np.asarray(data.class_names),
     )
 
 

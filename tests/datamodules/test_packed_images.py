@@ -10,9 +10,7 @@ from imbsam import SettingError
 
 def packed(root, path, **settings):
     data = CIFAR10LTDataModule(root, **settings)
-    data.setup()
-    kept = sorted([*data._train.indices, *data._val.indices])
-    pack_images(path, data._train.dataset, kept, data._test, data.class_names)
+    pack_images(path, data)
     return data
 
 
@@ -53,16 +51,16 @@ def test_a_larger_ratio_and_a_validation_share_are_in_it_and_other_seeds_are_not
 
 def test_the_real_split_is_below_60_mib(cifar100_root, tmp_path):
     data = CIFAR100LTDataModule(cifar100_root, ratio=100)
-    data.setup()
     path = tmp_path / "cifar100_lt.npz"
-    pack_images(path, data._train.dataset, data._train.indices, data._test, data.class_names)
+    pack_images(path, data)
     assert path.stat().st_size < 60 * 2**20
     train, test, names = read_packed(path)
-    indices = data._train.indices
+    whole, _, whole_test = data.load_datasets()
+    indices = data.kept_samples.tolist()
     assert len(indices) == 10_847
-    for found, wanted in zip(train.__getitems__(indices), data._train.dataset.__getitems__(indices), strict=True):
+    for found, wanted in zip(train.__getitems__(indices), whole.__getitems__(indices), strict=True):
         assert torch.equal(found, wanted)
-    assert torch.equal(test.images, data._test.images)
+    assert torch.equal(test.images, whole_test.images)
     assert names == data.class_names
 
 

@@ -1,0 +1,72 @@
+"""scripts/reproduce.py on the digits, in real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHORT = [
+    "--trainer.max_epochs=2",
+    "--model.lr_scheduler.init_args.T_max=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def reproduce(cwd, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts/reproduce.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_row_names_a_config():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from reproduce import BENCHMARKS
+
+    for name, rows in BENCHMARKS.items():
+        assert len({row.name for row in rows}) == len(rows), name
+        for row in rows:
+            assert (REPOSITORY / "configs" / row.config).exists(), row
+            for word in row.settings:
+                assert not word.endswith(".yaml") or Path(word).exists(), row
+
+
+def test_a_table_in_pieces(tmp_path):
+    rows = ["--rows", "sgd", "imbsam", "--seeds", "0"]
+    code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--minutes", "0.001", "--", *SHORT)
+    assert code == 0, err
+    assert "digits_lt: 0 of 2 runs are there" in out
+    assert "not done yet: start again to go on" in err
+    code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--", *SHORT)
+    assert code == 0, err
+    header, _, sgd, imbsam = out.strip().splitlines()[-4:]
+    assert header.startswith("| digits_lt | seeds | many | medium | few | all |")
+    assert sgd.startswith("| SGD | 1 | ")
+    assert imbsam.startswith("| ImbSAM, tail loss doubled | 1 | ")
+    assert (tmp_path / "logs/reproduce/digits_lt/imbsam/seed_0/version_0/checkpoints/last.ckpt").exists()
+    again = reproduce(tmp_path, "digits_lt", *rows)  # trains nothing: in seconds
+    assert "digits_lt: 2 of 2 runs are there" in again[1]
+    assert again[1].strip().splitlines()[-4:] == out.strip().splitlines()[-4:]
+    assert reproduce(tmp_path, "digits_lt", *rows, "--table")[1].strip() == "\n".join(out.strip().splitlines()[-4:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits_lt", "--rows", "adam"], "--rows: no adam; digits_lt has sgd, sgd_doubled, sam, sam_doubled, imbsam"),
+        (["pack"], "pack: name the file to write, ending in .npz"),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path):
+    code, _, err = reproduce(tmp_path, *arguments)
+    assert code == 2
+    assert message in err
