@@ -382,6 +382,31 @@ def test_eta_that_leaves_nothing_of_imbsam_warns(tmp_path, eta, message):
         fit(tmp_path, eta=eta, trainer_settings={"max_steps": 1})
 
 
+def test_channels_last_takes_the_same_steps(tmp_path):
+    plain, last = (fit(tmp_path, optimizer=sgd, channels_last=c, rho=0.1)[0] for c in (False, True))
+    weight = last.backbone.get_parameter("features.3.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    for name, parameter in last.backbone.named_parameters():
+        torch.testing.assert_close(parameter, plain.backbone.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def test_a_balanced_sampler_beside_eta_is_warned_of(tmp_path):
+    sampled = DigitsLTDataModule(sampler="class_balanced")
+    with pytest.warns(UserWarning, match=r"data\.sampler is class_balanced.*eta=20.*% of the training samples and 50\.0 %"):
+        fit(tmp_path, sampled, {"max_epochs": 1}, optimizer=sgd)
+    for settings in ({"method": "sgd"}, {"tail_classes": [3]}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "data.sampler")
+            fit(tmp_path, DigitsLTDataModule(sampler="class_balanced"), {"max_epochs": 1}, optimizer=sgd, **settings)
+
+
+def test_mixed_targets_reach_the_engine(tmp_path):
+    model, run = fit(tmp_path, DigitsLTDataModule(mixup=1.0, batch_size=400), {"max_epochs": 1}, optimizer=sgd)
+    rows = float(run.callback_metrics["train/tail_rows"])
+    assert rows != int(rows)  # a mixed row counts by its part of tail classes
+
+
 @pytest.mark.slow
 def test_compiled_backbone_takes_the_same_steps(tmp_path):
     runs = [fit(tmp_path, optimizer=sgd, compile=compiled)[0] for compiled in (False, True)]
