@@ -44,6 +44,7 @@ def fit(
     callbacks: tuple[Callback, ...] = (),
     resume: Any = None,
     trainer: dict[str, Any] | None = None,
+    data: DigitsLTDataModule | None = None,
     **model: Any,
 ):
     seed_everything(0, workers=True)
@@ -71,7 +72,7 @@ def fit(
         },
         callbacks=[*callbacks],
     )
-    run.fit(module, datamodule=DigitsLTDataModule(batch_size=128), ckpt_path=resume)  # 3 batches an epoch
+    run.fit(module, datamodule=data or DigitsLTDataModule(batch_size=128), ckpt_path=resume)  # 3 batches an epoch
     return module, run
 
 
@@ -176,9 +177,23 @@ def test_weights_that_never_come_warn(tmp_path):
         fit(tmp_path, class_balanced_beta=0.9, drw_start_epoch=9, trainer={"max_epochs": 1, "limit_train_batches": 1})
 
 
+class Mixup(DigitsLTDataModule):
+    """Training targets of two classes each."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, targets = batch
+        if not self.trainer.training:
+            return batch
+        one_hot = torch.nn.functional.one_hot(targets, 10).float()
+        return 0.7 * images + 0.3 * images.flip(0), 0.7 * one_hot + 0.3 * one_hot.flip(0)
+
+
+@pytest.mark.parametrize("data", [DigitsLTDataModule, Mixup])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_trains(tmp_path, loss):
-    model, run = fit(tmp_path, loss=loss, trainer={"max_epochs": 1})
+def test_every_loss_trains(tmp_path, loss, data):
+    model, run = fit(
+        tmp_path, loss=loss, class_balanced_beta=0.999, data=data(batch_size=128), trainer={"max_epochs": 1}
+    )
     assert type(model.loss) is LOSSES[loss][0]
     assert 0 < float(run.callback_metrics["train/loss_epoch"]) < math.inf
 
