@@ -18,9 +18,10 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
         N = \sum_k n_k
 
     scaled so that :math:`\sum_j n_j a_j = N`: the mean weight of the training samples is 1, and re-weighting changes
-    what counts in the loss but not its size. That is also what a weighted mean over the batch does in expectation
-    (``torch.nn.CrossEntropyLoss(weight=...)``, and so the published LDAM-DRW code). The paper scales to
-    :math:`\sum_j a_j = C` and takes the plain mean: its weights are these times :math:`C / \sum_j a_j`, one constant.
+    what counts in the loss but not its size. Over the whole training set this is the weighted mean of
+    ``torch.nn.CrossEntropyLoss(weight=...)``, which the LDAM-DRW code takes of every batch, dividing by the batch's own
+    sum of weights. The paper scales to :math:`\sum_j a_j = C` and takes the plain mean: its weights are these times
+    :math:`C / \sum_j a_j`, one constant (0.2 for CIFAR-100-LT at ratio 100 and beta 0.9999).
 
     Multiply the per-sample losses by ``weights[labels]``, or give the weights to the engine as ``class_weight``.
     A class without training samples counts as if it had one.
