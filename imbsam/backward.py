@@ -54,7 +54,8 @@ class ClassAwareSAM:
             trained parameter must be in it: one outside would gather the gradients of all three passes.
         sharpness: c for every class, shape (C,), or one number for all classes.
         rho: length of the perturbation e. May be changed between calls; 0 trains plainly.
-        class_weight: loss weight a for every class, shape (C,). Default: 1.
+        class_weight: loss weight a for every class, shape (C,). Default: 1. It weighs g_s too, and so the direction of
+            the perturbation. May be changed between calls (deferred re-weighting).
         adaptive: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., ICML 2021) in place of rho * g / ||g||.
         context_rows: the extra passes run on the sharp rows and this many other rows of the batch, whose losses do not
             count; they are there so that BatchNorm sees a batch. ``0`` is exact where rows do not see each other;
@@ -97,16 +98,7 @@ class ClassAwareSAM:
         self.module = module
         self.rho = rho
         self.sharpness = class_vector("sharpness", sharpness)
-        self.class_weight = None if class_weight is None else class_vector("class_weight", class_weight)
-        if (
-            self.class_weight is not None
-            and self.sharpness.dim() == self.class_weight.dim() == 1
-            and len(self.class_weight) != len(self.sharpness)
-        ):
-            raise SettingError(
-                f"class_weight has {len(self.class_weight)} entries for {len(self.sharpness)} classes: "
-                "give one weight for each class"
-            )
+        self.class_weight = class_weight
         self.adaptive = adaptive
         a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
         if context_rows not in ("auto", "batch") and not a_number:
@@ -133,6 +125,21 @@ class ClassAwareSAM:
         if not 0 <= rho < math.inf:
             raise SettingError(f"rho is {rho}: give a finite number from 0 (0.05 is the literature's)")
         self._rho = float(rho)
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """Loss weight a for every class, float64 (C,) on the CPU; None where all are 1."""
+        return self._class_weight
+
+    @class_weight.setter
+    def class_weight(self, class_weight: Tensor | Sequence[float] | None) -> None:
+        weight = None if class_weight is None else class_vector("class_weight", class_weight)
+        if weight is not None and weight.dim() == self.sharpness.dim() == 1 and len(weight) != len(self.sharpness):
+            raise SettingError(
+                f"class_weight has {len(weight)} entries for {len(self.sharpness)} classes: "
+                "give one weight for each class"
+            )
+        self._class_weight = weight
 
     def backward(
         self,
@@ -273,7 +280,8 @@ class ImbSAM(ClassAwareSAM):
         eta: classes with fewer than eta training samples are tail classes.
         tail_classes: the tail classes by index, in place of eta.
         rho: as for :class:`ClassAwareSAM`.
-        tail_weight: multiplies the loss weight of the tail classes. The published code uses 2 for ImbSAM alone.
+        tail_weight: multiplies the loss weight of the tail classes. The published code uses 2 for ImbSAM alone. It
+            is in the attribute ``class_weight`` from then on: what is set there later replaces it.
         class_weight: as for :class:`ClassAwareSAM`.
         **settings: the other settings of :class:`ClassAwareSAM`.
 

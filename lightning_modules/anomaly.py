@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_f1_score, binary_preci
 from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
-from lightning_modules.sharpness_aware import SharpnessAwareModule
+from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
 
 class _ChooseThreshold(Callback):
@@ -33,19 +33,23 @@ class AnomalyDetector(SharpnessAwareModule):
     with 1 for labelled anomalies, or pairs ``(x (B, 2, d), labels (B, 2))`` for PReNet, where a pair with an anomaly
     in it belongs to the tail; evaluation batches are ``(x, true labels)``.
 
-    Logs ``train/loss`` once an epoch; for validation and test ``auroc``, ``average_precision``, ``budget_precision``
-    and ``budget_recall``. With validation rows the threshold of the best F1 is chosen on them when the training ends,
-    by the final weights; ``test/precision``, ``test/recall`` and ``test/f1`` are what it does on the test rows.
+    Logs ``train/loss`` once an epoch, and ``rho`` where it has a schedule; for validation and test ``auroc``,
+    ``average_precision``, ``budget_precision`` and ``budget_recall``. With validation rows the threshold of the best F1
+    is chosen on them when the training ends, by the final weights; ``test/precision``, ``test/recall`` and ``test/f1``
+    are what it does on the test rows.
 
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
         detector_args: further settings of the detector, for example ``{hidden: [20]}``.
         method: sgd (plain training, with whatever optimizer), sam or imbsam.
-        rho: length of the perturbation. 0.05 is the classification paper's; tune it on a validation part.
+        rho: length of the perturbation, at `start_epoch` where it has a schedule. 0.05 is the classification paper's;
+            tune it on a validation part.
         tail_weight: multiplies the loss of the tail, for every method.
         adaptive: scale the perturbation by the weights (ASAM).
         context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
         start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
+        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
+        rho_end: length of the perturbation in the last epoch, where rho has a schedule.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
@@ -66,6 +70,8 @@ class AnomalyDetector(SharpnessAwareModule):
         adaptive: bool = False,
         context_rows: int | Literal["auto", "batch"] = "auto",
         start_epoch: int = 0,
+        rho_schedule: RhoSchedule = "constant",
+        rho_end: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -85,6 +91,8 @@ class AnomalyDetector(SharpnessAwareModule):
             1,
             gradient_clip_val,
             gradient_clip_algorithm,
+            rho_schedule,
+            rho_end,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.detector_name = detector

@@ -13,11 +13,21 @@ from torchmetrics import MeanMetric
 
 from imbsam import SettingError
 from imbsam.class_groups import tail_mask
-from imbsam.losses import CrossEntropy, LogitAdjusted
+from imbsam.class_weights import effective_number_weights
+from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
-from lightning_modules.sharpness_aware import SharpnessAwareModule
+from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
+
+LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
+    "cross_entropy": (CrossEntropy, False),
+    "focal": (Focal, False),
+    "ldam": (LDAM, True),
+    "logit_adjusted": (LogitAdjusted, True),
+    "vector_scaling": (VectorScaling, True),
+}
+"""The classes of the losses, and whether they take the class counts."""
 
 
 class LongTailedClassifier(SharpnessAwareModule):
@@ -26,13 +36,14 @@ class LongTailedClassifier(SharpnessAwareModule):
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
     are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
     ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
-    accuracies ``many``, ``medium``, ``few`` and ``all``.
+    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by `tail_weight` and
+    `class_balanced_beta` where these weigh; those of validation and test are not.
 
     Args:
         backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, or a torchvision classifier's name.
         backbone_args: further arguments of the backbone, for example ``{width: 8, norm: group}``.
         method: sgd (plain training), sam, imbsam or focal_sam.
-        rho: length of the perturbation.
+        rho: length of the perturbation, at `start_epoch` where it has a schedule.
         eta: classes with fewer than eta training samples are tail classes.
         tail_classes: the tail classes by index, in place of eta.
         tail_weight: multiplies the loss of the tail classes, for every method (the published ImbSAM code uses 2).
@@ -43,8 +54,15 @@ class LongTailedClassifier(SharpnessAwareModule):
         perturbation: with several processes, along the mean of their tail gradients (global: as one process with the
             joint batch) or each along its own (per_rank: one all-reduce a step less).
         start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
-        loss: cross_entropy, or logit_adjusted (Menon et al. 2021; balanced softmax at tau 1).
+        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
+        rho_end: length of the perturbation in the last epoch, where rho has a schedule.
+        loss: cross_entropy, focal (Lin et al. 2017), ldam (Cao et al. 2019), logit_adjusted (Menon et al. 2021;
+            balanced softmax at tau 1) or vector_scaling (Kini et al. 2021).
         loss_args: further arguments of the loss, for example ``{label_smoothing: 0.1}`` or ``{tau: 1.0}``.
+        class_balanced_beta: weigh the classes' losses by their effective number of samples (Cui et al. 2019) with this
+            beta, 0.9999 for instance, whatever the loss; the mean weight of the training samples is 1. The weights
+            multiply `tail_weight`, and enter the perturbation's direction too. null: no re-weighting.
+        drw_start_epoch: first epoch, from 0, with these weights: deferred re-weighting, 160 of 200 in LDAM-DRW.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
@@ -74,8 +92,12 @@ class LongTailedClassifier(SharpnessAwareModule):
         context_rows: int | Literal["auto", "batch"] = "auto",
         perturbation: Literal["global", "per_rank"] = "global",
         start_epoch: int = 0,
-        loss: Literal["cross_entropy", "logit_adjusted"] = "cross_entropy",
+        rho_schedule: RhoSchedule = "constant",
+        rho_end: float = 0.0,
+        loss: Literal["cross_entropy", "focal", "ldam", "logit_adjusted", "vector_scaling"] = "cross_entropy",
         loss_args: dict[str, Any] | None = None,
+        class_balanced_beta: float | None = None,
+        drw_start_epoch: int = 0,
         optimizer: OptimizerCallable = torch.optim.SGD,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -97,7 +119,18 @@ class LongTailedClassifier(SharpnessAwareModule):
             accumulate_grad_batches,
             gradient_clip_val,
             gradient_clip_algorithm,
+            rho_schedule,
+            rho_end,
         )
+        if loss not in LOSSES:
+            raise SettingError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
+        if drw_start_epoch < 0:
+            raise SettingError(f"drw_start_epoch is {drw_start_epoch}: give a number from 0")
+        if drw_start_epoch > 0 and class_balanced_beta is None:
+            raise SettingError(
+                f"drw_start_epoch is {drw_start_epoch} and there are no weights to begin with then: set "
+                "class_balanced_beta (0.9999 is usual), or leave drw_start_epoch out"
+            )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         if "num_classes" in (backbone_args or {}):
             raise SettingError("backbone_args sets num_classes: leave it out, the data says how many classes there are")
@@ -109,6 +142,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
+        self._balance: Tensor
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
@@ -162,6 +196,19 @@ class LongTailedClassifier(SharpnessAwareModule):
             context_rows=hp.context_rows,
             perturbation=hp.perturbation,
         )
+        if hp.class_balanced_beta is not None:
+            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
+            epochs = self._max_epochs
+            if epochs is not None and hp.drw_start_epoch >= epochs and not getattr(self.trainer, "fast_dev_run", False):
+                rank_zero_warn(
+                    f"drw_start_epoch is {hp.drw_start_epoch} and the run has {epochs} epochs: no loss is ever "
+                    "re-weighted; begin earlier (LDAM-DRW: after 0.8 of the epochs)"
+                )
+        if hp.loss == "ldam" and hp.get("head", "linear") != "cosine":
+            rank_zero_warn(
+                "loss is ldam and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
+                "and mean nothing fixed for logits that may grow at will; set head to cosine"
+            )
 
     def on_train_start(self) -> None:
         """Forget the batches of a step that was interrupted."""
@@ -283,9 +330,8 @@ class LongTailedClassifier(SharpnessAwareModule):
     def _loss(self, class_counts: Tensor) -> nn.Module:
         args = self.settings.loss_args or {}
         try:
-            return (
-                CrossEntropy(**args) if self.settings.loss == "cross_entropy" else LogitAdjusted(class_counts, **args)
-            )
+            loss, takes_counts = LOSSES[self.settings.loss]
+            return loss(class_counts, **args) if takes_counts else loss(**args)
         except TypeError as error:
             raise SettingError(f"loss_args is {args}: {error}") from error
 
@@ -302,6 +348,13 @@ class LongTailedClassifier(SharpnessAwareModule):
                 f"{there:.1f} % of the training samples and {drawn:.1f} % of the drawn rows, all of which ImbSAM "
                 "perturbs, at a cost to match; set model.tail_classes where that is meant"
             )
+
+    def _start_epoch(self) -> None:
+        super()._start_epoch()
+        hp = self.settings
+        if hp.class_balanced_beta is not None:
+            weight = torch.where(self._tail, float(hp.tail_weight), 1.0).double()
+            self.sam.class_weight = weight * self._balance if self.current_epoch >= hp.drw_start_epoch else weight
 
     def _tail_rows(self, targets: Tensor) -> float:
         targets = targets.cpu()

@@ -1,5 +1,6 @@
 """What every LightningModule that trains with the engine shares: engine, optimizer, precision, processes, scheduler."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -15,17 +16,18 @@ from imbsam.class_groups import tail_mask
 from lightning_modules.moved_share import MovedShare
 
 Method = Literal["sgd", "sam", "imbsam", "focal_sam"]
+RhoSchedule = Literal["constant", "linear", "cosine"]
 
 
 class SharpnessAwareModule(LightningModule):
     """Manual optimization with the engine in the place of ``loss.backward()``.
 
     A subclass makes :attr:`sam` by :meth:`engine` in its ``on_fit_start``, and in its ``training_step`` calls
-    ``self.sam.backward`` and then :meth:`step_optimizer`.
+    ``self.sam.backward`` and then :meth:`step_optimizer`. Logs ``rho`` once an epoch where it has a schedule.
 
     Args:
         method: sgd (plain training), sam, imbsam or focal_sam.
-        rho: length of the perturbation.
+        rho: length of the perturbation, at `start_epoch` where it has a schedule.
         start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
         optimizer: any torch optimizer that steps without a closure.
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
@@ -33,6 +35,10 @@ class SharpnessAwareModule(LightningModule):
         accumulate_grad_batches: batches that make up one step.
         gradient_clip_val: clip the (unscaled) gradient at this value.
         gradient_clip_algorithm: clip by norm or by value.
+        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch, linear in the epoch or by
+            half a cosine. With a cosine learning rate, cosine is the schedule of GSAM, whose rho falls with the
+            learning rate (Zhuang et al., ICLR 2022, arXiv 2203.08065).
+        rho_end: length of the perturbation in the last epoch, where rho has a schedule; it may be above rho.
     """
 
     train_loss_name = "train/loss"
@@ -49,6 +55,8 @@ class SharpnessAwareModule(LightningModule):
         accumulate_grad_batches: int,
         gradient_clip_val: float | None,
         gradient_clip_algorithm: Literal["norm", "value"],
+        rho_schedule: RhoSchedule = "constant",
+        rho_end: float = 0.0,
     ) -> None:
         super().__init__()
         if start_epoch < 0:
@@ -61,9 +69,18 @@ class SharpnessAwareModule(LightningModule):
             )
         if method not in ("sgd", "sam", "imbsam", "focal_sam"):
             raise SettingError(f"method is {method!r}: choose sgd, sam, imbsam or focal_sam")
+        if rho_schedule not in ("constant", "linear", "cosine"):
+            raise SettingError(f"rho_schedule is {rho_schedule!r}: choose constant, linear or cosine")
+        if not 0 <= rho_end < math.inf:
+            raise SettingError(f"rho_end is {rho_end}: give a finite number from 0")
+        if rho_schedule == "constant" and rho_end != 0:
+            raise SettingError(
+                f"rho_end is {rho_end} and rho_schedule constant: choose linear or cosine, or leave it out"
+            )
         self.automatic_optimization = False
         self.method = method
-        self.rho = 0.0 if method == "sgd" else float(rho)
+        self.rho, self.rho_end = (0.0, 0.0) if method == "sgd" else (float(rho), float(rho_end))
+        self.rho_schedule = rho_schedule
         self.start_epoch = start_epoch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -106,6 +123,11 @@ class SharpnessAwareModule(LightningModule):
             raise SettingError(
                 "the strategy has a ddp_comm_hook, which would see none of the passes: the gradients are averaged by "
                 "the engine, in at most two all-reduces; leave the hook out"
+            )
+        if self.rho_schedule != "constant" and self._max_epochs is None:
+            raise SettingError(
+                f"rho_schedule is {self.rho_schedule} and trainer.max_epochs {self.trainer.max_epochs}: the schedule "
+                "ends with the last epoch, so say how many there are"
             )
         if self.trainer.world_size > 1:
             settings["no_sync"] = strategy.block_backward_sync
@@ -171,8 +193,11 @@ class SharpnessAwareModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the steps that overflowed, and step the scheduler."""
+        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
         if self._scaler:
-            self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=self.trainer.world_size > 1)
+            self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=several)
+        if self.rho_schedule != "constant":
+            self.log("rho", self.sam.rho, sync_dist=several)
         if self.lr_interval == "epoch":
             self._step_scheduler()
 
@@ -187,23 +212,42 @@ class SharpnessAwareModule(LightningModule):
 
     def moved_share(self, module: nn.Module) -> MovedShare | None:
         """Watches how many weights the perturbation moves, where they are in half precision."""
-        return MovedShare(module) if self._half is not None and self.rho > 0 else None
+        return MovedShare(module) if self._half is not None and max(self.rho, self.rho_end) > 0 else None
 
     @property
     def _scaler(self) -> Any:
         """The GradScaler of 16-mixed, which skips steps that overflowed, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    @property
+    def _max_epochs(self) -> int | None:
+        """The run's epochs, or None where only steps or time end it."""
+        epochs = self.trainer.max_epochs
+        return epochs if epochs is not None and epochs >= 0 else None
+
     def _start_epoch(self) -> None:
-        self.sam.rho = self.rho if self.current_epoch >= self.start_epoch else 0.0
+        """Set what goes by the epoch, from the epoch alone: a run may go on amid one."""
+        self.sam.rho = self._rho_of(self.current_epoch)
+
+    def _rho_of(self, epoch: int) -> float:
+        if epoch < self.start_epoch:
+            return 0.0
+        if self.rho_schedule == "constant":
+            return self.rho
+        assert self._max_epochs is not None
+        done = (epoch - self.start_epoch) / max(1, self._max_epochs - 1 - self.start_epoch)
+        if self.rho_schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.rho + (self.rho_end - self.rho) * done
 
     def _watch_precision(self, module: nn.Module) -> None:
         half = (torch.bfloat16, torch.float16)
         self._half = next((p.dtype for p in module.parameters() if p.dtype in half), None)
-        if self._half is not None and self.rho > 0:
+        rho = max(self.rho, self.rho_end)
+        if self._half is not None and rho > 0:
             rank_zero_warn(
                 f"trainer.precision is {self.trainer.precision}: with weights in {self._half} a perturbation of length "
-                f"rho={self.rho} is below the spacing of most weights and moves only some of them (train/moved_share "
+                f"rho={rho} is below the spacing of most weights and moves only some of them (train/moved_share "
                 "logs how many); bf16-mixed keeps the weights in float32"
             )
 

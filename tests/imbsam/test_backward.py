@@ -274,6 +274,8 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
         (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
+        (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
+        (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0, 3.0, -1.0]), "class_weight holds -1"),
     ],
 )
 def test_errors_say_what_is_wrong_and_the_mend(call, message):
@@ -314,6 +316,20 @@ def test_tail_weight_multiplies_the_class_weight_of_the_tail():
     assert ImbSAM(mlp(), COUNTS, tail_weight=2).class_weight.tolist() == [1, 1, 2, 2]
     assert ImbSAM(mlp(), COUNTS, tail_weight=2, class_weight=CLASS_WEIGHT).class_weight.tolist() == [0.5, 1, 4, 6]
     assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness.tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_class_weight_may_be_scheduled(method):
+    """Deferred re-weighting: from the call after the change on, the passes along and at w + e are weighted too."""
+    model, x, y = make("mlp")
+    sam = METHODS[method](model, rho=0.1, context_rows="batch")
+    for weights in (None, CLASS_WEIGHT, None):
+        sam.class_weight = weights
+        c, a = per_class(sam, y, weights)
+        expected = objective_gradient(model, x, y, c, a, 0.1, False, torch.arange(BATCH))
+        model.zero_grad()
+        sam.backward(cross_entropies(model, x, y), y)
+        assert_gradient(model, expected)
 
 
 def test_rho_may_be_scheduled():

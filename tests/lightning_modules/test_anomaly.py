@@ -30,12 +30,13 @@ def rows(path):
 def test_fit_test_predict(name, imbsam, tmp_path):
     """Both carry something from the training rows: a centre, references."""
     config = ["--config", f"configs/anomaly/{name}_imbsam.yaml", *SHORT]
-    code, out, _ = imbsam("fit", *config)
+    code, out, _ = imbsam("fit", *config, "--model.rho_schedule=linear", "--model.rho_end=0.1")
     assert code == 0
     for text in ("AUROC", "average", "F1", name, "imbsam", "checkpoint: logs/anomaly/"):
         assert text in out
     run = tmp_path / f"logs/anomaly/{name}_imbsam/version_0"
     logged = next(row for row in rows(run / "metrics.csv") if row.get("test/auroc"))
+    assert [float(row["rho"]) for row in rows(run / "metrics.csv") if row["rho"]] == pytest.approx([0.05, 0.1])
     last = run / "checkpoints/last.ckpt"
 
     code, out, _ = imbsam("test", *config, "--ckpt_path", last)

@@ -401,10 +401,14 @@ def test_a_balanced_sampler_beside_eta_is_warned_of(tmp_path):
             fit(tmp_path, DigitsLTDataModule(sampler="class_balanced"), {"max_epochs": 1}, optimizer=sgd, **settings)
 
 
-def test_mixed_targets_reach_the_engine(tmp_path):
-    model, run = fit(tmp_path, DigitsLTDataModule(mixup=1.0, batch_size=400), {"max_epochs": 1}, optimizer=sgd)
-    rows = float(run.callback_metrics["train/tail_rows"])
-    assert rows != int(rows)  # a mixed row counts by its part of tail classes
+def test_mixed_targets_count_by_their_part_of_tail_classes(tmp_path):
+    data = DigitsLTDataModule(mixup=1.0, batch_size=400)  # a batch for all
+    model, run = fit(tmp_path, data, {"max_epochs": 1}, optimizer=sgd)
+    assert model.class_counts is not None
+    tail = model.class_counts[model.class_counts < 20].sum()
+    torch.testing.assert_close(run.callback_metrics["train/tail_rows"], tail.float())  # mixing moves parts of rows only
+    _, targets = next(iter(data.train_dataloader()))
+    assert int((targets[:, model.class_counts < 20] > 0).any(1).sum()) > 1.5 * tail  # which are in twice as many rows
 
 
 @pytest.mark.slow

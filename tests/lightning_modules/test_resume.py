@@ -135,6 +135,9 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"val_share": 0.0},
         "model": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)},
     },
+    "class weights and rho by the epoch": {
+        "model": {"class_balanced_beta": 0.999, "drw_start_epoch": 1, "rho_schedule": "linear", "rho_end": 0.2}
+    },
     "max_steps, validation amid the epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
 }
 
