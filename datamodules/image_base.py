@@ -13,8 +13,9 @@ from torch import Tensor
 from datamodules.base import LongTailedDataModule
 from datamodules.image_augmentation import Augment, ImageTransform
 from datamodules.image_files import CorruptImages, ImageFiles, ReadableRows
-from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files
+from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files, images_below
 from datamodules.samplers import EvalLoader, eval_loader, ranks
+from imbsam.errors import SettingError
 
 
 class ImageFilesDataModule(LongTailedDataModule):
@@ -32,6 +33,7 @@ class ImageFilesDataModule(LongTailedDataModule):
             place, and evaluate without it).
         batch_size: Rows of a training batch.
         eval_batch_size: Rows of a validation, test or prediction batch.
+        predict_root: Folder of images without labels to predict, null for the test images.
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
@@ -56,13 +58,16 @@ class ImageFilesDataModule(LongTailedDataModule):
         corrupt_images: CorruptImages = "fail",
         batch_size: int = 128,
         eval_batch_size: int = 128,
+        predict_root: str | Path | None = None,
         num_workers: int | None = None,
         **settings: Any,
     ) -> None:
         root = os.fspath(root)  # checkpoints refuse a Path
+        predict_root = None if predict_root is None else os.fspath(predict_root)
         workers = min(8, _cores()) if num_workers is None else num_workers
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
         self.root = Path(root).expanduser()
+        self.predict_root = None if predict_root is None else Path(predict_root).expanduser()
         self.image_size = image_size
         self.corrupt_images = corrupt_images
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
@@ -70,6 +75,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.eval_collate = ReadableRows(image_size)
         self.check_validation()
         self._checked = False
+        self._told: dict[str, int] = {}
 
     @abstractmethod
     def read_splits(self) -> ImageSplits:
@@ -116,8 +122,8 @@ class ImageFilesDataModule(LongTailedDataModule):
         if self._train is not None:
             return
         super().setup(stage)
-        rows = torch.arange(len(self._train))
-        self._train = self._train.select(rows, transform=self.train_transform, replace=True)
+        train: Any = self._train
+        self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
@@ -126,27 +132,38 @@ class ImageFilesDataModule(LongTailedDataModule):
         return eval_loader(plain, self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def predict_dataloader(self) -> EvalLoader:
-        """The test images again, with their paths."""
-        test: Any = self._loaded(self._test)
-        named = test.select(torch.arange(len(test)), with_paths=True)
+        """The images in ``predict_root``, or the test images again, with their paths."""
+        images: Any = self._loaded(self._test)
+        if self.predict_root is not None:
+            found = sorted(os.path.relpath(path, self.predict_root) for path in images_below(self.predict_root))
+            if not found:
+                raise SettingError(f"predict_root={os.fspath(self.predict_root)!r} has no image.")
+            images = self._files(ListedImages.of("predict_root", found, [-1] * len(found)), self.predict_root)
+        named = images.select(torch.arange(len(images)), with_paths=True)
         collate = ReadableRows(self.image_size, with_paths=True)
         return eval_loader(named, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
 
     def teardown(self, stage: str) -> None:
-        """Count the damaged images that this process has met since the start."""
+        """Tell how many damaged images this process has met, where there are more than when it told last."""
         for name, images, what in (
             ("training", self._train, "replaced by others of their classes"),
             ("validation", self._val, "left out"),
             ("test", self._test, "left out"),
         ):
             number = int(images.damaged.sum()) if isinstance(images, ImageFiles) else 0
-            if number:
+            if number > self._told.get(name, 0):
                 rank = self.trainer.global_rank if self.trainer is not None else 0
-                print(f"corrupt_images=skip: {number:,} {name} images were {what} (rank {rank})")
+                print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
+                self._told[name] = number
 
-    def _files(self, images: ListedImages) -> ImageFiles:
+    def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
         return ImageFiles(
-            self.root, images.paths, images.labels, self.class_names, self.eval_transform, self.corrupt_images
+            self.root if root is None else root,
+            images.paths,
+            images.labels,
+            self.class_names,
+            self.eval_transform,
+            self.corrupt_images,
         )
 
     def _compare_with_published(self) -> None:

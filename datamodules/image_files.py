@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
@@ -70,7 +70,8 @@ class ImageFiles(Dataset[Any]):
         self.corrupt_images = corrupt_images
         self.replace = replace
         self.with_paths = with_paths
-        self.damaged = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+        self.damaged: Tensor = torch.zeros(len(paths), dtype=torch.bool)
+        self.damaged.share_memory_()  # type: ignore[no-untyped-call]  # the workers write into it
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -167,7 +168,7 @@ def read_rgb(path: Path) -> Image.Image:
     """
     with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore", UserWarning)  # transparency in palettes, broken EXIF: no harm to the pixels
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         return image.convert("RGB")
@@ -176,6 +177,6 @@ def read_rgb(path: Path) -> Image.Image:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "the file is empty" if path.stat().st_size == 0 else "the file is no image"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,6 @@
 """A folder of images a class: the layout of torchvision's ImageFolder."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.image_base import ImageFilesDataModule
-from datamodules.image_lists import ImageSplits, ListedImages, hold_out_test, shorten
+from datamodules.image_lists import ImageSplits, ListedImages, hold_out_test, images_below, shorten
 from datamodules.long_tail import Profile
 from imbsam.errors import SettingError
 
@@ -87,7 +86,7 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
     classes = track(names, f"reading {folder}", console=console, transient=True, disable=not console.is_terminal)
     paths, labels, empty = [], [], []
     for label, name in enumerate(classes):
-        found = sorted(_images(folder / name, ())) if (folder / name).is_dir() else []
+        found = sorted(images_below(folder / name)) if (folder / name).is_dir() else []
         paths += [os.path.relpath(path, root) for path in found]
         labels += [label] * len(found)
         if not found:
@@ -98,24 +97,3 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
             "them."
         )
     return ListedImages.of(os.fspath(folder), paths, labels)
-
-
-def _images(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Paths of the images in a folder and those below it, links followed.
-
-    Args:
-        folder: The folder.
-        above: Device and inode of the folders it lies in.
-    """
-    try:
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in above:
-            raise SettingError(f"{folder} is a link to a folder that it lies in: remove that link.")
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
-                    yield entry.path
-                elif entry.is_dir():
-                    yield from _images(Path(entry.path), (*above, (status.st_dev, status.st_ino)))
-    except OSError as error:
-        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.long_tail import subsample
 from imbsam.errors import SettingError
@@ -95,7 +96,7 @@ def check_classes(splits: ImageSplits) -> None:
     """
     names = splits.class_names
     for part in splits.parts():
-        outside = sorted(set(part.labels.unique().tolist()) - set(range(len(names))))
+        outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
         if outside:
             raise SettingError(
                 f"{part.source} has labels {shorten(outside)}, and {splits.train.source} has the {len(names)} classes "
@@ -152,6 +153,31 @@ def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
     return sum(map(len, wanted.values()))
 
 
+def images_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of the images in a folder and those below it, links followed.
+
+    Args:
+        folder: The folder.
+        above: Device and inode of the folders it lies in; those of the first call are found.
+
+    Raises:
+        SettingError: A link leads to a folder that it lies in, or to nothing, or a folder cannot be read.
+    """
+    try:
+        above = above or tuple(map(_identity, folder.absolute().parents))
+        own = _identity(folder)
+        if own in above:
+            raise SettingError(f"{folder} is a link to a folder that it lies in: remove that link.")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
+                    yield entry.path
+                elif entry.is_dir():
+                    yield from images_below(Path(entry.path), (*above, own))
+    except OSError as error:
+        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
+
+
 def hold_out_test(
     images: ListedImages, class_names: Sequence[str], test_share: float
 ) -> tuple[ListedImages, ListedImages]:
@@ -195,6 +221,11 @@ def names_of_folders(train: ListedImages) -> list[str]:
     folder_of = dict(zip(labels.tolist(), folders, strict=True))
     names = [folder_of.get(c, "") for c in range(num_classes)]
     return names if all(names) and len(set(names)) == num_classes else [str(c) for c in range(num_classes)]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _files(folder: Path) -> set[str]:

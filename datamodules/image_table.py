@@ -52,14 +52,11 @@ class ImageListLTDataModule(ImageFilesDataModule):
         profile: Profile = "none",
         **settings: Any,
     ) -> None:
-        path, val_path, test_path, root = (
-            None if p is None else os.fspath(p) for p in (path, val_path, test_path, root)
-        )
-        assert path is not None
-        super().__init__(
-            os.path.dirname(path) or "." if root is None else root, ratio=ratio, profile=profile, **settings
-        )
-        self.files = {"train": path, "val": val_path, "test": test_path}
+        path = os.fspath(path)  # checkpoints refuse a Path
+        val_path, test_path, root = (None if p is None else os.fspath(p) for p in (val_path, test_path, root))
+        folder = os.path.dirname(path) or "." if root is None else root
+        super().__init__(folder, ratio=ratio, profile=profile, **settings)
+        self.files: dict[str, str | Path | None] = {"train": path, "val": val_path, "test": test_path}
         self.columns = [path_column, label_column, *([split_column] if split_column else [])]
         self.test_share = test_share
         self.own_validation = val_path is not None or split_column is not None  # known once the table is read

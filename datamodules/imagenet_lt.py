@@ -86,4 +86,6 @@ class PlacesLTDataModule(ImageNetLTDataModule):
     }
 
     def __init__(self, root: str | Path = "data/places365", lists: str | Path | None = None, **settings: Any) -> None:
-        super().__init__(os.fspath(root), None if lists is None else os.fspath(lists), **settings)
+        root = os.fspath(root)  # in each constructor, for it is recorded
+        lists = None if lists is None else os.fspath(lists)
+        super().__init__(root, lists, **settings)
