@@ -87,7 +87,7 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
     settings += ["--model.backbone=cifar_resnet20", "--model.backbone_args={width: 8}"]
     settings += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
     settings += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    answer = run_imbsam(tmp_path, *settings, processes=2, alarm=120)
+    answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
     assert 2 in answer["codes"]
     assert not {0, -14} & {*answer["codes"]}, answer  # -14: the alarm
     line = "imbsam: error: image {}/train/ant/train {}.jpg is corrupt: the file is no image: mend or remove it, or set"
