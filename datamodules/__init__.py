@@ -5,6 +5,10 @@ from datamodules.anomaly_images import AnomalyImageDataModule
 from datamodules.base import LongTailedDataModule
 from datamodules.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.digits_lt import DigitsLTDataModule
+from datamodules.image_folder import ImageFolderLTDataModule
+from datamodules.image_table import ImageListLTDataModule
+from datamodules.imagenet_lt import ImageNetLTDataModule, PlacesLTDataModule
+from datamodules.inaturalist import INaturalist2018DataModule
 from datamodules.long_tail import imbalanced_class_counts
 
 __all__ = [
@@ -13,6 +17,11 @@ __all__ = [
     "CIFAR10LTDataModule",
     "CIFAR100LTDataModule",
     "DigitsLTDataModule",
+    "INaturalist2018DataModule",
+    "ImageFolderLTDataModule",
+    "ImageListLTDataModule",
+    "ImageNetLTDataModule",
     "LongTailedDataModule",
+    "PlacesLTDataModule",
     "imbalanced_class_counts",
 ]

@@ -36,6 +36,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         kept_samples: Indices of the long tail's samples in the whole training set, those for validation among them,
             int64 (M,); known after ``setup``.
         shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
+        own_validation: Whether the data set has validation samples of its own, so that ``val_share`` must be 0.
         train_collate: ``collate_fn`` of the training loader, None for PyTorch's own. One with an argument ``seeds``
             gets a seed for each sample, int64 (B,), that depends on (seed, epoch, sample) alone.
         eval_collate: ``collate_fn`` of the other loaders, None for PyTorch's own.
@@ -65,6 +66,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
     class_names: list[str]
     kept_samples: Tensor
     shuffle_classes: bool = False
+    own_validation: bool = False
     train_collate: Callable[[Any], Any] | None = None
     eval_collate: Callable[[Any], Any] | None = None
 
@@ -105,8 +107,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self.cutmix = cutmix
         self.seed = seed
         self._train_labels: Tensor
-        self._train: Subset[Any] | None = None
-        self._val: Subset[Any] | None = None
+        self._train: Dataset[Any] | None = None
+        self._val: Dataset[Any] | None = None
         self._test: Dataset[Any] | None = None
 
     @abstractmethod
@@ -118,6 +120,14 @@ class LongTailedDataModule(LightningDataModule, ABC):
             map-style test set.
         """
 
+    def validation_set(self) -> Dataset[Any] | None:
+        """The data set's own validation samples, asked for after :meth:`load_datasets`; None where it has none."""
+        return None
+
+    def select(self, dataset: Any, rows: Tensor) -> Dataset[Any]:
+        """The samples of the training set at these rows, int64 (M,)."""
+        return Subset(dataset, rows.tolist())
+
     def setup(self, stage: str | None = None) -> None:
         """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
 
@@ -125,11 +135,13 @@ class LongTailedDataModule(LightningDataModule, ABC):
             stage: Lightning's stage. Every stage needs the class counts, so all of them do the same.
 
         Raises:
-            SettingError: A label is outside the classes, or the ratio leaves a class without a sample.
+            SettingError: A label is outside the classes, the ratio leaves a class without a sample, or ``val_share`` is
+                not 0 beside validation samples of the data set's own.
         """
         if self._train is not None:
             return
         train, labels, self._test = self.load_datasets()
+        self.check_validation()
         num_classes = len(self.class_names)
         if outside := sorted(set(labels.tolist()) - set(range(num_classes))):
             raise SettingError(
@@ -146,8 +158,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
             kept = subsample(labels, counts, generator)
         self.kept_samples = kept
         held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
-        self._val = Subset(train, kept[held_out].tolist())
-        self._train = Subset(train, kept[~held_out].tolist())
+        self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out])
+        self._train = self.select(train, kept[~held_out])
         self._train_labels = labels[kept[~held_out]]
         self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
 
@@ -155,6 +167,18 @@ class LongTailedDataModule(LightningDataModule, ABC):
     def drawn_shares(self) -> Tensor:
         """The share of the training draws that are of each class, float64 (C,), on average over the run."""
         return class_probabilities(self.class_counts, self.sampler, progress=0.5)
+
+    def check_validation(self) -> None:
+        """Refuse a validation split where the data set has validation samples.
+
+        Raises:
+            SettingError: ``val_share`` is not 0.
+        """
+        if self.own_validation and self.val_share:
+            raise SettingError(
+                f"val_share={self.val_share}: {type(self).__name__} has validation samples of its own here: leave "
+                "val_share at 0."
+            )
 
     def train_dataloader(self) -> TrainLoader:
         """The shuffled training batches; the last one may be smaller.
@@ -176,8 +200,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         return eval_loader(self._loaded(self._train), self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
-        """The validation batches, or an empty list where ``val_share`` is 0."""
-        return self._eval_loader(self._val) if self.val_share else []
+        """The validation batches, or an empty list where ``val_share`` is 0 and the data set brings none."""
+        return self._eval_loader(self._val) if self.val_share or self.own_validation else []
 
     def test_dataloader(self) -> EvalLoader:
         """The test batches, in order."""

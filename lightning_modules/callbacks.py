@@ -89,6 +89,8 @@ def _checkpoint(trainer: Trainer) -> str | None:
 class PredictionsCSV(BasePredictionWriter):
     """Write what ``predict`` found to ``predictions.csv``, the columns being the model's ``prediction_table``.
 
+    Batches ``(inputs, labels, names)``, as those of image files are, add a last column: the name of each row.
+
     Args:
         path: the file; default ``predictions.csv`` in the run's folder.
     """
@@ -96,6 +98,7 @@ class PredictionsCSV(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="epoch")
         self.path = path
+        self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse several processes, each of which would have a part of the rows."""
@@ -103,12 +106,29 @@ class PredictionsCSV(BasePredictionWriter):
         if stage == "predict" and trainer.world_size > 1:
             raise SettingError(f"predict runs on {trainer.world_size} devices: set trainer.devices to 1")
 
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Remember the names of the rows, where the data have names."""
+        if isinstance(batch, (tuple, list)) and len(batch) > 2:
+            self._names += batch[2]
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the file and say where it lies."""
         model: Any = pl_module
         header, rows = model.prediction_table(predictions)
+        names, self._names = self._names, []
+        if names:
+            header = [*header, "path"]
+            rows = ([*row, name] for row, name in zip(rows, names, strict=True))
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:

@@ -145,7 +145,7 @@ class ImbSAMCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Without a validation split there is nothing to do."""
-        if getattr(self.datamodule, "val_share", None) == 0:
+        if getattr(self.datamodule, "val_share", None) == 0 and not getattr(self.datamodule, "own_validation", False):
             raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, LongTailedDataModule
+from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, ImageFolderLTDataModule, LongTailedDataModule
 from datamodules.image_arrays import ImageArrays
 from datamodules.samplers import EvalSampler, TrainSampler
 from imbsam.errors import SettingError
@@ -262,7 +262,7 @@ def test_the_command_line_makes_and_refuses_datamodules():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("data", [DigitsLTDataModule, CIFAR100LTDataModule])
+@pytest.mark.parametrize("data", [DigitsLTDataModule, CIFAR100LTDataModule, ImageFolderLTDataModule])
 def test_the_command_lines_help_documents_every_setting(data):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):

@@ -1,8 +1,8 @@
 """Runs `imbsam` in forked processes, so that a test pays for the imports once; kills them where it is told to.
 
 Reads one request a line from stdin, JSON: `cwd`, `args`, `processes`, `kill` (see `arm`), `signal` (its name, and the
-batch at which it comes). Answers with one line: exit code, stdout and stderr of every process. The code to be killed
-knows nothing of this file.
+batch at which it comes), `alarm` (seconds after which a process is killed, each being left to end alone). Answers with
+one line: exit code, stdout and stderr of every process. The code to be killed knows nothing of this file.
 """
 
 import json
@@ -97,6 +97,7 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
             os.environ.update({name: str(value) for name, value in names.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test")
             rank_zero_only.rank = rank  # Lightning reads it from the environment when it is imported
+        signal.alarm(request.get("alarm", 0))
         if request.get("kill"):
             arm(*request["kill"])
         if request.get("signal") and rank == request["processes"] - 1:
@@ -136,7 +137,7 @@ def main() -> None:
             codes = []
             for pid in pids:
                 codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                if codes[-1] and len(pids) > 1:  # the others would wait for it
+                if codes[-1] and len(pids) > 1 and not request.get("alarm"):  # the others would wait for it
                     for other in pids[len(codes) :]:
                         os.kill(other, signal.SIGKILL)
             answer = {

@@ -1,6 +1,7 @@
 """The command on several processes: the same weights on 1, 2 or 4, no repeats in evaluation, and interruption."""
 
 import csv
+import shutil
 
 import pytest
 import torch
@@ -73,3 +74,22 @@ def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
     for index, state in wanted["optimizer_states"][0]["state"].items():
         assert torch.equal(found["optimizer_states"][0]["state"][index]["momentum_buffer"], state["momentum_buffer"])
     assert log == wanted_log
+
+
+def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_path):
+    """Rank 1 alone meets it in the first epoch; rank 0 then waits for a gradient that never comes."""
+    root = tmp_path / "images"
+    shutil.copytree(image_folder_root, root)
+    for image in sorted((root / "train/ant").iterdir())[:6]:
+        image.write_bytes(b"no image")
+    settings = ["fit", "--data=ImageFolderLTDataModule", f"--data.root={root}", "--data.image_size=8"]
+    settings += ["--data.num_workers=1", "--data.batch_size=2", "--model=LongTailedClassifier"]
+    settings += ["--model.backbone=cifar_resnet20", "--model.backbone_args={width: 8}"]
+    settings += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
+    settings += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
+    assert 2 in answer["codes"]
+    assert not {0, -14} & {*answer["codes"]}, answer  # -14: the alarm
+    line = "imbsam: error: image {}/train/ant/train {}.jpg is corrupt: the file is no image: mend or remove it, or set"
+    said = answer["err"][answer["codes"].index(2)]
+    assert any(line.format(root, i) in said for i in (0, 1, 10, 100, 101, 102)), said
