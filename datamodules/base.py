@@ -188,7 +188,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         Raises:
             SettingError: Progressively balanced sampling without a trainer that has ``max_epochs``.
         """
-        train, collate, order = self._loaded(self._train), self.train_collate, None
+        train, order = self._loaded(self._train), None
+        collate: Callable[..., Any] | None = self.train_collate
         if self.sampler != "instance_balanced":
             order = ClassSampling(self._train_labels, self.sampler, getattr(self.trainer, "max_epochs", None))
         if self.mixup or self.cutmix:

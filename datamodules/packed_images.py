@@ -60,10 +60,17 @@ def pack_images(path: Path, data: LongTailedDataModule) -> None:
     Args:
         path: The file, its name ending in ``.npz``.
         data: A DataModule of :class:`~datamodules.image_arrays.ImageArrays`.
+
+    Raises:
+        SettingError: The DataModule has other data sets.
     """
     data.setup()
     indices = data.kept_samples
     train, _, test = data.load_datasets()
+    if not isinstance(train, ImageArrays) or not isinstance(test, ImageArrays):
+        raise SettingError(
+            f"the images of {type(data).__name__} are not arrays in memory: only such data sets are packed"
+        )
     np.savez_compressed(
         path,
         train_images=train.images[indices].numpy(),
