@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after this time; started again it goes on")
     parser.add_argument("--table", action="store_true", help="print the table of what is there and train nothing")
     parser.add_argument("--ratio", type=float, default=100, help="pack: imbalance ratio; larger ones are in it too")
-    args = parser.parse_args(own)
+    args = parser.parse_intermixed_args(own)  # else a file after an option is not seen
     if args.benchmark == "pack":
         if args.file is None or args.file.suffix != ".npz":
             parser.error("pack: name the file to write, ending in .npz")

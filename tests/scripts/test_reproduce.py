@@ -63,6 +63,7 @@ def test_a_table_in_pieces(tmp_path):
     ("arguments", "message"),
     [
         (["digits_lt", "--rows", "adam"], "--rows: no adam; digits_lt has sgd, sgd_doubled, sam, sam_doubled, imbsam"),
+        (["pack", "--root", ".", "images.zip"], "pack: name the file to write, ending in .npz"),
         (["pack"], "pack: name the file to write, ending in .npz"),
     ],
 )
