@@ -17,6 +17,7 @@ from imbsam.losses import CrossEntropy, LogitAdjusted
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones.heads import Head, set_head
 from lightning_modules.sharpness_aware import SharpnessAwareModule
 
 
@@ -31,6 +32,8 @@ class LongTailedClassifier(SharpnessAwareModule):
     Args:
         backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, or a torchvision classifier's name.
         backbone_args: further arguments of the backbone, for example ``{width: 8, norm: group}``.
+        head: the last layer: linear, or cosine, whose logits do not depend on the lengths of features and weights.
+        head_args: further arguments of the head: ``{scale: 30}`` for cosine.
         method: sgd (plain training), sam, imbsam or focal_sam.
         rho: length of the perturbation.
         eta: classes with fewer than eta training samples are tail classes.
@@ -62,6 +65,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         self,
         backbone: str = "cifar_resnet32",
         backbone_args: dict[str, Any] | None = None,
+        head: Head = "linear",
+        head_args: dict[str, Any] | None = None,
         method: Literal["sgd", "sam", "imbsam", "focal_sam"] = "imbsam",
         rho: float = 0.05,
         eta: float = 20,
@@ -129,8 +134,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def configure_model(self) -> None:
         """Build the backbone, once the number of classes is known."""
         if not hasattr(self, "backbone") and self.class_counts is not None:
-            args = self.settings.backbone_args or {}
-            self.backbone = create_backbone(self.settings.backbone, num_classes=len(self.class_counts), **args)
+            self.backbone = self._create_backbone(len(self.class_counts))
             if self.settings.compile:
                 self.backbone.compile()
             if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -140,6 +144,12 @@ class LongTailedClassifier(SharpnessAwareModule):
                     if next(child.parameters(), None) is not None:
                         fully_shard(child, mesh=mesh)
                 fully_shard(self.backbone, mesh=mesh)
+
+    def _create_backbone(self, num_classes: int) -> nn.Module:
+        hp = self.settings
+        backbone = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
+        set_head(backbone, hp.head, **(hp.head_args or {}))
+        return backbone
 
     def on_fit_start(self) -> None:
         """Make the backward pass."""
