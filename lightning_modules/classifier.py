@@ -1,6 +1,7 @@
 """A long-tailed classifier whose backward pass is SGD's, SAM's, ImbSAM's or Focal-SAM's."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import Head, set_head
+from lightning_modules.backbones.weights import load_weights
 from lightning_modules.sharpness_aware import SharpnessAwareModule
 
 
@@ -30,10 +32,13 @@ class LongTailedClassifier(SharpnessAwareModule):
     accuracies ``many``, ``medium``, ``few`` and ``all``.
 
     Args:
-        backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, or a torchvision classifier's name.
+        backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, a torchvision classifier's name, or timm/
+            and a timm classifier's name.
         backbone_args: further arguments of the backbone, for example ``{width: 8, norm: group}``.
         head: the last layer: linear, or cosine, whose logits do not depend on the lengths of features and weights.
         head_args: further arguments of the head: ``{scale: 30}`` for cosine.
+        backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
+            a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
         method: sgd (plain training), sam, imbsam or focal_sam.
         rho: length of the perturbation.
         eta: classes with fewer than eta training samples are tail classes.
@@ -67,6 +72,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         backbone_args: dict[str, Any] | None = None,
         head: Head = "linear",
         head_args: dict[str, Any] | None = None,
+        backbone_weights: str | None = None,
         method: Literal["sgd", "sam", "imbsam", "focal_sam"] = "imbsam",
         rho: float = 0.05,
         eta: float = 20,
@@ -112,6 +118,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
+        self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
@@ -149,6 +156,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         hp = self.settings
         backbone = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
         set_head(backbone, hp.head, **(hp.head_args or {}))
+        # a checkpoint to go on from is loaded later; by then the file may be gone
+        if hp.backbone_weights is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+            self._weights_missing = not Path(hp.backbone_weights).exists()
+            if not self._weights_missing:
+                load_weights(backbone, hp.backbone_weights)
         return backbone
 
     def on_fit_start(self) -> None:
@@ -170,6 +182,8 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_start(self) -> None:
         """Forget the batches of a step that was interrupted."""
+        if self._weights_missing:
+            raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
         self._micro_batches = []
 
@@ -272,6 +286,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 )
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
+        self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""

@@ -97,7 +97,7 @@ def classifier_name(network: nn.Module) -> str:
         >>> classifier_name(create_backbone("mobilenet_v3_small", num_classes=10))
         'classifier.3'
     """
-    names = {module: name for name, module in network.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in network.named_modules()}
     if callable(get := getattr(network, "get_classifier", None)):  # timm's networks all have it
         layer: Any = get()
         if isinstance(layer, (nn.Linear, CosineClassifier)):
