@@ -62,9 +62,13 @@ class LongTailedClassifier(SharpnessAwareModule):
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
         compile: compile the backbone with torch.compile.
+        flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.
     """
 
     train_loss_name = "train/loss_epoch"
+
+    selection_metric = "val/all"
+    """What best.ckpt is chosen by, where there is a validation set; more is better."""
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         many: int = 100,
         few: int = 20,
         compile: bool = False,
+        flip_tta: bool = False,
     ) -> None:
         super().__init__(
             method,
@@ -244,7 +249,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
-        self._evaluate(batch, self.val_loss, self.val_accuracy)
+        self._evaluate(self(batch[0]), batch[1], self.val_loss, self.val_accuracy)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -252,7 +257,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss and group accuracies; returns the logits (B, C), for callbacks."""
-        return self._evaluate(batch, self.test_loss, self.test_accuracy)
+        return self._evaluate(self._test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -261,7 +266,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probabilities: Tensor = self(images).float().softmax(dim=1)
+        probabilities: Tensor = self._test_logits(images).float().softmax(dim=1)
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
@@ -311,9 +316,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         targets = targets.cpu()
         return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
 
-    def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
-        images, targets = batch
+    def _test_logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)
+        return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
+
+    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
         loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
         return logits
