@@ -65,7 +65,7 @@ class AccuracyTable(Callback):
         position = self._loaded["interruption"]
         if position:
             amid = f" and {position['batch']} batches" if position["batch"] else ""
-            return f"of the last epoch then ({position['epoch']}{amid})"
+            return f"after epoch {position['epoch']}{amid}"
         name = Path(str(trainer.ckpt_path)).name
         for state in (self._loaded["callbacks"] or {}).values():
             if Path(state.get("best_model_path") or "").name == name and state.get("monitor"):
