@@ -1,6 +1,7 @@
 """A long-tailed classifier whose backward pass is SGD's, SAM's, ImbSAM's or Focal-SAM's."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScalin
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones.heads import Head, set_head
+from lightning_modules.backbones.weights import load_weights
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
 LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
@@ -40,8 +43,13 @@ class LongTailedClassifier(SharpnessAwareModule):
     `class_balanced_beta` where these weigh; those of validation and test are not.
 
     Args:
-        backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, or a torchvision classifier's name.
+        backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, a torchvision classifier's name, or timm/
+            and a timm classifier's name.
         backbone_args: further arguments of the backbone, for example ``{width: 8, norm: group}``.
+        head: the last layer: linear, or cosine, whose logits do not depend on the lengths of features and weights.
+        head_args: further arguments of the head: ``{scale: 30}`` for cosine.
+        backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
+            a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
         method: sgd (plain training), sam, imbsam or focal_sam.
         rho: length of the perturbation, at `start_epoch` where it has a schedule.
         eta: classes with fewer than eta training samples are tail classes.
@@ -73,14 +81,21 @@ class LongTailedClassifier(SharpnessAwareModule):
         few: classes with fewer training samples than this are few-shot.
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights with the channels last in memory, faster on GPUs in 16 bits.
+        flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.
     """
 
     train_loss_name = "train/loss_epoch"
+
+    selection_metric = "val/all"
+    """What best.ckpt is chosen by, where there is a validation set; more is better."""
 
     def __init__(
         self,
         backbone: str = "cifar_resnet32",
         backbone_args: dict[str, Any] | None = None,
+        head: Head = "linear",
+        head_args: dict[str, Any] | None = None,
+        backbone_weights: str | None = None,
         method: Literal["sgd", "sam", "imbsam", "focal_sam"] = "imbsam",
         rho: float = 0.05,
         eta: float = 20,
@@ -108,6 +123,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         few: int = 20,
         compile: bool = False,
         channels_last: bool = False,
+        flip_tta: bool = False,
     ) -> None:
         super().__init__(
             method,
@@ -143,6 +159,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._balance: Tensor
+        self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
@@ -165,8 +182,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def configure_model(self) -> None:
         """Build the backbone, once the number of classes is known."""
         if not hasattr(self, "backbone") and self.class_counts is not None:
-            args = self.settings.backbone_args or {}
-            self.backbone = create_backbone(self.settings.backbone, num_classes=len(self.class_counts), **args)
+            self.backbone = self._create_backbone(len(self.class_counts))
             if self.settings.channels_last:
                 self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self.settings.compile:
@@ -178,6 +194,17 @@ class LongTailedClassifier(SharpnessAwareModule):
                     if next(child.parameters(), None) is not None:
                         fully_shard(child, mesh=mesh)
                 fully_shard(self.backbone, mesh=mesh)
+
+    def _create_backbone(self, num_classes: int) -> nn.Module:
+        hp = self.settings
+        backbone = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
+        set_head(backbone, hp.head, **(hp.head_args or {}))
+        # a checkpoint to go on from is loaded later; by then the file may be gone
+        if hp.backbone_weights is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+            self._weights_missing = not Path(hp.backbone_weights).exists()
+            if not self._weights_missing:
+                load_weights(backbone, hp.backbone_weights)
+        return backbone
 
     def on_fit_start(self) -> None:
         """Make the backward pass."""
@@ -204,7 +231,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                     f"drw_start_epoch is {hp.drw_start_epoch} and the run has {epochs} epochs: no loss is ever "
                     "re-weighted; begin earlier (LDAM-DRW: after 0.8 of the epochs)"
                 )
-        if hp.loss == "ldam" and hp.get("head", "linear") != "cosine":
+        if hp.loss == "ldam" and hp.head != "cosine":
             rank_zero_warn(
                 "loss is ldam and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
                 "and mean nothing fixed for logits that may grow at will; set head to cosine"
@@ -212,6 +239,8 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_start(self) -> None:
         """Forget the batches of a step that was interrupted."""
+        if self._weights_missing:
+            raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
         self._micro_batches = []
 
@@ -274,7 +303,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
-        self._evaluate(batch, self.val_loss, self.val_accuracy)
+        self._evaluate(self(batch[0]), batch[1], self.val_loss, self.val_accuracy)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -282,7 +311,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss and group accuracies; returns the logits (B, C), for callbacks."""
-        return self._evaluate(batch, self.test_loss, self.test_accuracy)
+        return self._evaluate(self._test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -291,7 +320,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probabilities: Tensor = self(images).float().softmax(dim=1)
+        probabilities: Tensor = self._test_logits(images).float().softmax(dim=1)
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
@@ -316,6 +345,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 )
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
+        self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
@@ -360,9 +390,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         targets = targets.cpu()
         return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
 
-    def _evaluate(self, batch: Any, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
-        images, targets = batch
+    def _test_logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)
+        return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
+
+    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
         loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
         return logits

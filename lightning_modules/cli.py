@@ -32,6 +32,7 @@ EXPECTED_WARNINGS = [
     ".*Total length of `list` across ranks is zero.*",  # no validation split
     ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
     ".*Couldn't infer the batch indices.*",  # our batches come from a loader without a batch sampler
+    ".*module.s. in eval mode at the start of training.*",  # a frozen backbone is, on purpose
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
 ]
 

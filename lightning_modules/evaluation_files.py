@@ -1,6 +1,7 @@
 """What a test found, as small CSV files beside the log: accuracy per class, confusion, calibration."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ CALIBRATION_BINS = 15  # of equal width, as torchmetrics' calibration errors hav
 
 class EvaluationFiles(Callback):
     r"""Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
+
+    And log the expected calibration errors ``test/ece_many``, ``ece_medium``, ``ece_few`` and ``ece_all``, in [0, 1].
 
     * ``per_class.csv``: class, class_name, training_samples, group (many, medium or few), tail (1 or 0), test_samples,
       accuracy in [0, 1] (empty for a class without test samples).
@@ -49,8 +52,20 @@ class EvaluationFiles(Callback):
             confidence, predicted = outputs.detach().float().softmax(dim=1).max(dim=1)
             self._rows.update(torch.stack([batch[1].float(), predicted.float(), confidence], dim=1))
 
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all ranks and log the calibration errors."""
+        if self._rows.update_called:
+            rows = torch.as_tensor(self._rows.compute()).cpu()
+            target, correct = rows[:, 0].long(), rows[:, 0] == rows[:, 1]
+            errors = {
+                f"test/ece_{name}": calibration_error(calibration_bins(rows[mask[target], 2], correct[mask[target]]))
+                for name, mask in _groups(pl_module).items()
+            }
+            # equal on all ranks; sync_dist only tells Lightning that we know
+            pl_module.log_dict(errors, batch_size=1, sync_dist=trainer.world_size > 1)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the rows of all ranks and write the files."""
+        """Write the files."""
         if self._rows.update_called:
             rows = torch.as_tensor(self._rows.compute()).cpu()
             folder = _folder(trainer)
@@ -70,7 +85,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
         confidence: probability of the predicted class (N,), in [0, 1].
     """
     names, counts = model.class_names, model.class_counts
-    groups = dict(zip(model.test_accuracy.group_names, model.test_accuracy.groups.cpu(), strict=True))
+    groups = _groups(model)
     group_of = {int(c): name for name in groups if name != "all" for c in groups[name].nonzero()}
     tail = tail_mask(counts, model.settings.eta, model.settings.tail_classes).int().tolist()
     correct = predicted == target
@@ -122,6 +137,24 @@ def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int
         (b, int(samples[b]), float(sums[b] / samples[b]), float(hits[b] / samples[b]))
         for b in samples.nonzero().flatten().tolist()
     ]
+
+
+def calibration_error(bins: Sequence[tuple[int, int, float, float]]) -> float:
+    """The expected calibration error: mean of abs(accuracy - confidence), weighted by samples (Guo et al., ICML 2017).
+
+    Args:
+        bins: see :func:`calibration_bins`.
+
+    Returns:
+        a number in [0, 1], nan where there is no sample.
+    """
+    samples = sum(n for _, n, _, _ in bins)
+    return sum(n * abs(accuracy - mean) for _, n, mean, accuracy in bins) / samples if samples else math.nan
+
+
+def _groups(model: Any) -> dict[str, Tensor]:
+    """Which classes are in "many", "medium", "few" and "all": bool masks (C,)."""
+    return dict(zip(model.test_accuracy.group_names, model.test_accuracy.groups.cpu(), strict=True))
 
 
 def _folder(trainer: Trainer) -> Path | None:

@@ -69,8 +69,11 @@ class ResumableCheckpoint(ModelCheckpoint):
             For a model whose checkpoint takes long to write it is lengthened to 20 times that. 0 is every batch.
         every_n_steps: Write ``last.ckpt`` after every so many optimizer steps too.
         save_last: Keep ``last.ckpt``.
-        save_top_k: How many of the best checkpoints to keep, by `monitor`. They are for testing; to go on use the last.
-        **kwargs: The other settings of ModelCheckpoint, for the best checkpoints.
+        save_top_k: How many of the best checkpoints to keep, by `monitor`; null: one where there is something to choose
+            by. They are for testing; to go on use the last.
+        **kwargs: The other settings of ModelCheckpoint, for the best checkpoints. Where `monitor` is null and the model
+            has a ``selection_metric`` (val/all of the classifiers) and validates, that is it, and ``best.ckpt`` is the
+            checkpoint of the epoch in which it was greatest. Never anything of the test set.
     """
 
     def __init__(
@@ -78,10 +81,14 @@ class ResumableCheckpoint(ModelCheckpoint):
         every_seconds: float = 60.0,
         every_n_steps: int | None = None,
         save_last: bool = True,
-        save_top_k: int = 0,
+        save_top_k: int | None = None,
         **kwargs: Any,
     ) -> None:
+        self._by_model = save_top_k is None and kwargs.get("monitor") is None
+        if save_top_k is None:
+            save_top_k = 0 if self._by_model else 1
         super().__init__(save_last=None, save_top_k=save_top_k, **kwargs)  # the last one is ours
+        self.best_epoch: int | None = None
         if not every_seconds >= 0:
             raise SettingError(f"checkpoint.every_seconds is {every_seconds}: give a number from 0")
         if every_n_steps is not None and every_n_steps < 1:
@@ -137,6 +144,46 @@ class ResumableCheckpoint(ModelCheckpoint):
         progress.ready = progress.completed + 1  # Lightning counts the batch before which we saved twice
         if batch_idx > 0 and getattr(pl_module, "between_steps", True):
             self._between_batches(trainer, pl_module, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn what the best is by, and keep it."""
+        metric = getattr(pl_module, "selection_metric", None)
+        if (
+            self._by_model
+            and self.monitor is None
+            and metric in trainer.callback_metrics
+            and not trainer.sanity_checking
+        ):
+            self.monitor, self.mode, self.save_top_k = metric, "max", 1
+            self.filename = self.filename or "best"
+            self._enable_version_counter = False  # a run that was killed writes its best.ckpt again
+            if not self.best_k_models:  # or else a checkpoint has brought it
+                self.kth_value = torch.tensor(-torch.inf)
+        before = self.best_model_score
+        super().on_validation_end(trainer, pl_module)
+        if self.best_model_score is not before:
+            self.best_epoch = trainer.current_epoch + 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best; with one validation an epoch it is here that Lightning does."""
+        before = self.best_model_score
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.best_model_score is not before:
+            self.best_epoch = trainer.current_epoch + 1
+
+    @property
+    def state_key(self) -> str:
+        """The same before and after `monitor` is known."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        """ModelCheckpoint's, and the number of the best epoch, from 1."""
+        return {**super().state_dict(), "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was the best."""
+        super().load_state_dict(state_dict)
+        self.best_epoch = state_dict.get("best_epoch")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result of the last epoch."""

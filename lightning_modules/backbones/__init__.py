@@ -1,4 +1,4 @@
-"""Classification networks by name: this project's small ones and torchvision's."""
+"""Classification networks by name: this project's small ones, torchvision's and timm's."""
 
 import difflib
 import inspect
@@ -27,7 +27,10 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 BACKBONES: tuple[str, ...] = tuple(_BUILDERS)
-"""Names of this project's own networks; ``create_backbone`` knows torchvision's too."""
+"""Names of this project's own networks; ``create_backbone`` knows torchvision's and timm's too."""
+
+TIMM = "timm/"
+"""Before the name of a timm network, since both libraries have a "resnet50"."""
 
 # In training these return their auxiliary classifiers' logits as well, and torchvision warns of a future
 # default.
@@ -39,7 +42,7 @@ def create_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
     Args:
         name: one of ``BACKBONES``, or of torchvision's classification models such as "resnet50" or
-            "vit_b_16".
+            "vit_b_16", or of timm's after "timm/", such as "timm/resnet50" (needs the extra ``timm``).
         num_classes: number of logits, >= 1.
         kwargs: settings of that network, such as ``norm`` and ``width`` of ``cifar_resnet20``.
 
@@ -61,6 +64,8 @@ def create_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
             if key not in known:
                 raise SettingError(f"{name} has no setting {key}={kwargs[key]!r}; it has {', '.join(known)}")
         return _BUILDERS[name](num_classes, **kwargs)
+    if str(name).startswith(TIMM):
+        return _timm_model(name.removeprefix(TIMM), num_classes, kwargs)
     return _torchvision_model(name, num_classes, kwargs)
 
 
@@ -76,7 +81,7 @@ def _torchvision_model(name: str, num_classes: int, kwargs: dict[str, Any]) -> n
     if kwargs.get("weights") is not None:
         raise SettingError(
             f"weights={kwargs['weights']!r} cannot be loaded into {name} with {num_classes} classes; "
-            "leave weights out and load a state_dict"
+            "leave it out and name a local file in backbone_weights"
         )
     kwargs = {**kwargs, "weights": None}
     if name in _WITH_AUXILIARY_LOGITS:
@@ -89,4 +94,25 @@ def _torchvision_model(name: str, num_classes: int, kwargs: dict[str, Any]) -> n
         settings = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if key != "weights")
         reason = " ".join(str(error).split())
         raise SettingError(f"torchvision's {name} does not take {settings}: {reason}") from error
+    return model
+
+
+def _timm_model(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise SettingError(f'backbone name={TIMM + name!r} needs timm: pip install "imbsam[timm]"') from error
+    if not timm.is_model(name):
+        closest = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.4)
+        mend = f"did you mean {', '.join(TIMM + other for other in closest)}?" if closest else "see timm.list_models()"
+        raise SettingError(f"backbone name={TIMM + name!r} is unknown; {mend}")
+    if kwargs.get("pretrained"):
+        raise SettingError(
+            f"pretrained={kwargs['pretrained']!r} downloads; leave it out and name a local file in backbone_weights"
+        )
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        settings = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        raise SettingError(f"timm's {name} does not take {settings}: {' '.join(str(error).split())}") from error
     return model

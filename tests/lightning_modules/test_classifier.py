@@ -11,11 +11,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from datamodules import DigitsLTDataModule
 from imbsam import SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone
+from lightning_modules.evaluation_files import EvaluationFiles
 
 SMALL: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8}, "many": 50, "few": 10}
 
@@ -422,3 +424,25 @@ def test_compiled_backbone_takes_the_same_steps(tmp_path):
 def test_plateau_scheduler_by_step_is_refused(tmp_path):
     with pytest.raises(SettingError, match="lr_interval is step: ReduceLROnPlateau"):
         fit(tmp_path, lr_scheduler=ReduceLROnPlateau, lr_interval="step")
+
+
+def test_calibration_error_and_flip_of_a_test(tmp_path):
+    """On all groups, of the logits of image and mirror image; validation sees the image alone."""
+    data = DigitsLTDataModule(val_share=0.2)
+    model, run = fit(tmp_path, data, {"callbacks": [EvaluationFiles()], "limit_val_batches": 0}, flip_tta=True)
+    model.eval()
+    images, targets = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    with torch.no_grad():
+        logits = (model(images) + model(images.flip(3))) / 2
+    loss = run.test(model, datamodule=data, verbose=False)[0]["test/loss"]
+    assert loss == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
+    for name, mask in zip(model.test_accuracy.group_names, model.test_accuracy.groups, strict=True):
+        error = multiclass_calibration_error(logits[mask[targets]], targets[mask[targets]], num_classes=10, n_bins=15)
+        assert float(run.callback_metrics[f"test/ece_{name}"]) == pytest.approx(float(error), abs=1e-6)
+    found = torch.cat(run.predict(model, datamodule=data))
+    torch.testing.assert_close(found, logits.softmax(dim=1))
+    images, targets = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
+    with torch.no_grad():
+        wanted = F.cross_entropy(model(images), targets)
+    run.limit_val_batches = 1.0
+    assert run.validate(model, datamodule=data, verbose=False)[0]["val/loss"] == pytest.approx(float(wanted), rel=1e-5)

@@ -36,6 +36,8 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
 
     last = run / "checkpoints/last.ckpt"
     assert last.exists()
+    assert "weights: of the last epoch (1)" in out
+    assert not (run / "checkpoints/best.ckpt").exists()  # nothing is chosen on the test set
     code, out, _ = imbsam("test", *SHORT, "--ckpt_path", last)
     assert code == 0
     assert f"{100 * float(accuracy):.1f}" in out
@@ -53,6 +55,28 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     assert code == 0
     code, _, err = imbsam("validate", *SHORT, "--ckpt_path", last)
     assert (code, "data.val_share is 0" in err) == (2, True)
+
+
+def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
+    """The best is chosen by val/all, over an interruption too; the table says which weights it is of."""
+    run = tmp_path / "logs/digits_lt/imbsam/version_0"
+    validated = [*SHORT, "--data.val_share=0.3"]
+    code, out, _ = imbsam("fit", *validated)
+    assert (code, "weights: of the last epoch (1)" in out) == (0, True)
+    assert "best on validation: epoch 1, val/all 0." in out
+    code, out, _ = imbsam("fit", *validated, "--trainer.max_epochs=4", "--ckpt_path", run / "checkpoints/last.ckpt")
+    scores = [float(row["val/all"]) for row in rows(run / "metrics.csv") if row["val/all"]]
+    best = 1 + scores.index(max(scores))
+    assert (code, len(scores), "weights: of the last epoch (4)" in out) == (0, 4, True)
+    found = f"best on validation: epoch {best}, val/all {max(scores):.4g}: imbsam "
+    assert found in out
+    command = out.split(found)[1].splitlines()[0].split()
+    assert command[0] == "test"
+    code, out, _ = imbsam(*command)
+    assert (code, f"weights: of epoch {best}, the best by val/all ({max(scores):.4g})" in out) == (0, True)
+    assert sorted(file.name for file in (run / "checkpoints").glob("best*")) == ["best.ckpt"]
+    code, out, _ = imbsam("test", *command[1:3], "--ckpt_path", run / "checkpoints/last.ckpt")
+    assert (code, "weights: after epoch 4" in out, "calibration error" in out) == (0, True, True)
 
 
 def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):

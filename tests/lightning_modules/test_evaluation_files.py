@@ -1,6 +1,7 @@
 """The CSV files of a test, and what a training costs."""
 
 import csv
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.cli import main
-from lightning_modules.evaluation_files import calibration_bins, write_evaluation
+from lightning_modules.evaluation_files import calibration_bins, calibration_error, write_evaluation
 
 
 def read(path):
@@ -49,7 +50,16 @@ def test_the_classes_accuracies_are_those_of_the_log(run):
     for row in classes:
         hits = sum(int(c["count"]) for c in confusion if c["target"] == row["class"] == c["predicted"])
         assert hits / int(row["test_samples"]) == pytest.approx(float(row["accuracy"]), abs=1e-5)
-    assert sum(int(row["samples"]) for row in read(run / "calibration.csv") if row["group"] == "all") == 540
+    calibration = read(run / "calibration.csv")
+    assert sum(int(row["samples"]) for row in calibration if row["group"] == "all") == 540
+    for group in ("many", "medium", "few", "all"):
+        bins = [
+            [float(row[k]) for k in ("samples", "confidence", "accuracy")]
+            for row in calibration
+            if row["group"] == group
+        ]
+        error = sum(n * abs(hit - mean) for n, mean, hit in bins) / sum(n for n, _, _ in bins)
+        assert error == pytest.approx(float(logged[f"test/ece_{group}"]), abs=1e-5)
 
 
 def test_seconds_and_device_are_logged(run):
@@ -83,10 +93,10 @@ def test_calibration_is_torchmetrics():
     random = torch.Generator().manual_seed(1)
     confidence, correct = torch.rand(400, generator=random), torch.rand(400, generator=random) < 0.7
     confidence[0] = 1.0
-    bins = calibration_bins(confidence, correct)
-    error = sum(n * abs(accuracy - mean) for _, n, mean, accuracy in bins) / 400
+    error = calibration_error(calibration_bins(confidence, correct))
     assert error == pytest.approx(float(binary_calibration_error(confidence, correct.long(), n_bins=15)), abs=1e-6)
     assert calibration_bins(torch.tensor([float("nan")]), torch.tensor([True])) == []
+    assert math.isnan(calibration_error([]))
 
 
 def test_eight_thousand_classes_are_quick_and_small(tmp_path):

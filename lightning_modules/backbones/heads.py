@@ -1,0 +1,148 @@
+"""The classifier of a network, its last layer: where it is, and what may take its place."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbsam.errors import SettingError
+from lightning_modules.backbones.sizes import check_sizes
+
+__all__ = ["HEADS", "CosineClassifier", "Head", "classifier_name", "classifier_of", "set_head"]
+
+Head = Literal["linear", "cosine"]
+HEADS: tuple[Head, ...] = ("linear", "cosine")
+
+# this project's networks, torchvision's ResNets; its other convolutional nets; its ViT; its Swin
+_PLACES = ("fc", "classifier", "heads", "head")
+
+
+class CosineClassifier(nn.Module):
+    r"""Logits that do not depend on the lengths of features and class weights, only on the angle between them.
+
+    .. math::
+        z_c = s \cos(x, w_c) = s \frac{x^\top w_c}{\|x\| \|w_c\|}
+
+    There is no bias. The logits are ready for a softmax; a loss that scales logits itself wants ``scale=1``. A feature
+    vector of 0 gives logits of 0.
+
+    Args:
+        in_features: length of a feature vector, >= 1.
+        num_classes: number of logits, >= 1.
+        scale: s > 0. Logits lie in [-scale, scale]; 30 is LDAM's (Cao et al., NeurIPS 2019).
+
+    Attributes:
+        weight: parameter of shape (num_classes, in_features); the rows start with length 1 and random directions.
+
+    Raises:
+        SettingError: a size is not a positive integer, or ``scale`` is not a finite number above 0.
+
+    Shapes:
+        * features: floating (..., in_features).
+        * returns: logits (..., num_classes).
+
+    Source:
+        Gidaris and Komodakis, *Dynamic Few-Shot Visual Learning without Forgetting*, CVPR 2018, arXiv 1804.09458,
+        section 3.2.
+
+    Example:
+        >>> head = CosineClassifier(in_features=4, num_classes=3, scale=10)
+        >>> features = torch.ones(2, 4)
+        >>> torch.allclose(head(features), head(5 * features))
+        True
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__()
+        check_sizes(in_features=in_features, num_classes=num_classes)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise SettingError(f"scale={scale!r} cannot work; give a number above 0 (30 is LDAM's)")
+        self.in_features, self.out_features, self.scale = in_features, num_classes, float(scale)
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw random directions of length 1."""
+        self.weight.copy_(F.normalize(torch.randn_like(self.weight), dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits, shape (..., num_classes)."""
+        # the usual eps of 1e-12 is 0 in float16
+        cosine = F.linear(F.normalize(features, dim=-1, eps=1e-6), F.normalize(self.weight, dim=1, eps=1e-6))
+        return self.scale * cosine
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"in_features={self.in_features}, num_classes={self.out_features}, scale={self.scale:g}"
+
+
+def classifier_name(network: nn.Module) -> str:
+    """Return the dotted name of a network's classifier.
+
+    Args:
+        network: one of this project's networks, of torchvision's or of timm's.
+
+    Returns:
+        the name of the last layer, an ``nn.Linear`` or a :class:`CosineClassifier`, for
+        ``network.get_submodule``.
+
+    Raises:
+        SettingError: there is none, as in torchvision's SqueezeNet, whose classifier is a convolution.
+
+    Example:
+        >>> from lightning_modules.backbones import create_backbone
+        >>> classifier_name(create_backbone("mobilenet_v3_small", num_classes=10))
+        'classifier.3'
+    """
+    names: dict[nn.Module, str] = {module: name for name, module in network.named_modules()}
+    if callable(get := getattr(network, "get_classifier", None)):  # timm's networks all have it
+        layer: Any = get()
+        if isinstance(layer, (nn.Linear, CosineClassifier)):
+            return names[layer]
+    else:
+        for place in _PLACES:
+            if isinstance(inside := getattr(network, place, None), nn.Module):
+                layers = [m for m in inside.modules() if isinstance(m, (nn.Linear, CosineClassifier))]
+                if layers:
+                    return names[layers[-1]]
+    raise SettingError(
+        f"{type(network).__name__} has no linear classifier that could be replaced; choose another backbone, or "
+        "head=linear and train in one stage"
+    )
+
+
+def classifier_of(network: nn.Module) -> Any:
+    """Return a network's classifier, see :func:`classifier_name`."""
+    return network.get_submodule(classifier_name(network))
+
+
+def set_head(network: nn.Module, head: Head = "linear", **settings: Any) -> None:
+    """Put another classifier in the place of a network's own.
+
+    Args:
+        network: see :func:`classifier_name`; changed in place.
+        head: "linear" leaves it as it is, "cosine" is a :class:`CosineClassifier`.
+        settings: settings of that classifier, such as ``scale``.
+
+    Raises:
+        SettingError: ``head`` is unknown, has no such setting, or the network's classifier cannot be found.
+
+    Example:
+        >>> from lightning_modules.backbones import create_backbone
+        >>> network = create_backbone("small_cnn", num_classes=10)
+        >>> set_head(network, "cosine", scale=16)
+        >>> network.fc
+        CosineClassifier(in_features=64, num_classes=10, scale=16)
+    """
+    if head not in HEADS:
+        raise SettingError(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}")
+    if unknown := sorted(settings.keys() - ({"scale"} if head == "cosine" else set())):
+        has = "it has scale" if head == "cosine" else "it has none"
+        raise SettingError(f"head={head} has no setting {unknown[0]}={settings[unknown[0]]!r}; {has}")
+    if head == "linear":
+        return
+    old = classifier_of(network)
+    network.set_submodule(classifier_name(network), CosineClassifier(old.in_features, old.out_features, **settings))

@@ -1,0 +1,290 @@
+"""The second stage of two-stage training: another classifier on the features of the first."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.parsing import AttributeDict
+from torch import Tensor, nn
+
+from imbsam import SettingError
+from imbsam.metrics import ClassGroupAccuracy
+from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
+from lightning_modules.backbones.weights import read_file
+from lightning_modules.classifier import LongTailedClassifier
+from lightning_modules.max_norm import MaxNorm
+
+Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
+
+TAUS = [tenth / 10 for tenth in range(21)]
+"""The exponents that tau_norm tries, those of the published code."""
+
+_BACKBONE = ("backbone", "backbone_args", "head", "head_args")
+"""The settings that the first stage's checkpoint decides."""
+
+
+class SecondStageClassifier(LongTailedClassifier):
+    r"""Classifier learning on a frozen (or fine-tuned) backbone from the checkpoint of a first stage.
+
+    Backbone and head are those of the checkpoint. What is trained, or changed, depends on the stage:
+
+    * ``crt``, classifier re-training (Kang et al.): the classifier is initialised anew and trained, with
+      class-balanced sampling. Published for ImageNet-LT: 10 epochs, learning rate 0.2 at batch 512, momentum 0.9,
+      weight decay 5e-4, cosine.
+    * ``lws``, learnable weight scaling (Kang et al.): one factor f_c for each class on the frozen classifier,
+      :math:`z_c = f_c (w_c^\top x + b_c)`, starting from 1, with class-balanced sampling. Published for ImageNet-LT:
+      as crt, 5 epochs.
+    * ``tau_norm``, tau-normalisation (Kang et al., equation 4): no training, :math:`w_c \leftarrow
+      w_c / \|w_c\|^\tau`, without bias. `tau` is the given one, or the best of 0, 0.1, ..., 2 by ``val/all``. ``fit``
+      does it, keeps last.ckpt, and tests, as for the others.
+    * ``weight_balancing`` (Alshammari et al.): the first stage's classifier is trained on with the class-balanced loss
+      (`class_balanced_beta`), weight decay, and :class:`~lightning_modules.max_norm.MaxNorm`. The first stage is plain
+      cross-entropy with tuned weight decay. Published code for CIFAR-100-LT 100: both stages SGD 0.01, momentum 0.9,
+      cosine to 0, batch 64; first stage 320 epochs, weight decay 5e-3; second stage weight and bias of the last
+      layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. Three things are other there: its loss
+      is a binary cross-entropy of the softmax outputs, and a mean over rows *and* classes, so about C times smaller
+      than a cross-entropy (divide the learning rate and multiply the weight decay by C = 100 for the like); it
+      projects once an epoch; BatchNorm's statistics go on changing.
+
+    The frozen backbone is in evaluation mode (BatchNorm's statistics stay) and gets no gradients, so the rows of a
+    batch do not see each other and the perturbation of ImbSAM and SAM is one of the trained part alone. A run that has
+    a checkpoint of its own no longer needs the first stage's.
+
+    Args:
+        checkpoint: the first stage's: a checkpoint of LongTailedClassifier, or of this class with crt or
+            weight_balancing. Its class counts are compared with the data's.
+        stage: crt, lws, tau_norm or weight_balancing.
+        freeze_backbone: train the classifier alone; false fine-tunes the backbone too.
+        tau: exponent of tau_norm; null chooses it on the validation set, never on the test set.
+        max_norm_threshold: radius of weight_balancing's MaxNorm, from the shortest (0) to the longest (1) class weight
+            of the first stage.
+        **settings: the settings of LongTailedClassifier but for backbone, head and backbone_weights.
+
+    Raises:
+        SettingError: a setting cannot work, or the checkpoint does not fit the stage or the data.
+
+    Source:
+        Kang et al., *Decoupling Representation and Classifier for Long-Tailed Recognition*, ICLR 2020, arXiv
+        1910.09217, and its code (facebookresearch/classifier-balancing, ``config/ImageNet_LT``, ``tau_norm.py``).
+        Alshammari et al., *Long-Tailed Recognition via Weight Balancing*, CVPR 2022, arXiv 2203.14197, and its code
+        (ShadeAlsha/LTR-weight-balancing, ``demo1`` and ``demo2``).
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        stage: Stage = "crt",
+        freeze_backbone: bool = True,
+        tau: float | None = None,
+        max_norm_threshold: float = 0.1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            backbone="", backbone_args=None, head="linear", head_args=None, backbone_weights=None, **settings
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone_weights", *_BACKBONE])
+        if stage not in get_args(Stage):
+            raise SettingError(f"stage is {stage!r}: choose one of {', '.join(get_args(Stage))}")
+        if tau is not None and not tau >= 0:
+            raise SettingError(f"tau is {tau}: give a number from 0, or null to choose it on the validation set")
+        if tau is not None and stage != "tau_norm":
+            raise SettingError(f"tau is {tau} and stage is {stage}: tau is tau_norm's; leave it out")
+        self._max_norm = MaxNorm(max_norm_threshold)
+        self.architecture: dict[str, Any] | None = None
+        self.tau_applied: float | None = None
+
+    def setup(self, stage: str) -> None:
+        """Learn the classes, and look whether the data suit the stage."""
+        super().setup(stage)
+        hp = self.settings
+        if stage != "fit":
+            return
+        if hp.stage == "tau_norm" and self.trainer.world_size > 1:
+            raise SettingError(
+                f"stage is tau_norm, which does not train, on {self.trainer.world_size} devices: set "
+                "trainer.devices to 1"
+            )
+        sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", "class_balanced")
+        if hp.stage in ("crt", "lws") and sampler != "class_balanced":
+            rank_zero_warn(
+                f"stage is {hp.stage} and data.sampler is {sampler}: the paper's classifier is trained with "
+                "class-balanced sampling; set data.sampler to class_balanced"
+            )
+
+    def configure_model(self) -> None:
+        """Build the backbone: that of a checkpoint of our own, or else the first stage's, with its weights."""
+        if hasattr(self, "backbone") or self.class_counts is None:
+            return
+        first = None
+        if self.architecture is None:
+            training = self._trainer is not None and self.trainer.state.fn == "fit"
+            if not self._sharded and not (training and Path(self.settings.checkpoint).exists()):
+                return  # a checkpoint of our own follows, or we say so in configure_optimizers
+            first = self._first_stage()
+        self.settings = AttributeDict({**self.settings, **(self.architecture or {})})
+        self._first_weights = first
+        super().configure_model()
+        del self._first_weights
+
+    def configure_callbacks(self) -> list[Callback]:
+        """MaxNorm, where the stage has it."""
+        return [self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else []
+
+    def configure_optimizers(self) -> Any:
+        """Refuse a training whose first stage is nowhere, else as ever."""
+        if not hasattr(self, "backbone"):
+            raise SettingError(f"checkpoint is {self.settings.checkpoint}: no such file; name the first stage's")
+        return super().configure_optimizers()
+
+    def train(self, mode: bool = True) -> "SecondStageClassifier":
+        """Train, but for a frozen backbone."""
+        super().train(mode)
+        if mode and hasattr(self, "backbone") and self._frozen:
+            self.backbone.eval()
+            self._head.train()
+        return self
+
+    def on_train_start(self) -> None:
+        """Freeze BatchNorm's statistics; tau_norm does all that it does here."""
+        super().on_train_start()
+        self.train()
+        if self.settings.stage == "tau_norm":
+            if self.tau_applied is None:
+                self._normalize()
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the first stage's checkpoint said."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["architecture"], checkpoint["tau"] = self.architecture, self.tau_applied
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build what this checkpoint is of, without the first stage's."""
+        if "architecture" not in checkpoint:
+            raise SettingError(
+                "ckpt_path is a checkpoint of a first stage: name it with model.checkpoint, without ckpt_path"
+            )
+        self.architecture, self.tau_applied = checkpoint["architecture"], checkpoint["tau"]
+        super().on_load_checkpoint(checkpoint)
+
+    @property
+    def _sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def _frozen(self) -> bool:
+        return bool(self.settings.freeze_backbone) or self.settings.stage == "tau_norm"
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.backbone.get_submodule(self._head_name)
+
+    def _first_stage(self) -> dict[str, Tensor]:
+        """Read the first stage's checkpoint: learn the architecture, return the backbone's weights."""
+        path = self.settings.checkpoint
+        found = read_file(path, "checkpoint")
+        if not isinstance(found, dict) or not {"class_counts", "class_names", "hyper_parameters"} <= found.keys():
+            raise SettingError(f"checkpoint is {path}: it is not one of LongTailedClassifier; name a run's last.ckpt")
+        settings = found.get("architecture") or found["hyper_parameters"]
+        if settings.get("stage") in ("lws", "tau_norm"):
+            raise SettingError(
+                f"checkpoint is {path}: it is of stage {settings['stage']}, whose classifier is changed for good; name "
+                "the first stage's"
+            )
+        assert self.class_counts is not None
+        if found["class_names"] != self.class_names:
+            raise SettingError(
+                f"checkpoint is {path}: it knows {len(found['class_names'])} classes and the data have "
+                f"{len(self.class_names)}, or others; use the data of the first stage"
+            )
+        if not torch.equal(found["class_counts"], self.class_counts):
+            rank_zero_warn(
+                "the data's class_counts are not those of the first stage (another seed, ratio or val_share?): it may "
+                "have been trained on what is now the validation set"
+            )
+        self.architecture = {name: settings.get(name) for name in _BACKBONE}
+        self.architecture["head"] = self.architecture["head"] or "linear"
+        self.architecture["stage"] = self.settings.stage
+        state: dict[str, Tensor] = found["state_dict"]
+        return {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
+
+    def _create_backbone(self, num_classes: int) -> nn.Module:
+        hp = self.settings
+        network = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
+        set_head(network, hp.head, **(hp.head_args or {}))
+        self._head_name = classifier_name(network)
+        if self._first_weights is not None:
+            network.load_state_dict(self._first_weights)
+        head: Any = network.get_submodule(self._head_name)
+        if hp.stage in ("tau_norm", "weight_balancing") and isinstance(head, CosineClassifier):
+            raise SettingError(
+                f"stage is {hp.stage} and the first stage's head is cosine, in which the lengths of the class weights "
+                "do not count; use crt or lws"
+            )
+        network.requires_grad_(not self._frozen)
+        head.requires_grad_(hp.stage in ("crt", "weight_balancing"))
+        if hp.stage == "crt" and self._first_weights is not None:
+            head.reset_parameters()
+        if hp.stage == "lws":
+            network.set_submodule(self._head_name, ScaledClassifier(head))
+        return network
+
+    @torch.no_grad()
+    def _normalize(self) -> None:
+        """Choose tau and apply it."""
+        head: Any = self._head
+        if head.bias is not None:
+            head.bias.zero_()
+        self.tau_applied = self.settings.tau if self.settings.tau is not None else self._choose_tau()
+        head.weight.div_(head.weight.norm(dim=1, keepdim=True) ** self.tau_applied)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"tau": self.tau_applied}, step=0)
+
+    def _choose_tau(self) -> float:
+        """The best tau by val/all; of equals the smallest."""
+        loaders = self.trainer.val_dataloaders
+        if not loaders:
+            raise SettingError("tau is null and there is no validation set to choose it on: set tau or data.val_share")
+        hp: Any = self.settings
+        assert self.class_counts is not None
+        accuracies = [ClassGroupAccuracy(self.class_counts, hp.many, hp.few).to(self.device) for _ in TAUS]
+        norms = self._head.weight.norm(dim=1)  # type: ignore[operator, union-attr]
+        self.eval()
+        self.trainer.validating = True  # for the data's hooks, which may mix training images
+        for batch in loaders:
+            images, targets = self.trainer.strategy.batch_to_device(batch)
+            with self.trainer.precision_plugin.forward_context():
+                logits = self(images)
+            for tau, accuracy in zip(TAUS, accuracies, strict=True):
+                accuracy.update(logits / norms**tau, targets)
+        self.trainer.training = True
+        self.train()
+        found = [float(accuracy.compute()["all"]) for accuracy in accuracies]
+        best = found.index(max(found))
+        rank_zero_info(
+            f"tau_norm: tau {TAUS[best]:.1f} is best on the validation set: val/all {100 * found[best]:.1f} % "
+            f"({100 * found[0]:.1f} % at tau 0)"
+        )
+        return TAUS[best]
+
+
+class ScaledClassifier(nn.Module):
+    """A frozen classifier and a trained factor for each class (Kang et al., ICLR 2020, section 4.3).
+
+    Args:
+        classifier: a layer to C logits, with ``out_features``.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(int(classifier.out_features)))  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits, shape (..., C)."""
+        logits: Tensor = self.scale * self.classifier(features)
+        return logits

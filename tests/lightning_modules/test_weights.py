@@ -1,0 +1,155 @@
+"""Networks from files: pretrained weights, and timm's names."""
+
+import builtins
+import re
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from datamodules import DigitsLTDataModule
+from imbsam.errors import SettingError
+from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
+from lightning_modules.backbones.weights import load_weights
+
+
+def network(num_classes=10, norm="batch", **settings):
+    return create_backbone("small_cnn", num_classes, width=4, norm=norm, **settings)
+
+
+def same(found, wanted, but=()):
+    return [name for name, t in wanted.items() if not torch.equal(found[name], t)] == list(but)
+
+
+@pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module.", "ours", "safetensors"])
+def test_every_form_of_file_is_read(tmp_path, form):
+    wanted = network().state_dict()
+    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
+    if form == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(wanted, path)
+    else:
+        torch.save(
+            {
+                "plain": wanted,
+                "state_dict": {"state_dict": wanted, "epoch": 3},
+                "model": {"model": wanted, "args": {"lr": 0.1}},
+                "module.": {f"module.{name}": t for name, t in wanted.items()},
+                "ours": {
+                    "state_dict": {"loss.prior": torch.ones(3), **{f"backbone.{n}": t for n, t in wanted.items()}}
+                },
+            }[form],
+            path,
+        )
+    found = network()
+    assert load_weights(found, path) == []
+    assert same(found.state_dict(), wanted)
+
+
+def test_the_classifier_is_left_out_where_it_does_not_fit(tmp_path):
+    wanted = network(num_classes=7).state_dict()
+    torch.save(wanted, tmp_path / "seven.pth")
+    torch.save({n: t for n, t in wanted.items() if "fc" not in n and "batches" not in n}, tmp_path / "headless.pth")
+    cosine = network(num_classes=7)
+    set_head(cosine, "cosine")
+    for found, file, left in (
+        (network(), "seven.pth", ["fc.weight", "fc.bias"]),
+        (network(), "headless.pth", ["fc.weight", "fc.bias"]),
+        (cosine, "seven.pth", ["fc.weight"]),
+    ):
+        before = {n: t.clone() for n, t in found.state_dict().items()}
+        assert load_weights(found, tmp_path / file) == left
+        assert all(torch.equal(found.state_dict()[n], before[n]) for n in left)
+        assert all(torch.equal(found.state_dict()[n], wanted[n]) for n in before if n not in left)
+
+
+def test_other_weights_are_refused_with_a_short_list(tmp_path):
+    torch.save(network(norm="group").state_dict(), tmp_path / "group.pth")
+    with pytest.raises(SettingError, match=r"does not fit SmallCNN: 6 missing \(features.1.running_mean, .*, \.\.\.\)"):
+        load_weights(network(), tmp_path / "group.pth")
+    torch.save(create_backbone("small_cnn", 10, width=8, norm="batch").state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(
+        SettingError, match=r"of another shape \(features.0.weight is \(8, 1, 3, 3\), not \(4, 1, 3, 3\)"
+    ):
+        load_weights(network(), tmp_path / "wide.pth")
+    torch.save({**network().state_dict(), "extra": torch.ones(1)}, tmp_path / "extra.pth")
+    with pytest.raises(SettingError, match="1 unknown"):
+        load_weights(network(), tmp_path / "extra.pth")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("no weights at all")
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    torch.save(DigitsLTDataModule(), tmp_path / "code.pth")
+    torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
+    whole = tmp_path / "whole.pth"
+    torch.save(network().state_dict(), whole)
+    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:3000])
+    names = ["empty.pth", "text.pth", "text.safetensors", "code.pth", "numbers.pth", "cut.pth", "nowhere.pth", "."]
+    for name in names:
+        with pytest.raises(SettingError, match=f"backbone_weights is {re.escape(str(tmp_path / name))}") as caught:
+            load_weights(network(), tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def trainer(tmp_path, **settings):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **settings)
+
+
+def test_training_starts_from_the_file_and_a_checkpoint_does_not_need_it(tmp_path):
+    path = tmp_path / "weights.pth"
+    wanted = create_backbone("small_cnn", 5, width=4).state_dict()
+    torch.save(wanted, path)
+    settings = {"backbone": "small_cnn", "backbone_args": {"width": 4}, "backbone_weights": str(path), "method": "sgd"}
+
+    def model():
+        seed_everything(0)
+        return LongTailedClassifier(**settings, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+
+    run, first = trainer(tmp_path, max_epochs=1), model()
+    run.fit(first, datamodule=DigitsLTDataModule())
+    assert same(first.backbone.state_dict(), {n: t for n, t in wanted.items() if "fc" not in n})
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    path.unlink()
+    trainer(tmp_path).test(model(), datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    again = model()
+    trainer(tmp_path, max_epochs=2).fit(again, datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt")
+    assert same(again.backbone.state_dict(), first.backbone.state_dict())
+    with pytest.raises(SettingError, match=r"weights\.pth: there is no such file"):
+        trainer(tmp_path, max_epochs=1).fit(model(), datamodule=DigitsLTDataModule())
+
+
+def test_timm_by_name():
+    pytest.importorskip("timm")
+    for name, place in (("resnet18", "fc"), ("convnext_atto", "head.fc"), ("vit_tiny_patch16_224", "head")):
+        with torch.device("meta"):
+            model = create_backbone(f"timm/{name}", num_classes=7)
+        assert classifier_name(model) == place
+        set_head(model, "cosine")
+        assert isinstance(model.get_classifier(), CosineClassifier)
+    model = create_backbone("timm/test_resnet", num_classes=3, in_chans=1)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
+    with pytest.raises(SettingError, match=r"'timm/resnet_50' is unknown; did you mean timm/"):
+        create_backbone("timm/resnet_50", 3)
+    with pytest.raises(SettingError, match=r"pretrained=True downloads.*backbone_weights"):
+        create_backbone("timm/resnet18", 3, pretrained=True)
+    with pytest.raises(SettingError, match="timm's resnet18 does not take wdth=3"):
+        create_backbone("timm/resnet18", 3, wdth=3)
+
+
+def test_missing_timm_is_one_line(monkeypatch):
+    original = builtins.__import__
+
+    def without_timm(name, *args, **kwargs):
+        if name == "timm":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    with pytest.raises(SettingError, match=r'pip install "imbsam\[timm\]"'):
+        create_backbone("timm/resnet18", 3)
