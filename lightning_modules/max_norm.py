@@ -20,7 +20,7 @@ class MaxNorm(Callback):
 
     with r from the weights :math:`w_c` with which the training starts, so that frequent classes, whose weights have
     become the longest, are cut back to about the length of the others. Biases are left alone. The radius is kept in
-    checkpoints. The published code projects once an epoch; the paper's equation is a constraint on every step.
+    checkpoints. The published code projects once an epoch only.
 
     Args:
         threshold: t >= 0; the published code uses 0.1 on CIFAR-100-LT. From 1 on only growth is capped.
