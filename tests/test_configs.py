@@ -98,11 +98,9 @@ def test_config_names_a_backbone(path):
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
-def test_ratio_overlays_go_over_every_config(path, monkeypatch, capsys):
+def test_ratio_overlays_go_over_a_config(path, monkeypatch, capsys):
     overlay = yaml.safe_load(path.read_text())
-    for config in CONFIGS:
-        if config.parent != path.parent or config.stem.endswith("_stage2"):
-            continue
+    for config in (path.with_stem("imbsam"), path.with_stem("imbsam_ldam_drw")):
         arguments = ["fit", "--config", str(config), "--config", str(path), "--print_config"]
         monkeypatch.setattr(sys, "argv", ["imbsam", *arguments])
         with pytest.raises(SystemExit) as done:
