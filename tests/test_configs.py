@@ -18,8 +18,11 @@ SETS = {
     "imagenet_lt": "imagenet_lt_root",
     "places_lt": "places_lt_root",
     "inaturalist2018": "inaturalist2018_root",
+    "image_folder": "image_folder_root",
+    "image_list": "image_list",
 }
 """Folders of configs, and the fixture with a tree of the data set's shape."""
+OF_FILES = ("imagenet_lt", "places_lt", "inaturalist2018", "image_folder")
 FILES = [path for name in SETS for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))]
 OVERLAYS = [path for path in FILES if path.stem.startswith("ratio_")]
 CONFIGS = [path for path in FILES if path not in OVERLAYS]
@@ -39,10 +42,11 @@ def fit(monkeypatch, *arguments):
 def data_arguments(path, request):
     """Where the small tree lies, and images of a size that takes no time."""
     fixture = SETS[path.parent.name]
+    if fixture == "image_list":
+        return [f"--data.path={request.getfixturevalue(fixture)}", "--data.image_size=32"]
+    own_validation = ["--data.val_share=0"] if fixture == "image_folder_root" else []
     root = [f"--data.root={request.getfixturevalue(fixture)}"] if fixture else []
-    return root + (
-        ["--data.image_size=32"] if path.parent.name in ("imagenet_lt", "places_lt", "inaturalist2018") else []
-    )
+    return root + own_validation + (["--data.image_size=32"] if path.parent.name in OF_FILES else [])
 
 
 def backbone_arguments(path):
@@ -57,8 +61,10 @@ def test_every_data_set_has_every_method():
     tricks |= {"imbsam_weight_balancing_stage1", "imbsam_weight_balancing_stage2"}
     for folder in SETS:
         stems = {path.stem for path in CONFIGS if path.parent.name == folder}
-        assert {"sgd", "sam", "imbsam", "focal_sam"} <= stems
-        assert tricks <= stems or folder == "digits_lt"
+        assert {"sgd", "imbsam"} <= stems
+        if not folder.startswith("image_"):
+            assert {"sam", "focal_sam"} <= stems
+            assert tricks <= stems or folder == "digits_lt"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
