@@ -389,6 +389,10 @@ def test_channels_last_takes_the_same_steps(tmp_path):
     weight = last.backbone.get_parameter("features.3.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+    seen = []
+    last.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    last(torch.zeros(2, 2, 8, 8)[:, :1])
+    assert seen == [(64, 1, 8, 1)]
     for name, parameter in last.backbone.named_parameters():
         torch.testing.assert_close(parameter, plain.backbone.get_parameter(name), rtol=1e-3, atol=1e-4)
 
