@@ -12,6 +12,7 @@ from datamodules.base import LongTailedDataModule
 from datamodules.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays import ImageArrays
 from datamodules.packed_images import PackedImages, read_packed
+from imbsam.errors import SettingError
 
 
 class CIFAR10LTDataModule(LongTailedDataModule):
@@ -26,6 +27,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
     """
 
     source: type[CIFAR10] = CIFAR10
+    num_classes: int = 10
     mean: tuple[float, ...] = (125.31, 122.95, 113.87)  # of the 50,000 training images
     std: tuple[float, ...] = (62.99, 62.09, 66.70)
 
@@ -55,6 +57,11 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         train: ImageArrays | PackedImages
         if self.root.suffix == ".npz":
             train, test, self.class_names = read_packed(self.root)
+            if len(self.class_names) != self.num_classes:
+                raise SettingError(
+                    f"data.root={str(self.root)!r} has {len(self.class_names)} classes and {self.source.__name__} "
+                    f"{self.num_classes}: it is packed from another data set."
+                )
         else:
             train, test, self.class_names = read_cifar(self.root, self.source)
         return train, train.labels, test
@@ -72,5 +79,6 @@ class CIFAR100LTDataModule(CIFAR10LTDataModule):
     """
 
     source = CIFAR100
+    num_classes = 100
     mean = (129.30, 124.07, 112.43)
     std = (68.17, 65.39, 70.42)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -60,6 +61,11 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
             names = _classes(self.root)
             train, test = hold_out_test(_find(self.root, "", names), names, self.test_share)
             return ImageSplits(names, train, None, test)
+        if unread := sorted(set(_classes(self.root)) - {"train", "val", "test"}):
+            rank_zero_warn(
+                f"root={os.fspath(self.root)!r} has a folder train, so only train, val and test are read, not "
+                f"{shorten(unread)}."
+            )
         names = _classes(self.root / "train")
         parts = {
             part: _find(self.root, part, names) for part in ("train", "val", "test") if (self.root / part).is_dir()

@@ -18,7 +18,7 @@ Rows = list[tuple[str, str]]
 class ImageListLTDataModule(ImageFilesDataModule):
     """Images of your own in a table of paths and labels, as they are or subsampled to an imbalance ratio.
 
-    Labels are numbers 0 to C - 1 without a gap, or names, which are sorted.
+    Labels are numbers 0 to C - 1 without a gap, or names (007 is one), which are sorted.
 
     Args:
         path: CSV file with a header line, or Parquet file (``pip install 'imbsam[tables]'``), of the training images;
@@ -71,6 +71,11 @@ class ImageListLTDataModule(ImageFilesDataModule):
         for part, file in self.files.items():
             if file is None:
                 continue
+            if part in found:
+                raise SettingError(
+                    f"split_column={self.columns[2]} has rows of {part}, and {part}_path={file} names others: leave "
+                    "one of them out."
+                )
             for row in _read(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
                 found.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
         if strange := sorted(found.keys() - self.files.keys()):
@@ -89,7 +94,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
 def _class_names(labels: list[str], source: str) -> list[str]:
     """The classes in the order of their indices."""
     found = set(labels)
-    if all(label.isdecimal() for label in found):
+    if all(label.isdecimal() and str(int(label)) == label for label in found):  # 007 is a name
         numbers = {int(label) for label in found}
         if gaps := sorted(set(range(max(numbers) + 1)) - numbers):
             raise SettingError(

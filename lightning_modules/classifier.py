@@ -19,7 +19,7 @@ from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScalin
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
 from lightning_modules.backbones import create_backbone
-from lightning_modules.backbones.heads import Head, set_head
+from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
@@ -236,6 +236,13 @@ class LongTailedClassifier(SharpnessAwareModule):
                 "loss is ldam and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
                 "and mean nothing fixed for logits that may grow at will; set head to cosine"
             )
+        if isinstance(self.loss, LDAM) and hp.head == "cosine":
+            scale = next(m.scale for m in self.backbone.modules() if isinstance(m, CosineClassifier))
+            if scale != self.loss.scale:
+                rank_zero_warn(
+                    f"ldam's scale is {self.loss.scale:g} and the cosine head's {scale:g}, so that the margins are not "
+                    f"max_margin of the cosine; set loss_args to {{scale: {scale:g}}}"
+                )
 
     def on_train_start(self) -> None:
         """Forget the batches of a step that was interrupted."""
@@ -248,7 +255,17 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Logits (B, C) of images (B, channels, H, W)."""
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.backbone(images)
+        try:
+            logits: Tensor = self.backbone(images)
+        except RuntimeError as error:
+            stem = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
+            if stem is None or images.dim() != 4 or images.shape[1] == stem.in_channels:
+                raise
+            raise SettingError(
+                f"backbone {self.settings.backbone} takes images of {stem.in_channels} channels and these have "
+                f"{images.shape[1]}: set backbone_args to {{in_channels: {images.shape[1]}}} (in_chans for timm's), or "
+                "choose another backbone"
+            ) from error
         return logits
 
     def on_train_epoch_start(self) -> None:

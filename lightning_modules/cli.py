@@ -27,6 +27,9 @@ from lightning_modules.weights_and_biases import WeightsAndBiases
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
 
+EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
+"""The model's settings that do not belong to its weights."""
+
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
     ".*Total length of `list` across ranks is zero.*",  # no validation split
@@ -63,9 +66,18 @@ class ImbSAMCLI(LightningCLI):
         self._find_checkpoint()
 
     def _parse_ckpt_path(self) -> None:
-        """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training."""
-        if self.config.subcommand != "fit":
-            super()._parse_ckpt_path()
+        """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
+
+        Nor those that say how to evaluate: there the command line and its config win.
+        """
+        subcommand = self.config.subcommand
+        if subcommand == "fit":
+            return
+        given = self.config[subcommand].model.init_args
+        asked = {name: given[name] for name in EVALUATION_SETTINGS if name in given}
+        super()._parse_ckpt_path()
+        for name, value in asked.items():
+            self.config[subcommand].model.init_args[name] = value
 
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would only trip over."""

@@ -11,6 +11,7 @@ logs/reproduce/BENCHMARK/ROW/seed_N: one that was cut off goes on from its last 
 """
 
 import argparse
+import math
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def run(arguments: Sequence[str], deadline: float | None) -> bool:
     """Run until it ends, or at the deadline ask it to stop; returns whether it ended by itself.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: it failed, or SIGTERM or Ctrl-C came, which end it too.
     """
     process = subprocess.Popen(arguments)
     stopped = False
@@ -154,7 +155,8 @@ def run(arguments: Sequence[str], deadline: float | None) -> bool:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)  # it saves a checkpoint after the batch
                 stopped = True
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the terminal has sent it to the run too; of SIGTERM it knows nothing
+        process.terminate()
         process.wait()
         raise SystemExit("interrupted; started again it goes on") from None
     if code != 0 and not (stopped and code == -signal.SIGTERM):  # asked to stop before it began to train
@@ -180,8 +182,8 @@ def train_missing(
         print(f"{row.title}, seed {seed}", flush=True)
         arguments = command(benchmark, row, seed, root, settings)
         if not run(arguments, deadline) or (deadline is not None and time.monotonic() >= deadline):
-            return all(tested(benchmark, row, seed) for seed, row in missing)
-    return True
+            break
+    return all(tested(benchmark, row, seed) for seed, row in missing)
 
 
 def table(benchmark: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
@@ -200,8 +202,8 @@ def table(benchmark: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
+    if not values or not all(map(math.isfinite, values)):  # nan: no class is in the group
+        return "-" if values else ""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
@@ -237,6 +239,7 @@ def main() -> None:
             parser.error("pack: name the file to write, ending in .npz")
         pack(args.root or "data", args.file, args.ratio, args.seeds[0])
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would go on alone
     rows = BENCHMARKS[args.benchmark]
     if args.rows:
         names = [row.name for row in rows]

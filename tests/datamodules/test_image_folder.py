@@ -92,3 +92,9 @@ def test_what_is_wrong_is_one_line(root, change, message):
     with pytest.raises(SettingError, match=message) as caught:
         ImageFolderLTDataModule(root).prepare_data()
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_read_is_named(root):
+    shutil.copytree(root / "test", root / "valid")
+    with pytest.warns(UserWarning, match="only train, val and test are read, not valid"):
+        assert ImageFolderLTDataModule(root).splits

@@ -94,3 +94,18 @@ def test_wrong_parts_and_files(tmp_path):
         ImageListLTDataModule(tmp_path / "none.csv").prepare_data()
     with pytest.raises(SettingError, match=r"give a file that ends in \.csv or \.parquet"):
         ImageListLTDataModule(table(tmp_path / "list.txt", [])).prepare_data()
+
+
+def test_numbers_with_leading_zeros_are_names(tmp_path):
+    path = table(tmp_path / "list.csv", [("a.jpg", "10"), ("b.jpg", "09"), ("c.jpg", "08")])
+    splits = ImageListLTDataModule(path, test_path=path).splits
+    assert (splits.class_names, splits.train.labels.tolist()) == (["08", "09", "10"], [2, 1, 0])
+
+
+def test_two_lists_of_test_images(tmp_path):
+    path = table(tmp_path / "list.csv", [("a.jpg", "x", "train"), ("b.jpg", "x", "test")], ("path", "label", "split"))
+    test = table(tmp_path / "test.csv", [("c.jpg", "x")])
+    with pytest.raises(
+        SettingError, match=r"split_column=split has rows of test, and test_path=.*test.csv names others"
+    ):
+        ImageListLTDataModule(path, split_column="split", test_path=test).prepare_data()

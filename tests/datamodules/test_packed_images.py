@@ -90,3 +90,10 @@ def test_a_file_that_cannot_be_read_is_one_line(spoil, cifar10_root, tmp_path):
     with pytest.raises(SettingError, match=r"data\.root='.*' cannot be read \(.*\): make the file anew") as caught:
         data.setup()
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_data_set(cifar10_root, tmp_path):
+    path = tmp_path / "cifar10_lt.npz"
+    packed(cifar10_root, path, ratio=5)
+    with pytest.raises(SettingError, match="has 10 classes and CIFAR100 100: it is packed from another data set"):
+        CIFAR100LTDataModule(path).setup()

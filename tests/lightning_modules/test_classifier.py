@@ -450,3 +450,10 @@ def test_calibration_error_and_flip_of_a_test(tmp_path):
         wanted = F.cross_entropy(model(images), targets)
     run.limit_val_batches = 1.0
     assert run.validate(model, datamodule=data, verbose=False)[0]["val/loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_images_of_other_channels_are_one_line(tmp_path):
+    with pytest.raises(
+        SettingError, match=r"takes images of 3 channels and these have 1: set backbone_args to \{in_ch"
+    ):
+        fit(tmp_path, backbone_args={"in_channels": 3})

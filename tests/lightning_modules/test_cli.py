@@ -77,6 +77,10 @@ def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
     assert sorted(file.name for file in (run / "checkpoints").glob("best*")) == ["best.ckpt"]
     code, out, _ = imbsam("test", *command[1:3], "--ckpt_path", run / "checkpoints/last.ckpt")
     assert (code, "weights: after epoch 4" in out, "calibration error" in out) == (0, True, True)
+    tested = [command[2], "--ckpt_path", run / "checkpoints/last.ckpt", "--model.flip_tta", "true"]
+    code, flipped, _ = imbsam("test", "--config", *tested)  # how to evaluate, the checkpoint does not say
+    numbers = [next(line for line in text.splitlines() if "calibration error" in line) for text in (out, flipped)]
+    assert (code, numbers[0] != numbers[1]) == (0, True)
 
 
 def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):

@@ -205,3 +205,9 @@ def test_the_command_line_offers_every_loss():
 def test_ldam_without_a_cosine_head_warns(tmp_path):
     with pytest.warns(UserWarning, match="loss is ldam and the head is not a cosine one"):
         fit(tmp_path, loss="ldam", trainer={"max_steps": 1})
+
+
+def test_ldam_with_another_scale_than_its_head_warns(tmp_path):
+    settings = {"loss": "ldam", "head": "cosine", "head_args": {"scale": 16}}
+    with pytest.warns(UserWarning, match=r"ldam's scale is 30 and the cosine head's 16"):
+        fit(tmp_path, **settings, trainer={"max_steps": 1})

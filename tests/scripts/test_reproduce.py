@@ -70,3 +70,28 @@ def test_wrong_arguments(arguments, message, tmp_path):
     code, _, err = reproduce(tmp_path, *arguments)
     assert code == 2
     assert message in err
+
+
+def test_sigterm_ends_the_run_too(tmp_path):
+    script = (
+        "import sys; sys.argv = ['reproduce.py', 'digits_lt']; import reproduce; "
+        "reproduce.command = lambda *_: [sys.executable, '-c', "
+        "'import os, time; print(os.getpid(), flush=True); time.sleep(100)']; reproduce.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'scripts'}"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    run = next(int(line) for line in parent.stdout if line.strip().isdigit())
+    parent.terminate()
+    assert parent.wait(30) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
+
+
+def test_a_group_without_classes_has_no_number():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from reproduce import _cell
+
+    nan = float("nan")
+    assert [_cell(values) for values in ([], [nan], [nan, nan], [50.0, 60.0])] == ["", "-", "-", "55.0 ± 7.1"]
