@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -99,6 +100,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         if not self._checked:
             number = check_files(self.root, self.splits.parts(), self.advice)
             rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
+            self._look_for_shared_images()
             self._checked = True
 
     def load_datasets(self) -> tuple[ImageFiles, Tensor, ImageFiles]:
@@ -165,6 +167,17 @@ class ImageFilesDataModule(LongTailedDataModule):
             self.eval_transform,
             self.corrupt_images,
         )
+
+    def _look_for_shared_images(self) -> None:
+        """Warn of training images that are evaluated on too."""
+        train, *others = self.splits.parts()
+        for part in others:
+            shared = np.intersect1d(train.paths, part.paths)
+            if len(shared):
+                rank_zero_warn(
+                    f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
+                    f"{os.fsdecode(shared[0])}: results on images that were trained on say nothing"
+                )
 
     def _compare_with_published(self) -> None:
         """Warn of lists that are not the published ones: numbers from them are not comparable."""

@@ -189,15 +189,17 @@ def train_missing(
 def table(benchmark: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """Markdown: mean and standard deviation over the seeds that are there, and the published numbers."""
     lines = [
-        f"| {benchmark} | seeds | " + " | ".join(GROUPS) + " | published: " + " / ".join(GROUPS) + " |",
-        "| :-- | --: " + "| --: " * len(GROUPS) + "| --: |",
+        f"| {benchmark} | seeds | epochs | " + " | ".join(GROUPS) + " | published: " + " / ".join(GROUPS) + " |",
+        "| :-- | --: | --: " + "| --: " * len(GROUPS) + "| --: |",
     ]
     for row in rows:
         runs = [found for seed in seeds if (found := tested(benchmark, row, seed))]
         cells = [_cell([100 * one.final[f"test/{group}"] for one in runs]) for group in GROUPS]
         known = any(value is not None for value in row.published)
         published = " / ".join("" if value is None else f"{value:.1f}" for value in row.published) if known else ""
-        lines.append(f"| {row.title} | {len(runs)} | " + " | ".join(cells) + f" | {published} |")
+        # a trial of one epoch counts as a run too, and is to be seen
+        epochs = ", ".join(sorted({str(one.settings.get("trainer.max_epochs", "")) for one in runs}))
+        lines.append(f"| {row.title} | {len(runs)} | {epochs} | " + " | ".join(cells) + f" | {published} |")
     return "\n".join(lines)
 
 

@@ -3,13 +3,14 @@
 import gc
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from datamodules import ImageFolderLTDataModule
+from datamodules import ImageFolderLTDataModule, ImageListLTDataModule
 from imbsam import SettingError
 from lightning_modules.callbacks import PredictionsCSV
 
@@ -140,6 +141,21 @@ def test_the_predictions_file_has_a_column_of_paths(damaged_root, tmp_path):
     assert header == "row,brightness,path"
     wanted = sorted(os.path.relpath(path, damaged_root) for path in damaged_root.glob("test/*/*"))
     assert [row.split(",")[2] for row in rows] == [name for name in wanted if name != "test/cat/test 2.jpg"]
+
+
+def test_images_in_two_parts_are_warned_of(image_list, tmp_path):
+    lines = image_list.read_text().splitlines()
+    test = next(line for line in lines if line.endswith(",test"))
+    table = image_list.with_name("shared.csv")
+    table.write_text("\n".join([*lines, test.replace(",test", ",train")]) + "\n")
+    data = ImageListLTDataModule(table, split_column="split", **SMALL)
+    with pytest.warns(
+        UserWarning, match=f"1 images are in .* and in .*, such as {test.split(',')[0]}: results on images"
+    ):
+        data.prepare_data()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "images are in")
+        ImageListLTDataModule(image_list, split_column="split", **SMALL).prepare_data()
 
 
 def test_the_paths_are_bytes_and_not_objects(image_folder_root):

@@ -49,8 +49,8 @@ def test_a_table_in_pieces(tmp_path):
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--", *SHORT)
     assert code == 0, err
     header, _, imbsam = table = out.strip().splitlines()[-3:]
-    assert header.startswith("| digits_lt | seeds | many | medium | few | all |")
-    assert imbsam.startswith("| ImbSAM, tail loss doubled | 1 | ")
+    assert header.startswith("| digits_lt | seeds | epochs | many | medium | few | all |")
+    assert imbsam.startswith("| ImbSAM, tail loss doubled | 1 | 2 | ")
     assert (tmp_path / "logs/reproduce/digits_lt/imbsam/seed_0/version_0/checkpoints/last.ckpt").exists()
     again = reproduce(tmp_path, "digits_lt", *rows)  # trains nothing: in seconds
     assert "digits_lt: 1 of 1 runs are there" in again[1]
