@@ -456,13 +456,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(tuning_table(of_recipe(read(tuning), settings.steps)))
         sys.exit(1 if failed else 0)
     rhos, failed = best_rhos(of_recipe(read(tuning), settings.steps)), 0
+    seeds = range(5 if settings.seeds is None else settings.seeds)
     if not settings.table:
         wanted = {(*variant, method) for variant in RECIPES for method in ("sam", "imbsam")}
         if wanted - set(rhos):
             raise SystemExit(f"anomaly_table: {tuning} has no rho for {sorted(wanted - set(rhos))}: run --tune first")
-        todo = list(grid_fits(names, range(5 if settings.seeds is None else settings.seeds), rhos, settings.steps))
+        todo = list(grid_fits(names, seeds, rhos, settings.steps))
         failed = run_missing(todo, fits, settings.folder, settings.workers)
-    print(table(of_rhos(of_recipe(read(fits), settings.steps), rhos)))
+    rows = [row for row in of_rhos(of_recipe(read(fits), settings.steps), rhos) if int(row["seed"]) in seeds]
+    print(table(rows))
     sys.exit(1 if failed else 0)
 
 

@@ -147,6 +147,34 @@ def test_short_looks_and_other_rhos_stay_out_of_the_table(script):
     assert one != other
 
 
+def test_the_table_is_of_the_seeds_asked_for(script, adbench, tmp_path, monkeypatch, capsys):
+    steps = script.RECIPES["devnet", "own"].steps
+    rows = [
+        row(script, "a", "devnet", "own", method, seed, 0.5, steps=steps)
+        for method in script.METHODS[:1]
+        for seed in range(3)
+    ]
+    rows += [
+        row(script, "a", "devnet", "own", m, seed, 0.5, 0.05, steps=steps)
+        for m in script.METHODS[1:]
+        for seed in range(3)
+    ]
+    tuning = [
+        row(script, "a", "devnet", "own", m, 0, 0.5, rho, steps=steps) for m in ("sam", "imbsam") for rho in script.RHOS
+    ]
+    tuning = [{**r, "average_precision": "0.9"} if r["rho"] == "0.05" else r for r in tuning]
+    for name, lines in (("fits", rows), ("tuning", tuning)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+    for seeds in (2, 5):
+        monkeypatch.setattr(sys, "argv", ["x", str(adbench), "--table", "--seeds", str(seeds), "--out", str(tmp_path)])
+        with pytest.raises(SystemExit, match="0"):
+            script.main()
+        assert f"| devnet | own | 1 x {min(seeds, 3)} |" in capsys.readouterr().out
+
+
 def test_a_failed_fit_is_exit_code_1(script, adbench, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "TUNING_SETS", ("Classical/1_small",))
     monkeypatch.setattr(script, "run_missing", lambda *args: 1)
