@@ -30,7 +30,7 @@ def rows(path):
 def test_fit_test_predict(name, imbsam, tmp_path):
     """Both carry something from the training rows: a centre, references."""
     config = ["--config", f"configs/anomaly/{name}_imbsam.yaml", *SHORT]
-    code, out, _ = imbsam("fit", *config, "--model.rho_schedule=linear", "--model.rho_end=0.1")
+    code, out, _ = imbsam("fit", *config, "--model.rho=0.05", "--model.rho_schedule=linear", "--model.rho_end=0.1")
     assert code == 0
     for text in ("AUROC", "average", "F1", name, "imbsam", "checkpoint: logs/anomaly/"):
         assert text in out
