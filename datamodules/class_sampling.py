@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from datamodules.long_tail import shuffled_by_class
 from imbsam.errors import SettingError
 
 Sampling = Literal["instance_balanced", "class_balanced", "square_root", "progressively_balanced"]
@@ -101,10 +102,8 @@ class ClassSampling:
         boundaries = (ends.round(decimals=6) + shift).floor().long()
         draws = boundaries.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
-        shuffled = torch.randperm(size, generator=generator)
-        by_class = shuffled[self.labels[shuffled].argsort(stable=True)]
+        by_class, first = shuffled_by_class(self.labels, generator)
         classes = torch.repeat_interleave(torch.arange(len(counts)), draws)
         turn = torch.arange(len(classes)) - (draws.cumsum(0) - draws)[classes]
-        first = (counts.cumsum(0) - counts)[classes]
-        order = by_class[first + turn % counts[classes]] + size * (turn // counts[classes])
+        order = by_class[first[classes] + turn % counts[classes]] + size * (turn // counts[classes])
         return order[torch.randperm(len(order), generator=generator)]

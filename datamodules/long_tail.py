@@ -141,12 +141,24 @@ def check_val_share(val_share: float) -> None:
         )
 
 
+def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Order the samples by class, those of a class at random.
+
+    Args:
+        labels: Class indices of all samples, int64 (N,), each in [0, C).
+        generator: Source of the order, on the CPU.
+
+    Returns:
+        The indices, int64 (N,), and where each class begins among them, int64 (C,).
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    counts = torch.bincount(labels)
+    return shuffled[labels[shuffled].argsort(stable=True)], counts.cumsum(0) - counts
+
+
 def _random_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Number the samples of every class from 0 in random order, int64 (N,)."""
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = torch.bincount(labels)
-    first = (counts.cumsum(0) - counts)[labels[by_class]]
+    by_class, first = shuffled_by_class(labels, generator)
     ranks = torch.empty_like(labels)
-    ranks[by_class] = torch.arange(len(labels)) - first
+    ranks[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
     return ranks

@@ -45,13 +45,14 @@ class PackedImages(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             SettingError: An image is not in the file.
         """
-        rows = self.row[torch.tensor(indices, dtype=torch.int64)]
+        wanted = torch.tensor(indices, dtype=torch.int64)
+        rows = self.row[wanted]
         if bool((rows < 0).any()):
             raise SettingError(
                 f"{int((rows < 0).sum())} of the samples drawn are not in the packed file: it holds those of one seed, "
                 "ratio and profile; set data.seed and data.profile to those, and data.ratio to that or a larger one"
             )
-        return self.images[rows], self.labels[torch.tensor(indices, dtype=torch.int64)]
+        return self.images[rows], self.labels[wanted]
 
 
 def pack_images(path: Path, data: LongTailedDataModule) -> None:
