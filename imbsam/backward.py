@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -202,14 +203,13 @@ class ClassAwareSAM:
             broadcast_buffers(self.module, self.process_group)
 
     def _agreement(self, sharpness: Tensor | None) -> Agreement:
-        classes = set(self.sharpness.reshape(-1).tolist())
-        perturbs = self.rho > 0 and (sharpness is not None or classes != {0.0})
+        perturbs = self.rho > 0 and (sharpness is not None or bool(self.sharpness.numpy().any()))
         sharded = fully_sharded(self.module)
         waits = forward_communicates(self.module)
         return Agreement(
             perturbs=perturbs,
             every_pass=perturbs and (waits or (self.process_group is not None and self.context_rows == "batch")),
-            all_sharp=sharpness is None and classes == {1.0},
+            all_sharp=sharpness is None and bool((self.sharpness.numpy() == 1).all()),
             one_graph=self.context_rows == "batch",
             group=None if sharded else self.process_group,
         )
@@ -232,22 +232,22 @@ class ClassAwareSAM:
             sharpness = sharpness.detach().cpu().double()
             if sharpness.dim() != 1 or (targets is not None and len(sharpness) != len(targets)):
                 raise SettingError(f"sharpness= has shape {tuple(sharpness.shape)}: give one number for each row")
-            if not all(0 <= c < math.inf for c in sharpness.tolist()):
+            if not ((sharpness >= 0) & (sharpness < math.inf)).all():
                 raise SettingError("sharpness= holds a negative or non-finite number: every row needs one from 0")
         size = len(sharpness)
         if size == 0:
             raise SettingError("the batch has no rows: leave it out")
-        sharp = [i for i, c in enumerate(sharpness.tolist()) if c > 0] if agreed.perturbs else []
+        sharp = np.flatnonzero(sharpness.numpy()).tolist() if agreed.perturbs else []
         rows: list[int] = []
         if sharp or agreed.every_pass:
             rows = extra_pass_rows(sharp, size, max(self._context_rows(size), not sharp))
         whole = len(rows) == size
         if whole:
             rows.sort()  # the batch in its own order, so that the first forward may serve g_s(w) too
-        all_sharp, one_graph = whole and set(sharpness.tolist()) == {1.0}, whole
+        all_sharp, one_graph = whole and bool((sharpness.numpy() == 1).all()), whole
         if agreed.every_pass:
             all_sharp, one_graph = agreed.all_sharp, agreed.one_graph
-        return Batch(losses, size, weight, sharpness, rows, all_sharp, one_graph)
+        return Batch(losses, size, weight, sharpness, torch.tensor(rows, dtype=torch.int64), all_sharp, one_graph)
 
     def _context_rows(self, batch_size: int) -> int:
         if self.context_rows == "batch":
@@ -367,6 +367,7 @@ class _Step:
         self._batches = batches
         self._run_backward = backward
         self._agreed = agreed
+        self._modules = list(settings.module.modules())  # walking them costs as much as a layer of a small net
         self._params = [p for p in settings.module.parameters() if p.requires_grad]
         if not self._params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
@@ -375,7 +376,7 @@ class _Step:
         self._total = sum(batch.size for batch in batches)
         # the state at entry
         self._grads: Gradients = [p.grad for p in self._params]
-        self._buffers = Buffers(settings.module)
+        self._buffers = Buffers(self._modules)
         self._random_state = RandomState(self._devices)
         self._perturbation: Perturbation | None = None
 
@@ -384,8 +385,8 @@ class _Step:
         group = self._agreed.group
         mean_g_s = group is not None and self._agreed.perturbs and self._settings.perturbation == "global"
         loss, g, g_s, remaining = self._first_passes()
-        if mean_g_s or any(batch.rows for batch in self._batches):
-            buffers, random_state = Buffers(self._settings.module), RandomState(self._devices)
+        if mean_g_s or any(len(batch.rows) for batch in self._batches):
+            buffers, random_state = Buffers(self._modules), RandomState(self._devices)
             for batch in remaining:
                 batch.random_state = RandomState(self._devices)
                 sub = self._sharp_gradient(batch)
@@ -432,8 +433,8 @@ class _Step:
         g_s: Gradients = [None] * len(self._params)
         remaining = []
         for batch in self._batches:
-            random_state = RandomState(self._devices) if batch.rows else None
-            losses = self._losses(batch, list(range(batch.size)))
+            random_state = RandomState(self._devices) if len(batch.rows) else None
+            losses = self._losses(batch, torch.arange(batch.size))
             objective = batch.objective(losses) / self._total
             loss = loss + objective.detach()
             if batch.all_sharp:  # SAM: g_s is g_all
@@ -449,7 +450,7 @@ class _Step:
                 batch.random_state = random_state
             else:
                 g = self._gradient(objective, g)
-                remaining += [batch] if batch.rows else []
+                remaining += [batch] if len(batch.rows) else []
         return loss, g, g_s, remaining
 
     def _sharp_gradient(self, batch: Batch, add_to: Gradients | None = None) -> Gradients:
@@ -457,8 +458,8 @@ class _Step:
         losses = self._losses(batch, batch.rows)
         return self._gradient(batch.objective(losses, batch.sharpness) / self._total, add_to)
 
-    def _losses(self, batch: Batch, rows: list[int]) -> Tensor:
-        losses = batch.losses(to_device(torch.tensor(rows), self._params[0].device))
+    def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
+        losses = batch.losses(to_device(rows, self._params[0].device))
         if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise SettingError(

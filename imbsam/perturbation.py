@@ -42,10 +42,10 @@ class Perturbation:
         finite = torch.isfinite(norm)
         scale = torch.where(finite & (norm > 0), rho / norm, 0.0)
         for device in {g.device for g in local}:
-            on_device = [g for g in local if g.device == device]
+            on_device, overflowed = [g for g in local if g.device == device], ~finite.to(device)
             torch._foreach_mul_(on_device, scale.to(device))
             for g in on_device:
-                g.masked_fill_(~finite.to(device), 0.0)  # 0 * inf is nan
+                g.masked_fill_(overflowed, 0.0)  # 0 * inf is nan
         self._add(local)
 
     def move(self, e: Sequence[Tensor]) -> None:

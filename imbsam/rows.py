@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +45,10 @@ def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) ->
     >>> extra_pass_rows([2, 5], batch_size=8, context_rows=3)
     [2, 5, 0, 1, 4, 6]
     """
-    size = min(batch_size, pass_size(len(sharp) + context_rows))
+    fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
+    if fill == 0:
+        return list(sharp)
     others = sorted(set(range(batch_size)).difference(sharp))
-    fill = size - len(sharp)
     return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
 
 
@@ -60,8 +62,8 @@ class Batch:
     """a_i, shape (B,); None where all are 1."""
     sharpness: Tensor
     """c_i, shape (B,)."""
-    rows: list[int]
-    """Rows of the extra passes: the whole batch in order, or the sharp rows and then their context; or none."""
+    rows: Tensor
+    """Rows of the extra passes, int64: the whole batch in order, or the sharp rows and then their context; or none."""
     all_sharp: bool
     """Whether g_s is g_all (every c_i is 1)."""
     one_graph: bool
@@ -73,15 +75,17 @@ class Batch:
         """Sum of a_i * factor_i * l_i over the rows whose factor is not 0; `losses` may be those of `rows` only."""
         if factor is None and self.weight is None:
             return losses.sum()
-        weights = torch.ones(self.size, dtype=torch.float64) if self.weight is None else self.weight
-        if factor is not None:
-            weights = weights * factor
-            counted = [i for i, f in enumerate(factor.tolist()) if f != 0]
+        if factor is None:
+            weights = self.weight
+        else:
+            weights = factor if self.weight is None else self.weight * factor
+            counted = torch.from_numpy(np.flatnonzero(factor.numpy()))
             weights = weights[counted]
             if len(losses) < self.size:  # the sharp rows come first
                 losses = losses[: len(counted)]
             elif len(counted) < self.size:  # taken out, never multiplied by 0: 0 * inf is nan
-                losses = losses[to_device(torch.tensor(counted, dtype=torch.int64), losses.device)]
+                losses = losses[to_device(counted, losses.device)]
+        assert weights is not None
         return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
 
 

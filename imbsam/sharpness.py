@@ -400,7 +400,7 @@ def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Perturba
     if not params:
         raise SettingError(f"module {type(module).__name__} has no parameter that is trained: nothing can be perturbed")
     modes = [(m, m.training) for m in module.modules()]
-    buffers, random_state = Buffers(module), RandomState({p.device for p in params})
+    buffers, random_state = Buffers(module.modules()), RandomState({p.device for p in params})
     weights = Perturbation(params)
 
     def put_back() -> None:

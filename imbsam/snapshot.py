@@ -1,17 +1,24 @@
 """What the extra passes must leave as they found it: buffers and random generators."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 
 class Buffers:
-    """A copy of every buffer of a module (BatchNorm's running statistics, among others)."""
+    """A copy of every buffer (BatchNorm's running statistics, among others).
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        modules: the owners, as ``module.modules()`` lists them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._copies = [
             (owner, name, buffer, buffer.detach().clone())
-            for owner in module.modules()
-            for name, buffer in owner.named_buffers(recurse=False)
+            for owner in modules
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
         ]
 
     @torch.no_grad()
