@@ -26,6 +26,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
     Attributes:
         num_features: Features d of a row.
         feature_names: Their d names.
+        train_true_labels: True labels of the training rows (N,), 1 for anomalies: for benchmarks, as training is told of
+            ``train_labels`` only.
 
     Args:
         path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
@@ -52,6 +54,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
 
     num_features: int
     feature_names: list[str]
+    train_true_labels: Tensor
 
     def __init__(
         self,
@@ -121,11 +124,12 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             if len(rows):
                 self._parts[name] = table.take(rows)
                 self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
+        self.train_true_labels = self._true_labels["train"]
         self._learn_labels(torch.from_numpy(split.labelled))
         self._encode(TableEncoder(self._parts["train"]))
         assert self._encoder is not None
         unlabelled, labelled = self.class_counts.tolist()
-        hidden = int(self._true_labels["train"].sum()) - labelled
+        hidden = int(self.train_true_labels.sum()) - labelled
         others = f" and {hidden:,} hidden ones" if self.labelled_share < 1 else ""
         held_out = ", ".join(
             f"{name} {len(labels):,} rows with {int(labels.sum()):,} anomalies"

@@ -27,9 +27,10 @@ from typing import Any
 METHODS = ("sgd", "sam", "imbsam")
 RHOS = (0.01, 0.05, 0.2, 0.5, 1.0)  # 0.01 was added when 0.05, then the lowest, came out best in many rows
 COLUMNS = ("data", "detector", "sampling", "method", "rho", "seed", "steps")
-RESULTS = ("auroc", "average_precision", "train_loss", "learned", "constant", "seconds")
-"""``learned`` is the share of the labelled training anomalies that score above the median of the unlabelled rows, 0.5
-by chance; ``constant`` is 1 where all training rows have one score."""
+RESULTS = ("auroc", "average_precision", "train_auroc", "train_loss", "learned", "constant", "seconds")
+"""``train_auroc`` is the AUROC of the labelled training anomalies against the training rows that are none; ``learned``
+the share of them that score above the median of the unlabelled rows, 0.5 by chance; ``constant`` is 1 where all
+training rows have one score."""
 
 LEARNED = 0.75
 """A row of the table with a lower share is marked."""
@@ -111,6 +112,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     """Train and judge; the seconds are this process's CPU seconds for the training, preparation included."""
     import torch
     from lightning.pytorch import Trainer, seed_everything
+    from torchmetrics.functional.classification import binary_auroc
 
     from datamodules import AnomalyDataModule
     from lightning_modules import AnomalyDetector
@@ -157,12 +159,15 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     constant = bool(scores.max() - scores.min() <= 1e-6 * scores.abs().max())
     anomalies, unlabelled = scores[data.train_labels == 1], scores[data.train_labels == 0]
     learned = 0.0 if constant else float((anomalies > unlabelled.median()).float().mean())
+    known = (data.train_labels == 1) | (data.train_true_labels == 0)  # without the hidden anomalies
+    train_auroc = binary_auroc(scores[known], data.train_labels[known])
     part, judge = ("val", trainer.validate) if fit.val_share else ("test", trainer.test)
     trainer.limit_val_batches = 1.0
     metrics = judge(detector, datamodule=data, verbose=False)[0]
     found = {
         "auroc": f"{metrics[f'{part}/auroc']:.6f}",
         "average_precision": f"{metrics[f'{part}/average_precision']:.6f}",
+        "train_auroc": f"{train_auroc:.6f}",
         "train_loss": f"{loss:.6g}",
         "learned": f"{learned:.4f}",
         "constant": int(constant),
@@ -220,7 +225,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if all(row.get(name) for name in (*COLUMNS, *RESULTS))]
+        return [row for row in csv.DictReader(file) if all(row.values())]
 
 
 def of_recipe(rows: list[dict[str, str]], steps: int | None = None) -> list[dict[str, str]]:
@@ -328,7 +333,7 @@ def table(rows: list[dict[str, str]]) -> str:
         }
         title = f"{title} in %, without the {len(TUNING_SETS)} data sets that rho was tuned on"
         parts.append(_overall(without, variants, metric, title))
-    parts.append(_cost(values, variants))
+    parts += [_overfitting(values, variants), _cost(values, variants)]
     for metric, title in (("average_precision", "Average precision"), ("auroc", "AUROC")):
         parts.append(_each_data_set(values, variants, metric, title))
     return "\n\n".join(parts)
@@ -386,6 +391,30 @@ def _compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
     wins, losses = sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences)
     p = wilcoxon(differences).pvalue if any(differences) else 1.0
     return f"{wins} / {losses} / {len(differences) - wins - losses}, {p:.3f}"
+
+
+def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
+    """How much better the labelled anomalies are told from normal rows than those of the test part."""
+    lines = [
+        "### AUROC in % of the labelled training anomalies, and how far behind it the test part is",
+        "",
+        "| detector | sampling | training: SGD | SAM | ImbSAM | behind: SGD | SAM | ImbSAM "
+        "| ImbSAM less behind than SGD: wins / losses / ties, p |",
+        "| --- " * 9 + "|",
+    ]
+    for detector, sampling in variants:
+        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
+        common = sorted(set.intersection(*(set(cell) for cell in cells)))
+        if not common:
+            continue
+        train, test = ([_by_data_set(cell, common, name) for cell in cells] for name in ("train_auroc", "auroc"))
+        behind = [{d: a[d] - b[d] for d in a} for a, b in zip(train, test, strict=True)]
+        lines.append(
+            f"| {detector} | {sampling} | "
+            + " | ".join(f"{mean(m.values()):.1f}" for m in (*train, *behind))
+            + f" | {_compare(behind[0], behind[2])} |"
+        )
+    return "\n".join(lines)
 
 
 def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:

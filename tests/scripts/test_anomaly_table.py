@@ -37,6 +37,7 @@ def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0
     return {name: str(value) for name, value in values.items()} | {
         "auroc": str(ap),
         "average_precision": str(ap),
+        "train_auroc": "0.9",
         "train_loss": "1",
         "learned": str(learned),
         "constant": str(constant),
@@ -77,6 +78,7 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
     assert {tuple(r[c] for c in script.COLUMNS) for r in rows} == {fit.key() for fit in fits}
     assert all(0 <= float(r["auroc"]) <= 1 and float(r["seconds"]) > 0 for r in rows)
     assert all(0 <= float(r["learned"]) <= 1 and r["constant"] == "0" for r in rows)
+    assert all(0 <= float(r["train_auroc"]) <= 1 for r in rows)
 
     # a crash in mid-line: that fit, and only that, is run again
     path.write_text(path.read_text()[:-20])
@@ -118,6 +120,7 @@ def test_table(script):
     assert "| devnet | own | 3 x 2 | 0.0 / 0.0 | 50.0 | 50.0 | 56.7 | 1 / 1 / 1, " in text
     assert " | 100 / 100 / 100 | 0 / 0 / 0 of 6 |" in text
     assert "| devnet | own | 5 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
+    assert "| devnet | own | 90.0 | 90.0 | 90.0 | 40.0 | 40.0 | 33.3 | 1 / 1 / 1, " in text
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
 
 
