@@ -26,7 +26,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
     Attributes:
         num_features: Features d of a row.
         feature_names: Their d names.
-        train_true_labels: True labels of the training rows (N,), 1 for anomalies: for benchmarks, as training is told of
+        train_true_labels: True labels of the training rows (N,), for benchmarks: training is told of
             ``train_labels`` only.
 
     Args:
