@@ -143,7 +143,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         if drw_start_epoch < 0:
             raise SettingError(f"drw_start_epoch is {drw_start_epoch}: give a number from 0")
         if class_balanced_beta is not None and not 0 <= class_balanced_beta < 1:
-            raise SettingError(f"class_balanced_beta is {class_balanced_beta}: give a number in [0, 1), 0.9999 is usual")
+            raise SettingError(f"class_balanced_beta is {class_balanced_beta}: give one in [0, 1), 0.9999 is usual")
         if drw_start_epoch > 0 and class_balanced_beta is None:
             raise SettingError(
                 f"drw_start_epoch is {drw_start_epoch} and there are no weights to begin with then: set "
