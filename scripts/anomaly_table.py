@@ -225,7 +225,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if all(row.values())]
+        return [row for row in csv.DictReader(file) if row.get(RESULTS[-1])]
 
 
 def of_recipe(rows: list[dict[str, str]], steps: int | None = None) -> list[dict[str, str]]:
@@ -333,10 +333,26 @@ def table(rows: list[dict[str, str]]) -> str:
         }
         title = f"{title} in %, without the {len(TUNING_SETS)} data sets that rho was tuned on"
         parts.append(_overall(without, variants, metric, title))
-    parts += [_overfitting(values, variants), _cost(values, variants)]
+    measured = {  # the column is younger than the first fits
+        key: {at: row for at, row in cell.items() if row.get("train_auroc")} for key, cell in values.items()
+    }
+    parts += [_overfitting(measured, variants), _cost(values, variants)]
     for metric, title in (("average_precision", "Average precision"), ("auroc", "AUROC")):
         parts.append(_each_data_set(values, variants, metric, title))
     return "\n\n".join(parts)
+
+
+def _comparable(
+    values: dict[Any, Any], variants: list[tuple[str, str]]
+) -> Iterator[tuple[str, str, list[dict[tuple[str, str], dict[str, str]]], list[tuple[str, str]]]]:
+    """Detector, sampling, the methods' fits, and the (data set, seed) pairs that all methods have.
+
+    A stop halfway leaves fits of some methods only.
+    """
+    for detector, sampling in variants:
+        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
+        if common := sorted(set.intersection(*(set(cell) for cell in cells))):
+            yield detector, sampling, cells, common
 
 
 def _overall(values: dict[Any, Any], variants: list[tuple[str, str]], metric: str, title: str) -> str:
@@ -349,12 +365,7 @@ def _overall(values: dict[Any, Any], variants: list[tuple[str, str]], metric: st
         "| % of labelled training anomalies above the unlabelled median | fits with constant scores |",
         "| --- " * 11 + "|",
     ]
-    for detector, sampling in variants:
-        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
-        # a stop halfway leaves fits of some methods only: compare what all three have
-        common = sorted(set.intersection(*(set(cell) for cell in cells)))
-        if not common:
-            continue
+    for detector, sampling, cells, common in _comparable(values, variants):
         means = [_by_data_set(cell, common, metric) for cell in cells]
         rho = [next(iter(cell.values()))["rho"] for cell in cells[1:]]
         learned = [mean(float(cell[key]["learned"]) for key in common) for cell in cells]
@@ -398,19 +409,15 @@ def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str
     lines = [
         "### AUROC in % of the labelled training anomalies, and how far behind it the test part is",
         "",
-        "| detector | sampling | training: SGD | SAM | ImbSAM | behind: SGD | SAM | ImbSAM "
+        "| detector | sampling | data sets x seeds | training: SGD | SAM | ImbSAM | behind: SGD | SAM | ImbSAM "
         "| ImbSAM less behind than SGD: wins / losses / ties, p |",
-        "| --- " * 9 + "|",
+        "| --- " * 10 + "|",
     ]
-    for detector, sampling in variants:
-        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
-        common = sorted(set.intersection(*(set(cell) for cell in cells)))
-        if not common:
-            continue
+    for detector, sampling, cells, common in _comparable(values, variants):
         train, test = ([_by_data_set(cell, common, name) for cell in cells] for name in ("train_auroc", "auroc"))
         behind = [{d: a[d] - b[d] for d in a} for a, b in zip(train, test, strict=True)]
         lines.append(
-            f"| {detector} | {sampling} | "
+            f"| {detector} | {sampling} | {len(train[0])} x {len({seed for _, seed in common})} | "
             + " | ".join(f"{mean(m.values()):.1f}" for m in (*train, *behind))
             + f" | {_compare(behind[0], behind[2])} |"
         )
@@ -425,11 +432,7 @@ def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
         "| detector | sampling | steps | SGD | SAM | ImbSAM |",
         "| --- " * 6 + "|",
     ]
-    for detector, sampling in variants:
-        cells = [values.get((detector, sampling, method), {}) for method in METHODS]
-        common = sorted(set.intersection(*(set(cell) for cell in cells)))
-        if not common:
-            continue
+    for detector, sampling, cells, common in _comparable(values, variants):
         seconds = [[float(cell[key]["seconds"]) for key in common] for cell in cells]
         ratios = [median(s / sgd for s, sgd in zip(each, seconds[0], strict=True)) for each in seconds]
         texts = [f"{median(each):.2f} ({ratio:.2f})" for each, ratio in zip(seconds, ratios, strict=True)]

@@ -120,7 +120,7 @@ def test_table(script):
     assert "| devnet | own | 3 x 2 | 0.0 / 0.0 | 50.0 | 50.0 | 56.7 | 1 / 1 / 1, " in text
     assert " | 100 / 100 / 100 | 0 / 0 / 0 of 6 |" in text
     assert "| devnet | own | 5 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
-    assert "| devnet | own | 90.0 | 90.0 | 90.0 | 40.0 | 40.0 | 33.3 | 1 / 1 / 1, " in text
+    assert "| devnet | own | 3 x 2 | 90.0 | 90.0 | 90.0 | 40.0 | 40.0 | 33.3 | 1 / 1 / 1, " in text
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
 
 
