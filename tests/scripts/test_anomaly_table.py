@@ -124,6 +124,16 @@ def test_table(script):
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
 
 
+def test_how_far_the_test_part_is_behind(script):
+    """Fits of before the column are left out of that table alone."""
+    aps = zip(script.METHODS, (0.5, 0.6, 0.8), strict=True)
+    rows = [row(script, data, "devnet", "own", method, 0, ap) for method, ap in aps for data in "ab"]
+    rows += [{**r, "seed": "1", "train_auroc": None} for r in rows]
+    text = script.table(rows)
+    assert "| devnet | own | 2 x 1 | 90.0 | 90.0 | 90.0 | 40.0 | 30.0 | 10.0 | 2 / 0 / 0, " in text
+    assert "| devnet | own | 2 x 2 | 0.0 / 0.0 | 50.0 | 60.0 | 80.0 |" in text
+
+
 def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
     tuned = script.TUNING_SETS[0]
     rows = [row(script, tuned, "devnet", "own", method, 0, 0.9) for method in script.METHODS]
