@@ -86,6 +86,7 @@ def test_the_parts_are_adbenchs_to_the_row(adbench, name):
     torch.testing.assert_close(features_of(ours.test_dataloader()), torch.from_numpy(scaler.transform(test)).float())
     assert labels_of(ours.test_dataloader()).tolist() == test_y.tolist()
     assert ours.train_labels.nonzero().flatten().tolist() == sorted(labelled)
+    assert ours.train_true_labels.tolist() == train_y.tolist()
     assert ours.class_counts.tolist() == [len(train) - len(labelled), len(labelled)]
 
 
