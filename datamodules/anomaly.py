@@ -26,8 +26,6 @@ class AnomalyDataModule(SemiSupervisedDataModule):
     Attributes:
         num_features: Features d of a row.
         feature_names: Their d names.
-        train_true_labels: True labels of the training rows (N,), for benchmarks: training is told of
-            ``train_labels`` only.
 
     Args:
         path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
@@ -54,7 +52,6 @@ class AnomalyDataModule(SemiSupervisedDataModule):
 
     num_features: int
     feature_names: list[str]
-    train_true_labels: Tensor
 
     def __init__(
         self,
@@ -124,7 +121,6 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             if len(rows):
                 self._parts[name] = table.take(rows)
                 self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
-        self.train_true_labels = self._true_labels["train"]
         self._learn_labels(torch.from_numpy(split.labelled))
         self._encode(TableEncoder(self._parts["train"]))
         assert self._encoder is not None
@@ -142,6 +138,11 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             f"{table.source}: anomalies have {column} = {value}; training {unlabelled + labelled:,} rows, {labelled:,} "
             f"labelled anomalies{others}; {held_out}; {self.num_features:,} features"
         )
+
+    @property
+    def train_true_labels(self) -> Tensor:
+        """True labels of the training rows (N,), for benchmarks: training is told of ``train_labels`` only."""
+        return self._true_labels["train"]
 
     def predict_dataloader(self) -> BatchLoader:
         """Every row of the file, in its order, x alone; of its columns only those that training used are read."""

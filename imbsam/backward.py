@@ -232,7 +232,8 @@ class ClassAwareSAM:
             sharpness = sharpness.detach().cpu().double()
             if sharpness.dim() != 1 or (targets is not None and len(sharpness) != len(targets)):
                 raise SettingError(f"sharpness= has shape {tuple(sharpness.shape)}: give one number for each row")
-            if not ((sharpness >= 0) & (sharpness < math.inf)).all():
+            given = sharpness.numpy()
+            if not ((given >= 0) & (given < math.inf)).all():
                 raise SettingError("sharpness= holds a negative or non-finite number: every row needs one from 0")
         size = len(sharpness)
         if size == 0:

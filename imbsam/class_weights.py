@@ -10,6 +10,12 @@ from imbsam.errors import SettingError
 __all__ = ["effective_number_weights"]
 
 
+def check_beta(name: str, beta: float) -> None:
+    """Refuse a beta outside [0, 1), by the name of the setting."""
+    if not 0 <= beta < 1:
+        raise SettingError(f"{name}={beta} is outside [0, 1); 0.9999 is usual, 0 weighs every class alike")
+
+
 def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
     r"""Class-balanced loss weights by the effective number of samples.
 
@@ -50,8 +56,7 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
             f"class_counts={counts.tolist()[:8]} has no training sample; "
             "give the number of training samples of each class, at least one above 0"
         )
-    if not 0 <= beta < 1:
-        raise SettingError(f"beta={beta} is outside [0, 1); 0.9999 is usual, 0 weighs every class alike")
+    check_beta("beta", beta)
     n = counts.double()
     inverse = (1 - beta) / (1 - beta ** n.clamp(min=1))
     return inverse * n.sum() / (n * inverse).sum()

@@ -73,9 +73,9 @@ class Batch:
 
     def objective(self, losses: Tensor, factor: Tensor | None = None) -> Tensor:
         """Sum of a_i * factor_i * l_i over the rows whose factor is not 0; `losses` may be those of `rows` only."""
-        if factor is None and self.weight is None:
-            return losses.sum()
         if factor is None:
+            if self.weight is None:
+                return losses.sum()
             weights = self.weight
         else:
             weights = factor if self.weight is None else self.weight * factor
@@ -85,7 +85,6 @@ class Batch:
                 losses = losses[: len(counted)]
             elif len(counted) < self.size:  # taken out, never multiplied by 0: 0 * inf is nan
                 losses = losses[to_device(counted, losses.device)]
-        assert weights is not None
         return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
 
 

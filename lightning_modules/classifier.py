@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from imbsam import SettingError
 from imbsam.class_groups import tail_mask
-from imbsam.class_weights import effective_number_weights
+from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.rows import check_labels
@@ -142,8 +142,8 @@ class LongTailedClassifier(SharpnessAwareModule):
             raise SettingError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
         if drw_start_epoch < 0:
             raise SettingError(f"drw_start_epoch is {drw_start_epoch}: give a number from 0")
-        if class_balanced_beta is not None and not 0 <= class_balanced_beta < 1:
-            raise SettingError(f"class_balanced_beta is {class_balanced_beta}: give one in [0, 1), 0.9999 is usual")
+        if class_balanced_beta is not None:
+            check_beta("class_balanced_beta", class_balanced_beta)
         if drw_start_epoch > 0 and class_balanced_beta is None:
             raise SettingError(
                 f"drw_start_epoch is {drw_start_epoch} and there are no weights to begin with then: set "

@@ -155,7 +155,8 @@ def test_rho_goes_by_the_epoch(tmp_path, settings, expected):
     ("settings", "message"),
     [
         ({"loss": "hinge"}, "loss is 'hinge': choose one of cross_entropy, focal"),
-        ({"class_balanced_beta": 1.0}, "class_balanced_beta is 1.0: give one in"),
+        ({"class_balanced_beta": 1.0}, r"class_balanced_beta=1.0 is outside \[0, 1\)"),
+        ({"class_balanced_beta": 1.0, "drw_start_epoch": 3}, r"class_balanced_beta=1.0 is outside \[0, 1\)"),
         ({"drw_start_epoch": 3}, "drw_start_epoch is 3 and there are no weights"),
         ({"drw_start_epoch": -1, "class_balanced_beta": 0.9}, "drw_start_epoch is -1"),
         ({"rho_schedule": "step"}, "rho_schedule is 'step'"),

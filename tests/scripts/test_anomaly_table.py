@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "anomaly_table.py"
 
@@ -89,6 +90,11 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
 
     # validation parts for tuning
     assert float(script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 2, 0.3), adbench)["auroc"])
+
+
+def test_auroc_of_labelled_leaves_out_hidden_anomalies(script):
+    scores, labels, truth = map(torch.tensor, ([0.7, 0.9, 0.8, 0.1, 0.6], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]))
+    assert script.auroc_of_labelled(scores, labels, truth) == pytest.approx(2 / 3)
 
 
 def test_grid_is_seed_major_and_whole(script):
