@@ -272,6 +272,8 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a tensor: give a function"),
         (lambda sam, f, y: sam.backward(f, y, sharpness=torch.ones(3)), r"sharpness= has shape \(3,\)"),
         (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.inf)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), -1.0)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
         (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
