@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -92,7 +92,7 @@ def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
 def per_class(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
     """c_i and a_i of labels or probabilities, written out."""
     p = F.one_hot(y, 4).double() if y.dim() == 1 else y
-    c = p @ sam.sharpness.expand(4)
+    c = p @ sam.sharpness_weight.expand(4)
     return c, p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
 
 
@@ -140,7 +140,7 @@ def test_rows_own_sharpness_in_place_of_the_classes():
     c = torch.zeros(BATCH, dtype=torch.float64)
     c[[3, 7, 20]] = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
     expected = objective_gradient(model, x, y, c, torch.ones(BATCH), 0.1, False, torch.arange(BATCH))
-    ClassAwareSAM(model, 0.0, rho=0.1).backward(cross_entropies(model, x, y), sharpness=c)
+    ClassAwareSAM(model, sharpness_weight=0.0, rho=0.1).backward(cross_entropies(model, x, y), sharpness_weight=c)
     assert_gradient(model, expected)
 
 
@@ -176,7 +176,7 @@ def test_row_passes_are_no_more_than_the_method_needs():
         sam.backward(losses, y, backward=backward)
         return rows_forward, len(backwards)
 
-    assert count(ClassAwareSAM(model, 0.0)) == ([BATCH], 1)
+    assert count(Plain(model)) == ([BATCH], 1)
     assert count(SAM(model)) == ([BATCH] * 2, 2)
     assert count(ImbSAM(model, COUNTS, context_rows="batch")) == ([BATCH] * 2, 3)
     assert count(ImbSAM(model, COUNTS, context_rows=0)) == ([BATCH, 8, 8], 3)
@@ -209,7 +209,7 @@ def test_context_that_reaches_the_whole_batch_is_batch(context_rows, own):
     for k in (context_rows, "batch"):
         model.zero_grad()
         losses = cross_entropies(model, x, y)
-        ImbSAM(model, COUNTS, rho=0.5, context_rows=k).backward(losses, y, sharpness=sharpness)
+        ImbSAM(model, COUNTS, rho=0.5, context_rows=k).backward(losses, y, sharpness_weight=sharpness)
         grads.append([p.grad for p in model.parameters()])
     for given, batch in zip(*grads, strict=True):
         torch.testing.assert_close(given, batch, rtol=0, atol=1e-14)
@@ -269,11 +269,11 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f), "targets is None"),
         (lambda sam, f, y: sam.backward([(f, y)], y), "micro-batches"),
         (lambda sam, f, y: sam.backward([]), "losses is an empty list"),
-        (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a tensor: give a function"),
-        (lambda sam, f, y: sam.backward(f, y, sharpness=torch.ones(3)), r"sharpness= has shape \(3,\)"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.inf)), "negative or non-finite"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), -1.0)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a Tensor: give a function"),
+        (lambda sam, f, y: sam.backward(f, y, sharpness_weight=torch.ones(3)), r"sharpness_weight= has shape \(3,\)"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), torch.nan)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), torch.inf)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), -1.0)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
         (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
@@ -317,7 +317,7 @@ def test_eta_that_makes_it_plain_training_or_sam_warns():
 def test_tail_weight_multiplies_the_class_weight_of_the_tail():
     assert ImbSAM(mlp(), COUNTS, tail_weight=2).class_weight.tolist() == [1, 1, 2, 2]
     assert ImbSAM(mlp(), COUNTS, tail_weight=2, class_weight=CLASS_WEIGHT).class_weight.tolist() == [0.5, 1, 4, 6]
-    assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness.tolist() == [1, 0, 0, 0]
+    assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness_weight.tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [100, 10]
 STEPS = 30
@@ -58,12 +58,12 @@ def model(norm: Callable[[int], nn.Module] = nn.LayerNorm) -> nn.Module:
 
 
 ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
-    "sam": lambda m, **kw: SAM(m, 0.3, **kw),
+    "sam": lambda m, **kw: SAM(m, rho=0.3, **kw),
     "imbsam": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, **kw),
     "imbsam batch": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, context_rows="batch", **kw),
     "imbsam adaptive": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, adaptive=True, **kw),
-    "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, 0.3, **kw),
-    "sgd": lambda m, **kw: ClassAwareSAM(m, 0.0, 0.3, **kw),
+    "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, rho=0.3, **kw),
+    "sgd": lambda m, **kw: Plain(m, **kw),
 }
 REDUCTIONS = {"sgd": 1}  # the others: 2
 SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam"]
