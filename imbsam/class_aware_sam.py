@@ -41,7 +41,7 @@ class ClassAwareSAM:
         g_\text{rest}(w) = \nabla_w \frac1B \sum_i a_i (1 - c_i)\, l_i(w)
 
     :math:`g_s` needs only the *sharp rows*, those with :math:`c_i > 0`, so the extra passes run on them alone.
-    :func:`imbsam.reference.backward` is the same method in thirty lines, without that.
+    :func:`imbsam.reference.backward` is the same method in thirty plain lines.
 
     It is no optimizer and keeps nothing between calls, so any optimizer, scheduler, ``GradScaler``, clipping and
     checkpointing work as they do after ``loss.backward()``. :class:`SAM`, :class:`ImbSAM`, :class:`FocalSAM` and

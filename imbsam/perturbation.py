@@ -18,7 +18,7 @@ def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] |
         g: the gradient to ascend, one tensor for each parameter; one norm is taken over all of them. Where any element
             is not finite, e is 0, and where g is 0 too.
         rho: length of e.
-        weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021, equation 5); `g` is
+        weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); `g` is
             overwritten then.
 
     Returns:
