@@ -1,5 +1,6 @@
 """The perturbation e; ascend from the weights w to w + e, and restore w bit for bit."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -16,7 +17,7 @@ def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] |
 
     Args:
         g: the gradient to ascend, one tensor for each parameter; one norm is taken over all of them. Where any element
-            is not finite, e is 0, and where g is 0 too.
+            is not finite, e is 0, and so it is where g is 0 or so small that rho / ||g|| overflows.
         rho: length of e.
         weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); `g` is
             overwritten then.
@@ -33,9 +34,9 @@ def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] |
         torch._foreach_mul_(local, sizes)
         norm = _norm(g)
         torch._foreach_mul_(local, sizes)
+    scale = rho / norm
     # no Python branch on the norm: that would wait for the GPU
-    finite = torch.isfinite(norm)
-    return _scaled(local, torch.where(finite & (norm > 0), rho / norm, 0.0), ~finite)
+    return _scaled(local, scale, ~((scale > 0) & (scale < math.inf)))
 
 
 class Ascent:
@@ -93,7 +94,7 @@ def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Te
     for (device, _), members in groups.items():
         dense = [_dense(tensors[i]) for i in members]
         flat = torch.cat([t.as_strided((t.numel(),), (1,)) for t in dense])
-        flat.mul_(scale.to(device)).masked_fill_(zeroed.to(device), 0.0)  # 0 * inf is nan: filled, not multiplied
+        flat.mul_(scale.to(device)).masked_fill_(zeroed.to(device), 0.0)  # filled, not multiplied: 0 * inf is nan
         offset = 0
         for i, t in zip(members, dense, strict=True):
             found[i] = flat.as_strided(t.shape, t.stride(), offset)

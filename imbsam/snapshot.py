@@ -38,8 +38,9 @@ class Buffers:
             if isinstance(value, Tensor)
         ]
         # what cannot be written to cannot have changed
-        self._tensors = [b for b in local_shards([b for _, _, b in self._registered]) if _writable(b)]
-        self._values = clones(self._tensors)
+        buffers = local_shards([buffer for _, _, buffer in self._registered])
+        self._bytes = [_bytes(buffer) for buffer in buffers if _writable(buffer)]
+        self._values = clones(self._bytes)
 
     def now(self) -> "Buffers":
         """The values at this moment of the same module's buffers."""
@@ -49,7 +50,13 @@ class Buffers:
         """Copy the values back, into the very tensors that were registered (a forward may have replaced them)."""
         for place, name, tensor in (*self._registered, *self._computed):
             place[name] = tensor
-        copy_(self._tensors, self._values)
+        copy_(self._bytes, self._values)
+
+
+def _bytes(buffer: Tensor) -> Tensor:
+    """The buffer's memory, so that buffers of all dtypes are copied in one call."""
+    buffer = buffer.detach()
+    return buffer.view(-1).view(torch.uint8) if buffer.is_contiguous() else buffer
 
 
 def _writable(tensor: Tensor) -> bool:

@@ -71,3 +71,9 @@ def test_non_finite_or_zero_gradient_moves_nothing(bad, adaptive):
     grads[1][0, 0] = bad
     assert not any(e.any() for e in perturbation(grads, 1.0, weights=along))
     assert not any(e.any() for e in perturbation([torch.zeros_like(w) for w in weights], 1.0, weights=along))
+
+
+def test_gradient_too_small_to_scale_moves_nothing():
+    """A tail class that is fitted to the last bit has subnormal gradients; 0.05 / 1e-41 would be infinite."""
+    e = perturbation([torch.full((4,), 1e-41), torch.zeros(3)], 0.05)
+    assert not any(part.any() for part in e)
