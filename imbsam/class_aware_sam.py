@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from imbsam.batch import Losses, Plan
-from imbsam.class_groups import tail_mask
+from imbsam.class_groups import class_counts_tensor, tail_mask
 from imbsam.distributed import broadcast_buffers, check_modules, forward_communicates, fsdp_modules, reduction_over
 from imbsam.errors import SettingError
 from imbsam.row_weights import class_vector
@@ -113,8 +113,9 @@ class ClassAwareSAM:
         self.rho = rho
         self.sharpness_weight = class_vector("sharpness_weight", sharpness_weight)
         self.class_weight = class_weight
+        counts = None if class_counts is None else class_counts_tensor(class_counts)
         if tail_weight != 1:
-            self.class_weight = _with_tail_weight(self.class_weight, tail_weight, class_counts, eta, tail_classes)
+            self.class_weight = _with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
         self.adaptive = adaptive
         a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
         if context_rows not in ("auto", "batch") and not a_number:
@@ -250,7 +251,7 @@ class ClassAwareSAM:
 def _with_tail_weight(
     class_weight: Tensor | None,
     tail_weight: float,
-    class_counts: Tensor | Sequence[int] | None,
+    class_counts: Tensor | None,
     eta: float,
     tail_classes: Tensor | Sequence[int] | None,
 ) -> Tensor:

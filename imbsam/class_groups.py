@@ -33,7 +33,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
         tensor([500,  40,   5])
     """
     try:
-        counts = torch.as_tensor(class_counts)
+        counts = torch.as_tensor(class_counts, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SettingError(
             f"class_counts={_short(class_counts)} is not a list of numbers; "
@@ -50,7 +50,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
             f"class_counts={_short(class_counts)} is of type {counts.dtype}; "
             "give integers, the number of training samples of each class"
         )
-    counts = counts.detach().to(device="cpu", dtype=torch.int64, copy=True)
+    counts = counts.detach().to(dtype=torch.int64, copy=True)
     if bool((counts < 0).any()):
         index = int((counts < 0).nonzero()[0])
         raise SettingError(
@@ -97,7 +97,7 @@ def tail_mask(
     _non_negative("eta", eta)
     mask = torch.zeros(counts.numel(), dtype=torch.bool, device="cpu")
     if hasattr(tail_classes, "dtype"):  # a tensor or array
-        named = torch.as_tensor(tail_classes).detach().cpu()
+        named = torch.as_tensor(tail_classes, device="cpu").detach()
         if named.dtype == torch.bool:
             if named.shape != mask.shape:
                 raise SettingError(

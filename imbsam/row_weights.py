@@ -59,7 +59,7 @@ def per_row(name: str, vector: Tensor, targets: Tensor) -> Tensor:
 def on_host(name: str, values: Any) -> Tensor:
     """A tensor, array or list as a tensor on the CPU."""
     try:
-        return torch.as_tensor(values).detach().cpu()
+        return torch.as_tensor(values, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingError(f"{name} is a {type(values).__name__} that is no tensor: {error}") from error
 
