@@ -168,7 +168,7 @@ def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any
             "out and give micro-batches as a list, backward([(losses, targets), ...])"
         )
     spread = any(hasattr(p, "placements") for m in modules for p in m._parameters.values())
-    if group is None and not spread and dist.get_world_size() > 1:
+    if group is None and not sharded and not spread and dist.get_world_size() > 1:
         raise SettingError(
             "process_group is None on several processes, so that nobody averages their gradients: build the engine "
             "from the DistributedDataParallel module, or set process_group=torch.distributed.group.WORLD"
