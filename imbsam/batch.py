@@ -125,37 +125,48 @@ class Batch:
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
     """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
+    _sharp: tuple[Tensor, Tensor] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         """Number of rows."""
-        return len(self.c)
+        return self.c.shape[0]
+
+    @property
+    def takes_extra_passes(self) -> bool:
+        """Whether it runs at w + e."""
+        return self.source is not SharpGradient.NONE
 
     def all(self, losses: Tensor) -> Tensor:
         """Sum of a_i l_i."""
-        return self._weighted(losses, self.a)
+        return losses.sum() if self.a is None else _weighted_sum(losses, self.a)
 
     def rest(self, losses: Tensor) -> Tensor:
         """Sum of a_i (1 - c_i) l_i."""
-        return self._counted(losses, 1 - self.c)
+        counted, weights = self._counted(1 - self.c)
+        return _weighted_sum(self._taken(losses, counted), weights)
 
     def sharp(self, losses: Tensor) -> Tensor:
         """Sum of a_i c_i l_i; `losses` may be those of `rows` only."""
-        return self._counted(losses, self.c)
+        if self._sharp is None:
+            self._sharp = self._counted(self.c)
+        counted, weights = self._sharp
+        if len(losses) < self.size:
+            return _weighted_sum(losses[: len(counted)], weights)  # the sharp rows come first
+        return _weighted_sum(self._taken(losses, counted), weights)
 
-    def _counted(self, losses: Tensor, factor: Tensor) -> Tensor:
-        """Only over the rows whose factor is not 0: the others' losses may be infinite, and 0 * inf is nan."""
-        weights = factor if self.a is None else self.a * factor
+    def _counted(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows whose factor is not 0, and their weights a_i times factor."""
         counted = torch.from_numpy(np.flatnonzero(factor.numpy()))
-        if len(losses) < len(self):  # the sharp rows come first
-            losses = losses[: len(counted)]
-        elif len(counted) < len(self):
-            losses = losses[to_device(counted, losses.device)]
-        return self._weighted(losses, weights[counted])
+        return counted, (factor if self.a is None else self.a * factor)[counted]
 
-    def _weighted(self, losses: Tensor, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return losses.sum()
-        return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
+    def _taken(self, losses: Tensor, counted: Tensor) -> Tensor:
+        """The other rows' losses may be infinite, and 0 * inf is nan: they are taken out, not multiplied by 0."""
+        return losses if len(counted) == self.size else losses[to_device(counted, losses.device)]
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
 
 
 def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:

@@ -197,7 +197,7 @@ class ClassAwareSAM:
                 m.reshard()
 
         reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
-        params = [p for p in self.module.parameters() if p.requires_grad]
+        params = trained_parameters(modules)
         if not params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
         group = None if sharded else self.process_group
@@ -246,6 +246,12 @@ class ClassAwareSAM:
             in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
             may_be_empty=group is not None and not waits and context_rows != "batch",
         )
+
+
+def trained_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """As ``module.parameters()`` orders them, tied ones once, without another walk of the modules."""
+    found = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+    return list(found.values())
 
 
 def _with_tail_weight(

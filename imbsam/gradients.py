@@ -46,16 +46,16 @@ def local_shards(tensors: Sequence[Any]) -> list[Tensor]:
         return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
-@torch.no_grad()
 def copy_(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy tensor by tensor, in one multi-tensor call for each device and dtype."""
+    """Copy tensor by tensor, outside autograd, in one multi-tensor call for each device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, value in zip(into, values, strict=True):
         targets, sources = groups.setdefault((target.device, target.dtype), ([], []))
         targets.append(target)
         sources.append(value)
-    for targets, sources in groups.values():
-        torch._foreach_copy_(targets, sources)
+    with torch.no_grad():
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -54,14 +54,13 @@ class Ascent:
         self._after_write = after_write
         self._weights: list[Tensor] | None = None
 
-    @torch.no_grad()
     def ascend(self, e: Sequence[Tensor]) -> None:
         """Add e, one tensor for each parameter, to the weights."""
         self._weights = clones(self._params)
-        torch._foreach_add_(self._params, local_shards(e))
+        with torch.no_grad():
+            torch._foreach_add_(self._params, local_shards(e))
         self._written()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Copy w back. May be called again, and does nothing before `ascend`."""
         if self._weights is not None:

@@ -46,30 +46,30 @@ class Step:
         self._module = modules[0]
         self._params = params
         self._batches = batches
-        self._total = max(1, sum(len(batch) for batch in batches))
+        self._total = max(1, sum(batch.size for batch in batches))
         self._rho = rho
         self._adaptive = adaptive
         self._reduction = reduction
         self._run_backward = run_backward
         self._after_write = after_write
-        self._devices = {p.device for p in params}
         # the state at entry
+        self._grad_mode = torch.is_grad_enabled()
         self._grads = [p.grad for p in params]
         self._accumulated: list[Tensor] | None = None
         self._buffers = Buffers(modules)
-        self._generators = RandomState(self._devices)
+        self._generators = RandomState({p.device for p in params})
         self._ascent: Ascent | None = None
 
     def run(self) -> Tensor:
         """Add the gradient to `.grad`, and return 1/B sum a_i l_i at w, detached."""
         loss, g_rest, g_s, buffers = self._first_passes()
-        if self._reduction.waits or any(len(batch.rows) for batch in self._batches):
-            generators = RandomState(self._devices)
+        if self._reduction.waits or any(batch.takes_extra_passes for batch in self._batches):
+            generators = self._generators.now()
             self._own_forwards(g_rest, g_s)
             g_s = self._reduction.mean_g_s(g_s)
             with self._ascended(g_s):
                 for batch in self._batches:
-                    if len(batch.rows):
+                    if batch.takes_extra_passes:
                         g_rest = self._sharp_gradient(batch, add_to=g_rest)
             buffers.restore()
             generators.restore()
@@ -86,6 +86,7 @@ class Step:
             self._ascent.restore()
         self._generators.restore()
         self._buffers.restore()
+        torch.set_grad_enabled(self._grad_mode)  # an interruption may come between a no_grad block and its end
 
     def _first_passes(self) -> tuple[Tensor, Gradients, Gradients, Buffers]:
         """The ordinary forward of every micro-batch and what its graph gives.
@@ -98,14 +99,14 @@ class Step:
         g_rest, g_s = Gradients([None] * len(self._params)), Gradients([None] * len(self._params))
         buffers: Buffers | None = None
         for i, batch in enumerate(self._batches):
-            if len(batch) == 0:
+            if batch.size == 0:
                 continue
             if buffers is not None:
                 buffers.restore()
-            if len(batch.rows):  # the passes at w + e see what this one sees
+            if batch.takes_extra_passes:  # the passes at w + e see what this one sees
                 batch.buffers = self._buffers if i == 0 else self._buffers.now()
-                batch.generators = self._generators if i == 0 else RandomState(self._devices)
-            losses = self._losses(batch, torch.arange(len(batch), device="cpu"))
+                batch.generators = self._generators if i == 0 else self._generators.now()
+            losses = self._losses(batch, torch.arange(batch.size, device="cpu"))
             objective = batch.all(losses) / self._total
             loss = loss + objective.detach().to(loss.device)
             buffers = None
@@ -128,7 +129,7 @@ class Step:
         """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s."""
         for batch in self._batches:
             if batch.source is SharpGradient.OWN_FORWARD:
-                batch.generators = RandomState(self._devices)
+                batch.generators = self._generators.now()
                 found = self._sharp_gradient(batch)
                 g_rest -= found
                 g_s += found
@@ -206,7 +207,7 @@ class Step:
 
     def _check_reached(self, g_rest: Gradients, g_s: Gradients) -> None:
         reached = any(g is not None for g in (*g_rest.tensors, *g_s.tensors))
-        if not reached and any(len(batch) for batch in self._batches):
+        if not reached and any(batch.size for batch in self._batches):
             raise SettingError(
                 "no parameter of module got a gradient: losses(rows) must run the module that the engine was built "
                 "with, not a copy of it"
