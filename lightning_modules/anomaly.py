@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import SettingError
+from imbsam import ClassAwareSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
@@ -139,10 +139,15 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
-        return [_ChooseThreshold()]
+        return [*super().configure_callbacks(), _ChooseThreshold()]
+
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass of the method, for the labelled anomalies as the tail."""
+        assert self.class_counts is not None
+        return self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def on_fit_start(self) -> None:
-        """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
+        """Prepare the detector, unless it comes from a checkpoint."""
         assert self.class_counts is not None
         if self.trainer.world_size > 1:
             raise SettingError(
@@ -154,7 +159,6 @@ class AnomalyDetector(SharpnessAwareModule):
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
             self._prepared = True
-        self.sam = self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,)."""

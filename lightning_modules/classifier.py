@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
-from imbsam import SettingError
+from imbsam import ClassAwareSAM, SettingError
 from imbsam.class_groups import tail_mask
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
@@ -178,8 +178,10 @@ class LongTailedClassifier(SharpnessAwareModule):
                 f"the model has {len(self.class_counts)} classes and data {len(counts)}: use the data it was trained on"
             )
         # a trained model keeps the counts, and so the groups, of its training
-        if self.class_counts is None or stage == "fit":
-            self._learn_classes(torch.as_tensor(counts), list(data.class_names))
+        counts, names = torch.as_tensor(counts), list(data.class_names)
+        known = self.class_counts is not None and torch.equal(counts, self.class_counts) and names == self.class_names
+        if self.class_counts is None or (stage == "fit" and not known):
+            self._learn_classes(counts, names)
 
     def configure_model(self) -> None:
         """Build the backbone, once the number of classes is known."""
@@ -208,12 +210,13 @@ class LongTailedClassifier(SharpnessAwareModule):
                 load_weights(backbone, hp.backbone_weights)
         return backbone
 
-    def on_fit_start(self) -> None:
-        """Make the backward pass."""
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass of the method."""
         hp = self.settings
         assert self.class_counts is not None
-        self._watch_sampling(self.class_counts)
-        self.sam = self.engine(
+        if hp.class_balanced_beta is not None:
+            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
+        return self.engine(
             self.backbone,
             self.class_counts,
             eta=hp.eta,
@@ -225,8 +228,13 @@ class LongTailedClassifier(SharpnessAwareModule):
             context_rows=hp.context_rows,
             perturbation=hp.perturbation,
         )
+
+    def on_fit_start(self) -> None:
+        """Say what settings will not do together."""
+        hp = self.settings
+        assert self.class_counts is not None
+        self._watch_sampling(self.class_counts)
         if hp.class_balanced_beta is not None:
-            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
             epochs = self._max_epochs
             if epochs is not None and hp.drw_start_epoch >= epochs and not getattr(self.trainer, "fast_dev_run", False):
                 rank_zero_warn(
@@ -289,16 +297,23 @@ class LongTailedClassifier(SharpnessAwareModule):
             check_labels(targets.tolist(), len(self.class_counts))
         return batch
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step.
+
+        Returns:
+            The loss, detached; None while batches are collected.
+        """
         images, targets = batch
+        if self.only_updates_batch_norm:
+            self(images)
+            return None
         # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
         on_host, self._host_targets = self._host_targets, None
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
-            return
+            return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
         moved = self.moved_share(self.backbone)
@@ -313,11 +328,13 @@ class LongTailedClassifier(SharpnessAwareModule):
         if moved is not None:
             self.log("train/moved_share", moved.share)
         self.step_optimizer()
+        return loss
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
         several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
-        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
+        if not self.only_updates_batch_norm:
+            self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

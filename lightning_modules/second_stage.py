@@ -132,7 +132,12 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """MaxNorm, where the stage has it."""
-        return [self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else []
+        callbacks = super().configure_callbacks()
+        return (
+            [*callbacks, self._max_norm]
+            if self.settings.stage == "weight_balancing" and self.trainer.training
+            else callbacks
+        )
 
     def configure_optimizers(self) -> Any:
         """Refuse a training whose first stage is nowhere, else as ever."""

@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torchmetrics import SumMetric
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.class_groups import tail_mask
+from lightning_modules.build_network import BuildNetwork
 from lightning_modules.moved_share import MovedShare
 
 Method = Literal["sgd", "sam", "imbsam", "focal_sam"]
@@ -22,8 +23,9 @@ RhoSchedule = Literal["constant", "linear", "cosine"]
 class SharpnessAwareModule(LightningModule):
     """Manual optimization with the engine in the place of ``loss.backward()``.
 
-    A subclass makes :attr:`sam` by :meth:`engine` in its ``on_fit_start``, and in its ``training_step`` calls
-    ``self.sam.backward`` and then :meth:`step_optimizer`. Logs ``rho`` once an epoch where it has a schedule.
+    A subclass makes the backward pass in :meth:`create_engine`, and in its ``training_step`` calls
+    ``self.sam.backward`` and then :meth:`step_optimizer`, unless :attr:`only_updates_batch_norm`. Logs ``rho`` once an
+    epoch where it has a schedule.
 
     Args:
         method: sgd (plain training), sam, imbsam or focal_sam.
@@ -150,8 +152,20 @@ class SharpnessAwareModule(LightningModule):
             return SAM(module, rho=self.rho, **settings)
         return Plain(module, **settings)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Have the network built first, see :class:`BuildNetwork`."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BuildNetwork) for callback in callbacks):
+            callbacks.insert(0, BuildNetwork())
+        return []
+
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass, made by :meth:`engine` with the settings of the subclass."""
+        raise NotImplementedError
+
     def configure_optimizers(self) -> Any:
-        """One optimizer, and a scheduler where there is one."""
+        """One optimizer, and a scheduler where there is one; and the backward pass, which needs the network too."""
+        self.sam = self.create_engine()
         try:
             optimizer = self.optimizer(self.parameters())
             scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
@@ -220,6 +234,11 @@ class SharpnessAwareModule(LightningModule):
     def moved_share(self, module: nn.Module) -> MovedShare | None:
         """Watches how many weights the perturbation moves, where they are in half precision."""
         return MovedShare(module) if self._half is not None and max(self.rho, self.rho_end) > 0 else None
+
+    @property
+    def only_updates_batch_norm(self) -> bool:
+        """Whether this epoch is StochasticWeightAveraging's, which passes the data through the averaged weights."""
+        return bool(self.trainer.fit_loop._skip_backward)
 
     @property
     def _scaler(self) -> Any:
