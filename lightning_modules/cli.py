@@ -18,6 +18,7 @@ import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
@@ -198,7 +199,14 @@ def main() -> None:
                     "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
-                "callbacks": [AccuracyTable(), AnomalyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
+                "callbacks": [
+                    Convergence(),
+                    AccuracyTable(),
+                    AnomalyTable(),
+                    EvaluationFiles(),
+                    Cost(),
+                    DiscardRefusedRun(),
+                ],
             },
             save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
             parser_kwargs={
