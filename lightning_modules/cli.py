@@ -18,6 +18,7 @@ import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
@@ -200,6 +201,7 @@ def main() -> None:
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
                 "callbacks": [
+                    ClassTable(),
                     Convergence(),
                     AccuracyTable(),
                     AnomalyTable(),
