@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from report.comparison import group_runs
-from report.page import page
-from report.runs import read_runs
+from imbsam.report.comparison import group_runs
+from imbsam.report.page import page
+from imbsam.report.runs import read_runs
 
 pytestmark = pytest.mark.browser
 

@@ -5,10 +5,10 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from report.classes import by_class_count
-from report.comparison import COLUMNS, Group, difference, differing_settings, mean_and_deviation
-from report.runs import GROUPS
-from report.style import colour
+from imbsam.report.classes import by_class_count
+from imbsam.report.comparison import COLUMNS, Group, difference, differing_settings, mean_and_deviation
+from imbsam.report.runs import GROUPS
+from imbsam.report.style import colour
 
 
 def table_cells(group: Group) -> list[str]:

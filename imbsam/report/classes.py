@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from report.comparison import Group
-from report.runs import GROUPS, Run
+from imbsam.report.comparison import Group
+from imbsam.report.runs import GROUPS, Run
 
 
 @dataclass

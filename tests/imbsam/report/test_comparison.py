@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from report.comparison import Group, difference, group_runs, mean_and_deviation
-from report.runs import Run, read_runs
+from imbsam.report.comparison import Group, difference, group_runs, mean_and_deviation
+from imbsam.report.runs import Run, read_runs
 
 
 def made_up(values: list[float], seeds: list[int], **settings: object) -> Group:

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from report.classes import calibration, of_one_data_set
-from report.comparison import (
+from imbsam.report.classes import calibration, of_one_data_set
+from imbsam.report.comparison import (
     COLUMNS,
     Group,
     difference,
@@ -20,8 +20,8 @@ from report.comparison import (
     mean_and_deviation,
     paired,
 )
-from report.exports import difference_cells, number, table_cells
-from report.figures import (
+from imbsam.report.exports import difference_cells, number, table_cells
+from imbsam.report.figures import (
     Figure,
     calibration_figures,
     class_figure,
@@ -29,8 +29,8 @@ from report.figures import (
     curve_figures,
     sharpness_figures,
 )
-from report.runs import GROUPS
-from report.style import MARKERS, colour, marker
+from imbsam.report.runs import GROUPS
+from imbsam.report.style import MARKERS, colour, marker
 
 
 @dataclass
@@ -73,7 +73,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     drawn = {
         key: {"data": figure.data, "layout": figure.layout, "height": figure.height} for key, figure in figures.items()
     }
-    here = files("report")
+    here = files("imbsam.report")
     plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()  # a third of its size
     return "\n".join(
         [

@@ -5,10 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from report.comparison import group_runs
-from report.runs import read_runs
-
-EXTRAS = {"plotly": "report", "matplotlib": "plot"}
+from imbsam.report.comparison import group_runs
+from imbsam.report.runs import read_runs
 
 
 def main(args: Sequence[str]) -> None:
@@ -43,15 +41,15 @@ def main(args: Sequence[str]) -> None:
     groups = group_runs(runs)
     try:
         if form == "png":
-            from report.exports import picture
+            from imbsam.report.exports import picture
 
             picture(groups, given.output)
         elif form == "html":
-            from report.page import page
+            from imbsam.report.page import page
 
             given.output.write_text(page(groups, skipped), encoding="utf-8")
         else:
-            from report.exports import comma_separated, markdown
+            from imbsam.report.exports import comma_separated, markdown
 
             text = comma_separated(groups) if form == "csv" else markdown(groups)
             if form is None:
@@ -62,7 +60,7 @@ def main(args: Sequence[str]) -> None:
                 given.output.write_text(text, encoding="utf-8")
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        _stop(f'{form} needs {library}: pip install "imbsam[{EXTRAS.get(library, form)}]"')
+        _stop(f"{form} needs {library}: pip install {library}")
     except OSError as error:
         _stop(f"output is {given.output}: {error.strerror}")
     if given.output is not None:

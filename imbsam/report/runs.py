@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from report.wandb_offline import read_wandb
+from imbsam.report.wandb_offline import read_wandb
 
 GROUPS = ("many", "medium", "few", "all")
 

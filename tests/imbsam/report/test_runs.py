@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from imbsam.report.runs import read_run, read_runs
 from lightning_modules.cli import main as train
-from report.runs import read_run, read_runs
 
 
 def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):

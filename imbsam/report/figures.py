@@ -9,10 +9,10 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
-from report.comparison import Group
-from report.runs import GROUPS
-from report.style import colour, dash, marker
+from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
+from imbsam.report.comparison import Group
+from imbsam.report.runs import GROUPS
+from imbsam.report.style import colour, dash, marker
 
 Trace = dict[str, Any]
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.runs import GROUPS, Run
+from imbsam.report.runs import GROUPS, Run
 
 COLUMNS = {**{f"test/{group}": group for group in GROUPS}, "train/loss_epoch": "training loss"}
 """Logged quantity to its heading; those of ``test/`` are shown in percent."""
