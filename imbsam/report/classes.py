@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imbsam.report.comparison import Group
-from imbsam.report.runs import GROUPS, Run
+from imbsam.report.runs import Run
+from imbsam.report.task import GROUPS
 
 
 @dataclass

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imbsam.report.comparison import Group, difference, group_runs, mean_and_deviation
+from imbsam.report.comparison import (
+    Group,
+    baseline_first,
+    difference,
+    group_runs,
+    mean_and_deviation,
+    other_data,
+)
+from imbsam.report.method import Method, method_of
 from imbsam.report.runs import Run, read_runs
 
 
@@ -49,3 +57,61 @@ def test_groups_are_named_after_their_folder_and_what_differs_in_it(tmp_path, wr
     assert [len(group.runs) for group in groups] == [2, 2, 1, 1]
     assert len(set(names)) == 4
     assert all(name.startswith("digits/sgd (") for name in names[2:])
+
+
+def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
+    """As LightningCLI writes `model.sam`; and the spelling of before."""
+    methods = {
+        name: read_runs([write_run(tmp_path, name, method=name, rho=0.1, eta=30)])[0][0].method
+        for name in ("sgd", "sam", "imbsam", "focal_sam")
+    }
+    assert methods == {
+        "sgd": Method("plain training"),
+        "sam": Method("SAM", 0.1),
+        "imbsam": Method("ImbSAM", 0.1, 30),
+        "focal_sam": Method("Focal-SAM", 0.1),
+    }
+    assert method_of({"sam": "MySAM", "sam.rho": 0.2, "sam.eta": 5}) == Method("MySAM", 0.2, 5)
+    assert method_of({"sam": "ImbSAM", "sam.rho": 0.0, "sam.eta": 5}) == Method("plain training")
+    assert method_of({"method": "imbsam", "rho": 0.05, "eta": 20}) == Method("ImbSAM", 0.05, 20)
+    assert method_of({"method": "sgd", "rho": 0.05, "eta": 20}) == Method("plain training")
+
+
+def test_the_baseline_is_plain_training_and_not_the_first_of_the_alphabet(tmp_path, write_run):
+    for name, method, settings in (
+        ("a_doubled", None, {"tail_weight": 2.0}),
+        ("b_imbsam", "imbsam", {}),
+        ("c_plain", None, {"tail_weight": 1.0}),
+    ):
+        write_run(tmp_path, f"d/{name}", method=method, **settings)
+    groups = group_runs(read_runs([tmp_path])[0])
+    assert [group.name for group in groups] == ["d/a_doubled", "d/b_imbsam", "d/c_plain"]
+    assert [group.name for group in baseline_first(groups)] == ["d/c_plain", "d/a_doubled", "d/b_imbsam"]
+    assert baseline_first(groups[:2])[0].name == "d/a_doubled"
+    assert baseline_first(groups[1:2])[0].name == "d/b_imbsam"  # none is plain
+    assert baseline_first(groups, "d/b_imbsam")[0].name == "d/b_imbsam"
+    with pytest.raises(ValueError, match="baseline is x: name one of d/a_doubled, d/b_imbsam, d/c_plain"):
+        baseline_first(groups, "x")
+
+
+def test_other_data_is_seen_in_the_settings_or_in_the_test_samples(tmp_path, write_run):
+    names = ["car", "bus", "van", "bike", "tram", "ship"]
+    for name, settings in {
+        "first": {},
+        "loader": {"data": {"batch_size": 64, "num_workers": 2}},
+        "ratio": {"data": {"ratio": 10.0}},
+        "names": {"names": names},
+        "unknown": {"files": False},
+    }.items():
+        write_run(tmp_path, f"d/{name}", **settings)
+    write_run(tmp_path, "d/seed", seed=5)
+    groups = {group.name: group for group in group_runs(read_runs([tmp_path])[0])}
+    reasons = {name: other_data(group, groups["d/first"]) for name, group in groups.items()}
+    assert reasons == {
+        "d/first": "",
+        "d/loader": "",
+        "d/seed": "",
+        "d/unknown": "",
+        "d/ratio": "ratio 10.0, not 50.0",
+        "d/names": "other classes",
+    }
