@@ -13,7 +13,7 @@ from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, 
 from imbsam.report.comparison import Group
 from imbsam.report.exports import NAMED, axis_labels
 from imbsam.report.style import colour, dash, marker
-from imbsam.report.task import GROUPS
+from imbsam.report.task import CLASSIFIER, GROUPS
 
 Trace = dict[str, Any]
 
@@ -113,7 +113,8 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
             ]
             traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
         if traces:
-            axis = _values(traces, log=True) if column in losses else {"range": [-3, 103]}
+            whole = task is CLASSIFIER and column not in losses  # rankings are read in their last per cent
+            axis = {"range": [-3, 103]} if whole else _values(traces, log=column in losses)
             layout = {"xaxis": _epochs(traces), "yaxis": axis}
             figures.append(Figure(title, traces, layout))
     return figures

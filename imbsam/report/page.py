@@ -127,7 +127,9 @@ def facts(groups: Sequence[Group]) -> list[str]:
     sizes = [f"{n:,} {what} samples" for what, n in numbers.items() if n]
     if run.classes:
         sizes.append(f"{len(run.classes):,} classes")
-    settings = ", ".join(f"{key} {_plain(value)}" for key, value in run.data.items() if key != "data set")
+    settings = ", ".join(
+        f"{key} {_plain(value)}" for key, value in run.data.items() if key != "data set" and value != []
+    )
     data = str(run.data.get("data set", "")) + (f" ({settings})" if settings else "")
     if data or sizes:
         lines.append(f"Data: {', '.join(part for part in (data, *sizes) if part)}.")
