@@ -143,10 +143,10 @@ def trajectory(
     else:
         ways |= {str(k): k for k in context_rows if k < data.batch_size}
     sams = {
-        eta: {way: ImbSAM(model, data.class_counts, eta, rho=RHO, context_rows=k) for way, k in ways.items()}
+        eta: {way: ImbSAM(model, data.class_counts, eta=eta, rho=RHO, context_rows=k) for way, k in ways.items()}
         for eta in etas
     }
-    trainer = ImbSAM(model, data.class_counts, min(etas), rho=RHO)
+    trainer = ImbSAM(model, data.class_counts, eta=min(etas), rho=RHO)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     found: dict[tuple[float, str], list[tuple[float, float, float]]] = {}
     sharp: dict[float, list[int]] = {eta: [] for eta in etas}

@@ -17,8 +17,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from imbsam.backward import AUTO_CONTEXT_ROWS
-from imbsam.rows import pass_size
+from imbsam.batch import pass_size
+from imbsam.class_aware_sam import AUTO_CONTEXT_ROWS
 
 DATA_SETS = (  # name, classes, alpha, largest class, smallest class, images
     ("ImageNet-LT", 1000, 6.0, 1280, 5, 115_846),

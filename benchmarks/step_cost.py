@@ -13,7 +13,8 @@ are random. Rounds whose batch has no tail row are part of the medians.
 Columns:
     rows        sharp rows, as a share of the batch (mean over the rounds), and rows of an extra pass (median)
     time        ratio to SGD: median (first to third quartile)
-    bookkeeping perturb, restore and everything else outside the passes, as a share of an SGD step (median)
+    bookkeeping perturb, restore and everything else outside the passes, as a share of an SGD step (median); not of "by
+                hand", which has its backward passes inside
     memory      peak beyond SGD's peak, in MB; SGD reads its batch directly, the others through `x[rows]`, a copy of it
     copies      parameter-sized copies beyond SGD's one (the gradient), at their peak, between the passes
 """
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from datamodules import imbalanced_class_counts
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, reference
 from imbsam.class_groups import tail_mask
 from lightning_modules.backbones import create_backbone
 
@@ -123,31 +124,14 @@ def engine(sam: ClassAwareSAM) -> Step:
 
 
 def by_hand(tail: Tensor) -> Step:
-    """The published algorithm without this library: the yardstick of `context_rows="batch"`."""
+    """The published algorithm without this library, `imbsam.reference`: the yardstick of `context_rows="batch"`."""
 
     def step(passes: Passes, x: Tensor, y: Tensor) -> None:
-        rare = tail[y].to(x.device)
-        labels = y.to(x.device)
-        losses = passes.losses(x, labels)
         if not tail[y].any():
-            passes.backward(losses.mean())
+            plain(passes, x, y)
             return
-        params: list[Tensor] = list(passes.model.parameters())
-        passes.backward(losses[rare].sum() / len(x), retain_graph=True)
-        direction = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            p.grad = None
-        passes.backward(losses[~rare].sum() / len(x))
-        del losses
-        with torch.no_grad():
-            weights = [p.detach().clone() for p in params]
-            norm = torch.stack(torch._foreach_norm(direction)).norm()
-            torch._foreach_mul_(direction, RHO / norm)
-            torch._foreach_add_(params, direction)
-        del direction
-        passes.backward(passes.losses(x, labels)[rare].sum() / len(x))
-        with torch.no_grad():
-            torch._foreach_copy_(params, weights)
+        labels, c = y.to(x.device), tail[y].float().to(x.device)
+        reference.backward(lambda: passes.losses(x, labels), list(passes.model.parameters()), c, rho=RHO)
 
     return step
 
@@ -155,11 +139,11 @@ def by_hand(tail: Tensor) -> Step:
 def methods(model: nn.Module, etas: list[int], context_rows: list[int]) -> dict[str, Step]:
     """The steps to compare, SGD first, by the name that the table gives them."""
     batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    steps = {"SGD": plain, "SAM": engine(SAM(model, RHO)), "Focal-SAM": engine(FocalSAM(model, COUNTS, RHO))}
+    steps = {"SGD": plain, "SAM": engine(SAM(model, rho=RHO)), "Focal-SAM": engine(FocalSAM(model, COUNTS, rho=RHO))}
     for eta in etas:
         steps[f"eta {eta}: published, by hand"] = by_hand(tail_mask(torch.tensor(COUNTS), eta))
         for k in ("batch", "auto", *(context_rows if batch_norm else [])):
-            steps[f"eta {eta}: ImbSAM, {k}"] = engine(ImbSAM(model, COUNTS, eta, rho=RHO, context_rows=k))
+            steps[f"eta {eta}: ImbSAM, {k}"] = engine(ImbSAM(model, COUNTS, eta=eta, rho=RHO, context_rows=k))
     return steps
 
 
@@ -283,7 +267,9 @@ def rows_of_table(
                 "time": statistics.median(ratios),
                 "mean_time": sum(cost.seconds) / sum(sgd.seconds),
                 "quartiles": [quartiles[0], quartiles[2]],
-                "bookkeeping": statistics.median(a / b for a, b in zip(cost.outside, sgd.seconds, strict=True)),
+                "bookkeeping": None
+                if "by hand" in name
+                else statistics.median(a / b for a, b in zip(cost.outside, sgd.seconds, strict=True)),
                 "memory_mb": (cost.peak - sgd.peak) / 1e6,
                 "copies": cost.peak_between / parameters - 1 if cost.peak_between else None,
             }
@@ -308,9 +294,10 @@ def markdown(table: list[dict[str, Any]]) -> str:
             last = heading
         low, high = row["quartiles"]
         copies = "" if row["copies"] is None else f"{row['copies']:.2f}"
+        bookkeeping = "" if row["bookkeeping"] is None else f"{100 * row['bookkeeping']:.1f} %"
         lines.append(
             f"| {row['method']} | {100 * row['sharp']:.0f} % | {row['pass_rows']:.0f} | {row['time']:.2f} "
-            f"({low:.2f} to {high:.2f}) | {100 * row['bookkeeping']:.1f} % | {row['memory_mb']:+.1f} MB | {copies} |"
+            f"({low:.2f} to {high:.2f}) | {bookkeeping} | {row['memory_mb']:+.1f} MB | {copies} |"
         )
     return "\n".join(lines).strip()
 

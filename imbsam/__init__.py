@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from imbsam.errors import SettingError
 
 if TYPE_CHECKING:
-    from imbsam.backward import SAM, ClassAwareSAM, FocalSAM, ImbSAM
+    from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
 else:
 
     def __getattr__(name):
         """The engine's classes, when they are first asked for (PEP 562)."""
         if name in __all__:
-            globals()[name] = value = getattr(import_module("imbsam.backward"), name)
+            globals()[name] = value = getattr(import_module("imbsam.sam"), name)
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -24,4 +24,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "SettingError"]
+__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain", "SettingError"]

@@ -5,8 +5,9 @@ once, on the CPU, from the counts alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
         tensor([500,  40,   5])
     """
     try:
-        counts = torch.as_tensor(class_counts)
+        counts = torch.as_tensor(class_counts, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SettingError(
             f"class_counts={_short(class_counts)} is not a list of numbers; "
@@ -49,7 +50,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
             f"class_counts={_short(class_counts)} is of type {counts.dtype}; "
             "give integers, the number of training samples of each class"
         )
-    counts = counts.detach().to(device="cpu", dtype=torch.int64, copy=True)
+    counts = counts.detach().to(dtype=torch.int64, copy=True)
     if bool((counts < 0).any()):
         index = int((counts < 0).nonzero()[0])
         raise SettingError(
@@ -62,7 +63,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
 def tail_mask(
     class_counts: Tensor | Sequence[int],
     eta: float = 20,
-    tail_classes: Sequence[int] | None = None,
+    tail_classes: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     r"""Mark the tail classes: those with fewer than ``eta`` training samples, or exactly the named ones.
 
@@ -70,13 +71,15 @@ def tail_mask(
         class_counts: training samples per class, C integers.
         eta: the threshold :math:`\eta` >= 0; a class with exactly ``eta`` samples is a head class. ``inf``
             makes every class tail (SAM), 0 none (SGD). Not used when ``tail_classes`` is given.
-        tail_classes: indices of the tail classes, each in 0..C-1; ``[]`` means that there is none.
+        tail_classes: indices of the tail classes, each in 0..C-1, or a bool tensor or array of shape (C,); ``[]`` means
+            that there is none.
 
     Returns:
         bool tensor of shape (C,) on the CPU, True for a tail class.
 
     Raises:
-        SettingError: if ``eta`` is nan or negative, or a tail class is not an integer in 0..C-1.
+        SettingError: if ``eta`` is nan or negative, a tail class is not an integer in 0..C-1, or a mask is not of
+            shape (C,).
 
     Source:
         Zhou et al., *ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition*,
@@ -92,11 +95,24 @@ def tail_mask(
     if tail_classes is None:
         return counts < _non_negative("eta", eta)
     _non_negative("eta", eta)
-    mask = torch.zeros(counts.numel(), dtype=torch.bool)
+    mask = torch.zeros(counts.numel(), dtype=torch.bool, device="cpu")
+    if hasattr(tail_classes, "dtype"):  # a tensor or array
+        named = torch.as_tensor(tail_classes, device="cpu").detach()
+        if named.dtype == torch.bool:
+            if named.shape != mask.shape:
+                raise SettingError(
+                    f"tail_classes is a mask of shape {tuple(named.shape)}; give one entry per class, shape "
+                    f"({counts.numel()},), or class indices"
+                )
+            return named.clone()
+        tail_classes = named.tolist()
+    if not isinstance(tail_classes, Iterable):
+        raise SettingError(f"tail_classes={tail_classes!r} is not a list; give class indices, as in [{tail_classes!r}]")
     for index in tail_classes:
         try:
-            in_range = 0 <= index < counts.numel() and int(index) == index and not isinstance(index, bool)
-        except TypeError:
+            a_boolean = isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) == torch.bool
+            in_range = 0 <= index < counts.numel() and int(index) == index and not a_boolean
+        except (TypeError, ValueError, RuntimeError):
             in_range = False
         if not in_range:
             raise SettingError(

@@ -1,84 +1,79 @@
-"""Several processes: what they must do together, and the mean of their gradients."""
+"""Several processes: who averages the gradients of the ranks, and what cannot work between the passes of a step."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from imbsam.batch import to_device
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients
-from imbsam.rows import to_device
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks decide alike, from the settings alone, before they look at their rows."""
+class Reduction:
+    """One process: its gradients are the gradients.
 
-    perturbs: bool
-    """Whether some rank may have sharp rows."""
-    every_pass: bool
-    """Whether a rank without sharp rows runs the extra passes too, because a pass waits for the other ranks."""
-    all_sharp: bool
-    """Whether every row has c = 1 whatever its class, so that g_s is g_all."""
-    one_graph: bool
-    """Whether the graph of the first forward serves g_s(w) too."""
-    group: Any
-    """Average gradients over this process group; None where there is one process, or FSDP2 does it."""
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _any(module: nn.Module, kind: str) -> bool:
-    """Whether a submodule is of a class of torch.distributed.fsdp, which takes a second to import."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, getattr(fsdp, kind)) for m in module.modules())
-
-
-def fully_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 (``fully_shard``) holds parameters of the module: it then reduces the gradients of every pass."""
-    return _several() and _any(module, "FSDPModule")
-
-
-def forward_communicates(module: nn.Module) -> bool:
-    """Whether a forward waits for the other processes, so that all of them must run the same passes."""
-    return fully_sharded(module) or (
-        _several() and any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules())
-    )
-
-
-def check_module(module: nn.Module, perturbation: str) -> None:
-    """Refuse what would run in each of the three passes, or between them.
-
-    Raises:
-        SettingError: for a hook on accumulated gradients (an optimizer in the backward pass), a DDP communication
-            hook, FSDP1, and ``per_rank`` under FSDP2.
+    Args:
+        params: the trained parameters.
     """
-    if any(p._post_accumulate_grad_hooks or hasattr(p, "_in_backward_optimizers") for p in module.parameters()):
-        hooked = (n for n, p in module.named_parameters() if p._post_accumulate_grad_hooks)
-        raise SettingError(
-            f"{next(hooked, 'module')} has a hook on its accumulated gradient (an optimizer in the backward pass?), "
-            "which would run after each of the three passes: step the optimizer after backward() instead"
-        )
-    if not _several():
-        return
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m._comm_hooks for m in module.modules()):
-        raise SettingError(
-            "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
-            "here, in at most two all-reduces; leave the hook out"
-        )
-    if _any(module, "FullyShardedDataParallel"):
-        raise SettingError("module is FullyShardedDataParallel (FSDP1): shard it with fully_shard (FSDP2)")
-    if perturbation == "per_rank" and fully_sharded(module):
-        raise SettingError(
-            'perturbation is "per_rank" and module is sharded by FSDP2, where no rank has its own gradient: '
-            'set "global"'
-        )
+
+    waits = False
+    """Whether `mean_g_s` waits for the other ranks, so that every rank must call it, with sharp rows or without."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = params
+
+    def mean_g_s(self, g_s: Gradients) -> Gradients:
+        """The g_s that the weights ascend."""
+        return g_s
+
+    def mean(self, g: Gradients) -> Gradients:
+        """The gradient that the optimizer sees."""
+        return g
+
+
+class Averaged(Reduction):
+    """Ranks with whole copies of the model: one all-reduce for g_s, one for the gradient.
+
+    Args:
+        params: the trained parameters.
+        group: the ranks' process group.
+        waits: whether some rank may have sharp rows.
+    """
+
+    def __init__(self, params: Sequence[Tensor], group: Any, waits: bool) -> None:
+        super().__init__(params)
+        self.group = group
+        self.waits = waits
+
+    def mean_g_s(self, g_s: Gradients) -> Gradients:
+        """The mean of all ranks' g_s: they ascend together."""
+        return mean(g_s, self.params, self.group)
+
+    def mean(self, g: Gradients) -> Gradients:
+        """The mean of all ranks' gradients."""
+        return mean(g, self.params, self.group, keep_none=True)
+
+
+class PerRank(Averaged):
+    """As `Averaged`, but each rank ascends along its own g_s: one all-reduce."""
+
+    def mean_g_s(self, g_s: Gradients) -> Gradients:
+        """This rank's own."""
+        return g_s
+
+
+def reduction_over(group: Any, params: Sequence[Tensor], perturbation: str, perturbs: bool) -> Reduction:
+    """Over the ranks of `group`; None where there is one process, or FSDP2 reduces."""
+    if group is None:
+        return Reduction(params)
+    if perturbation == "per_rank":
+        return PerRank(params, group, waits=False)
+    return Averaged(params, group, waits=perturbs)
 
 
 @torch.no_grad()
@@ -93,16 +88,91 @@ def mean(grads: Gradients, params: Sequence[Tensor], group: Any, *, keep_none: b
         group: the process group.
         keep_none: leave a parameter that no rank reached at None, as ``backward()`` does, instead of at 0.
     """
-    pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-    reached = torch.tensor([float(g is not None) for g in grads], dtype=pieces[0].dtype)
+    pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads.tensors, strict=True)]
+    reached = torch.tensor([float(g is not None) for g in grads.tensors], dtype=pieces[0].dtype, device="cpu")
     flat = torch.cat([*(piece.reshape(-1) for piece in pieces), to_device(reached, pieces[0].device)])
     flat /= dist.get_world_size(group)  # before the sum: that of half-precision gradients could overflow
     dist.all_reduce(flat, group=group)
     *parts, reached = torch.split(flat, [*(piece.numel() for piece in pieces), len(pieces)])
-    means: Gradients = [part.view_as(piece).to(piece.dtype) for part, piece in zip(parts, pieces, strict=True)]
-    if keep_none and any(g is None for g in grads):  # only then does the host have to know, and wait
+    means: list[Tensor | None] = [
+        part.view_as(piece).to(piece.dtype) for part, piece in zip(parts, pieces, strict=True)
+    ]
+    if keep_none and any(g is None for g in grads.tensors):  # only then does the host have to know, and wait
         means = [g if r > 0 else None for g, r in zip(means, reached.tolist(), strict=True)]
-    return means
+    return Gradients(means)
+
+
+def fsdp_modules(modules: Sequence[nn.Module]) -> list[Any]:
+    """Those under FSDP2 (``fully_shard``), which reduces the gradients of every pass itself."""
+    return _of_kind(modules, "FSDPModule") if _several() else []
+
+
+def forward_communicates(modules: Sequence[nn.Module]) -> bool:
+    """Whether a forward waits for the other processes, so that all of them must run the same passes."""
+    return _several() and (
+        bool(fsdp_modules(modules)) or any(isinstance(m, nn.SyncBatchNorm) and m.training for m in modules)
+    )
+
+
+def check_modules(modules: Sequence[nn.Module], perturbation: str, group: Any) -> None:
+    """Refuse what would run in each of the three passes, or between them.
+
+    Raises:
+        SettingError: for a hook on a parameter's gradient (an optimizer in the backward pass, among others),
+            parametrizations that are cached, and on several processes what :func:`_check_processes` names.
+    """
+    for owner in modules:
+        for name, p in owner._parameters.items():
+            if p is not None and (
+                p._post_accumulate_grad_hooks or p._backward_hooks or "_in_backward_optimizers" in vars(p)
+            ):
+                raise SettingError(_hooked(modules, p, name))
+    if parametrize._cache_enabled and any(parametrize.is_parametrized(m) for m in modules):
+        raise SettingError(
+            "module has parametrizations under parametrize.cached(), which keeps the weights of w: the pass at w + e "
+            "would not see e; call backward() outside of it"
+        )
+    if _several():
+        _check_processes(modules, perturbation, group)
+
+
+def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any) -> None:
+    for ddp in (m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)):
+        if ddp._comm_hooks:
+            raise SettingError(
+                "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
+                "here, in at most two all-reduces; leave the hook out"
+            )
+        if ddp.static_graph:
+            raise SettingError(
+                "module is DistributedDataParallel with static_graph=True, and the extra passes are "
+                "another graph: leave static_graph out"
+            )
+        if ddp._join_config.enable:
+            raise SettingError(
+                "module is under DistributedDataParallel.join(), which waits for the reductions of its "
+                "own backward: leave join() out and give every rank the same number of batches"
+            )
+    if _of_kind(modules, "FullyShardedDataParallel"):
+        raise SettingError("module is FullyShardedDataParallel (FSDP1): shard it with fully_shard (FSDP2)")
+    sharded = fsdp_modules(modules)
+    if sharded and perturbation == "per_rank":
+        raise SettingError(
+            'perturbation is "per_rank" and module is sharded by FSDP2, where no rank has its own gradient: '
+            'set "global"'
+        )
+    groups = [g for m in sharded for g in _fsdp_parameter_groups(m)]
+    if any(not (g.reduce_grads and g.all_reduce_grads) for g in groups):
+        raise SettingError(
+            "module has set_requires_gradient_sync(False): the perturbation needs the gradient of all ranks; leave it "
+            "out and give micro-batches as a list, backward([(losses, targets), ...])"
+        )
+    spread = any(hasattr(p, "placements") for m in modules for p in m._parameters.values())
+    if group is None and not sharded and not spread and dist.get_world_size() > 1:
+        raise SettingError(
+            "process_group is None on several processes, so that nobody averages their gradients: build the engine "
+            "from the DistributedDataParallel module, or set process_group=torch.distributed.group.WORLD"
+        )
 
 
 @torch.no_grad()
@@ -111,3 +181,34 @@ def broadcast_buffers(module: nn.Module, group: Any) -> None:
     source = dist.get_process_group_ranks(group)[0]
     for buffer in module.buffers():
         dist.broadcast(buffer, source, group=group)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _of_kind(modules: Sequence[nn.Module], kind: str) -> list[nn.Module]:
+    """The modules of a class of torch.distributed.fsdp, which takes a second to import."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in modules if isinstance(m, getattr(fsdp, kind))]
+
+
+def _fsdp_parameter_groups(module: Any) -> list[Any]:
+    """FSDP2's own records, which have no public getter; one a module until torch 2.12."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _hooked(modules: Sequence[nn.Module], p: Tensor, name: str) -> str:
+    name = next((n for n, q in modules[0].named_parameters() if q is p), name)
+    if p._backward_hooks:
+        return (
+            f"{name} has a hook on its gradient (register_hook), which would run in each of the three passes: "
+            "change .grad after backward() instead"
+        )
+    return (
+        f"{name} has a hook on its accumulated gradient (an optimizer in the backward pass?), "
+        "which would run after each of the three passes: step the optimizer after backward() instead"
+    )

@@ -1,90 +1,111 @@
-"""Climb from the weights w to w + e, and come back bit for bit."""
+"""The perturbation e; ascend from the weights w to w + e, and restore w bit for bit."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Perturbation:
-    """The perturbed weights w + e, with e = rho * g / ||g|| (SAM, Foret et al., ICLR 2021, equation 2).
-
-    The way back is a copy of w: adding and then subtracting e would drift.
-
-    Args:
-        params: the tensors to perturb in place.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = local_shards(params)
-        self._weights: list[Tensor] | None = None
-
-    @torch.no_grad()
-    def climb(self, grads: Sequence[Tensor], rho: float, *, adaptive: bool = False) -> None:
-        """Add e to the weights, in place. `grads` is overwritten by e.
-
-        Args:
-            grads: g, one tensor for each parameter. Where any element is not finite, nothing is perturbed; where
-                g is 0, e is 0.
-            rho: length of e (of e / w where `adaptive`).
-            adaptive: e = rho * w^2 g / ||w g|| instead (ASAM, Kwon et al., ICML 2021).
-        """
-        local = local_shards(grads)
-        self._weights = [p.detach().clone() for p in self._params]
-        if adaptive:
-            torch._foreach_mul_(local, self._weights)
-        norm = _norm(grads)
-        if adaptive:
-            torch._foreach_mul_(local, self._weights)
-        # no Python branch on the norm: that would wait for the GPU
-        finite = torch.isfinite(norm)
-        scale = torch.where(finite & (norm > 0), rho / norm, 0.0)
-        for device in {g.device for g in local}:
-            on_device, overflowed = [g for g in local if g.device == device], ~finite.to(device)
-            torch._foreach_mul_(on_device, scale.to(device))
-            for g in on_device:
-                g.masked_fill_(overflowed, 0.0)  # 0 * inf is nan
-        self._add(local)
-
-    def move(self, e: Sequence[Tensor]) -> None:
-        """Add e to the weights as it is, in place.
-
-        Args:
-            e: one tensor for each parameter, of its shape.
-        """
-        self._weights = [p.detach().clone() for p in self._params]
-        self._add(local_shards(e))
-
-    @torch.no_grad()
-    def _add(self, e: list[Tensor]) -> None:
-        torch._foreach_add_(self._params, e)
-        torch.clear_autocast_cache()  # autocast would go on with the casts of w: the pass at w + e would be one at w
-
-    @torch.no_grad()
-    def come_back(self) -> None:
-        """Copy w back. May be called again, and does nothing before `climb` or `move`."""
-        if self._weights is not None:
-            torch._foreach_copy_(self._params, self._weights)
-            torch.clear_autocast_cache()
+from imbsam.gradients import clones, copy_, local_shards
 
 
 @torch.no_grad()
-def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's shards of DTensors (FSDP2), which share their memory; other tensors as they are."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    r"""The perturbation :math:`e = \rho\, g / \|g\|` (SAM, Foret et al., ICLR 2021, equation 2).
+
+    Args:
+        g: the gradient to ascend, one tensor for each parameter; one norm is taken over all of them. Where any element
+            is not finite, e is 0, and so it is where g is 0 or so small that rho / ||g|| overflows.
+        rho: length of e.
+        weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); `g` is
+            overwritten then.
+
+    Returns:
+        e, one tensor for each of `g`, of its shape and dtype; of a DTensor this rank's shard.
+    """
+    g = [t.resolve_conj() if t.is_complex() else t for t in g]
+    local = local_shards(g)
+    if weights is None:
+        norm = _norm(g)
+    else:
+        sizes = [w.abs() if w.is_complex() else w for w in local_shards(weights)]
+        torch._foreach_mul_(local, sizes)
+        norm = _norm(g)
+        torch._foreach_mul_(local, sizes)
+    scale = rho / norm
+    # no Python branch on the norm: that would wait for the GPU
+    return _scaled(local, scale, ~((scale > 0) & (scale < math.inf)))
+
+
+class Ascent:
+    """The weights w, which `ascend` takes to w + e in place and `restore` brings back bit for bit.
+
+    The way back is a copy of w: adding e and then subtracting it would drift.
+
+    Args:
+        params: the tensors to perturb in place.
+        after_write: called after every change of the weights (FSDP2 must drop what it gathered of the old ones).
+    """
+
+    def __init__(self, params: Sequence[Tensor], after_write: Callable[[], None] = lambda: None) -> None:
+        self._params = local_shards(params)
+        self._after_write = after_write
+        self._weights: list[Tensor] | None = None
+
+    def ascend(self, e: Sequence[Tensor]) -> None:
+        """Add e, one tensor for each parameter, to the weights."""
+        self._weights = clones(self._params)
+        with torch.no_grad():
+            torch._foreach_add_(self._params, local_shards(e))
+        self._written()
+
+    def restore(self) -> None:
+        """Copy w back. May be called again, and does nothing before `ascend`."""
+        if self._weights is not None:
+            copy_(self._params, self._weights)
+            self._written()
+
+    def _written(self) -> None:
+        torch.clear_autocast_cache()  # it holds casts of the weights before: the pass at w + e would be one at w
+        self._after_write()
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all elements, and all shards of DTensors, at least in float32; on the first one's device."""
-    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    norms = torch._foreach_norm(local_shards(tensors), 2, dtype=dtype)
+    local = [torch.view_as_real(t) if t.is_complex() else t for t in local_shards(tensors)]
+    dtype = reduce(torch.promote_types, {t.dtype for t in local}, torch.float32)
+    norms = torch._foreach_norm(local, 2, dtype=dtype)
     parts: dict[Any, list[Tensor]] = {}
     for t, norm in zip(tensors, norms, strict=True):
         parts.setdefault(_mesh(t), []).append(norm.to(norms[0].device))
     squares = [_over_shards(torch.stack(part).square().sum(), mesh) for mesh, part in parts.items()]
     return torch.stack(squares).sum().sqrt()
+
+
+def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Tensor]:
+    """Copies of the tensors times `scale`, or 0 where `zeroed`, as views of one flat tensor a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(tensors):
+        groups.setdefault((t.device, t.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for (device, _), members in groups.items():
+        dense = [_dense(tensors[i]) for i in members]
+        flat = torch.cat([t.as_strided((t.numel(),), (1,)) for t in dense])
+        flat.mul_(scale.to(device)).masked_fill_(zeroed.to(device), 0.0)  # filled, not multiplied: 0 * inf is nan
+        offset = 0
+        for i, t in zip(members, dense, strict=True):
+            found[i] = flat.as_strided(t.shape, t.stride(), offset)
+            offset += t.numel()
+    return [found[i] for i in range(len(tensors))]
+
+
+def _dense(t: Tensor) -> Tensor:
+    """The tensor itself where its elements fill its memory without gaps, in any order (channels-last, transposed)."""
+    if t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride():
+        return t
+    return t.contiguous()
 
 
 def _mesh(tensor: Any) -> tuple[Any, Any] | None:

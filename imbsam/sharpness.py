@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imbsam.errors import SettingError
-from imbsam.perturbation import Perturbation
+from imbsam.perturbation import Ascent, perturbation
 from imbsam.snapshot import Buffers, RandomState
 
 __all__ = [
@@ -124,8 +124,8 @@ def worst_case_rise(
         at_w, gradient = _loss_and_gradient(losses, batches, params)
         rises = []
         for step in range(steps + 1):
-            weights.come_back()
-            weights.climb(gradient, rho, adaptive=adaptive)
+            weights.restore()
+            weights.ascend(perturbation(gradient, rho, weights=params if adaptive else None))
             if step < steps:
                 there, gradient = _loss_and_gradient(losses, batches, params)
             else:
@@ -184,9 +184,9 @@ def average_rise(
             direction = [s * _normal(s, generator) for s in scales]
             there = []
             for way in (1.0, -1.0):
-                weights.climb([way * d for d in direction], length)
+                weights.ascend(perturbation([way * d for d in direction], length))
                 there.append(_loss(losses, batches))
-                weights.come_back()
+                weights.restore()
             rises.append((there[0] + there[1]) / 2 - at_w)
         return _estimate(rises)
 
@@ -320,9 +320,9 @@ def loss_slice(
         grid = torch.cartesian_prod(*[positions] * dimensions).view(-1, dimensions)
         found = []
         for place in grid.tolist():
-            weights.move([sum(a * d for a, d in zip(place, ds, strict=True)) for ds in zip(*directions, strict=True)])
+            weights.ascend([sum(a * d for a, d in zip(place, ds, strict=True)) for ds in zip(*directions, strict=True)])
             found.append(_loss(losses, batches))
-            weights.come_back()
+            weights.restore()
     return positions, torch.tensor(found, dtype=torch.float64).view([points] * dimensions)
 
 
@@ -394,17 +394,17 @@ class SharpnessMeasures:
 
 
 @contextmanager
-def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Perturbation]]:
+def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Ascent]]:
     """Evaluation mode, and everything put back afterwards; gives the trained parameters and the way to move them."""
     params = [p for p in module.parameters() if p.requires_grad]
     if not params:
         raise SettingError(f"module {type(module).__name__} has no parameter that is trained: nothing can be perturbed")
     modes = [(m, m.training) for m in module.modules()]
-    buffers, random_state = Buffers(module.modules()), RandomState({p.device for p in params})
-    weights = Perturbation(params)
+    buffers, random_state = Buffers(module), RandomState({p.device for p in params})
+    weights = Ascent(params)
 
     def put_back() -> None:
-        weights.come_back()
+        weights.restore()
         buffers.restore()
         random_state.restore()
         for m, training in modes:

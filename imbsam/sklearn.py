@@ -16,10 +16,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from imbsam.backward import SAM, ClassAwareSAM, ImbSAM
 from imbsam.class_groups import tail_mask
 from imbsam.errors import SettingError
 from imbsam.losses import CrossEntropy, LogitAdjusted
+from imbsam.sam import SAM, ClassAwareSAM, ImbSAM, Plain
 
 __all__ = ["ImbSAMClassifier", "ImbSAMOutlierDetector"]
 
@@ -249,9 +249,9 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         network, generator = self._build(table.shape[1], [*hidden, len(self.classes_)], bias=True)
         engine: ClassAwareSAM
         if self.method == "imbsam":
-            engine = ImbSAM(network, counts.tolist(), eta, rho=self.rho)
+            engine = ImbSAM(network, counts.tolist(), eta=eta, rho=self.rho)
         else:
-            engine = SAM(network, self.rho) if self.method == "sam" else ClassAwareSAM(network, 0.0, self.rho)
+            engine = SAM(network, rho=self.rho) if self.method == "sam" else Plain(network)
         inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(codes)
         classes, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
@@ -395,7 +395,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         self.scaler_ = StandardScaler().fit(table)
         network, generator = self._build(table.shape[1], hidden, bias=False)
         sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
-        engine = ClassAwareSAM(network, sharpness, self.rho)
+        engine = ClassAwareSAM(network, sharpness_weight=sharpness, rho=self.rho)
         inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(anomaly).long()
         labelled = targets.to(self.device) == 1

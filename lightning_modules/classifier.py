@@ -17,7 +17,7 @@ from imbsam.class_groups import tail_mask
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from imbsam.metrics import ClassGroupAccuracy
-from imbsam.rows import check_labels
+from imbsam.row_weights import check_labels
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights

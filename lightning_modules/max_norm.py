@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from imbsam.errors import SettingError
-from imbsam.perturbation import local_shards
+from imbsam.gradients import local_shards
 from lightning_modules.backbones.heads import CosineClassifier, classifier_of
 
 

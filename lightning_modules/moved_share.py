@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from imbsam.perturbation import local_shards
+from imbsam.gradients import local_shards
 
 
 class MovedShare:

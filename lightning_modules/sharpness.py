@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from imbsam import SettingError
-from imbsam.distributed import fully_sharded
+from imbsam.distributed import fsdp_modules
 from imbsam.sharpness import MEASURES, Estimate, SharpnessMeasures, loss_slice
 from imbsam.snapshot import RandomState
 
@@ -146,7 +146,7 @@ class SharpnessOfGroups(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse FSDP2, whose forward waits for all ranks, before there is something to lose."""
-        if fully_sharded(pl_module):
+        if fsdp_modules(list(pl_module.modules())):
             raise SettingError("SharpnessOfGroups cannot measure a model sharded by FSDP2: leave the callback out")
         if self.split == "test" and trainer.world_size > 1:  # each rank's loader has its share alone
             raise SettingError("split is test: with several processes only the training samples can be measured")

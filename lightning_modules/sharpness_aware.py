@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.class_groups import tail_mask
 from lightning_modules.moved_share import MovedShare
 
@@ -136,12 +136,19 @@ class SharpnessAwareModule(LightningModule):
             settings["class_weight"] = torch.where(tail_mask(class_counts, eta, tail_classes), tail_weight, 1.0)
         self._watch_precision(module)
         if self.method == "imbsam":
-            return ImbSAM(module, class_counts, eta, tail_classes, self.rho, **settings)
+            return ImbSAM(module, class_counts, eta=eta, tail_classes=tail_classes, rho=self.rho, **settings)
         if self.method == "focal_sam":
-            return FocalSAM(module, class_counts, self.rho, focal_lambda, focal_gamma, **settings)
+            return FocalSAM(
+                module,
+                class_counts,
+                rho=self.rho,
+                focal_lambda=focal_lambda,
+                focal_gamma=focal_gamma,
+                **settings,
+            )
         if self.method == "sam":
-            return SAM(module, self.rho, **settings)
-        return ClassAwareSAM(module, 0.0, 0.0, **settings)
+            return SAM(module, rho=self.rho, **settings)
+        return Plain(module, **settings)
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""

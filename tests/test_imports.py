@@ -92,7 +92,7 @@ import sys, imbsam
 assert "torch" not in sys.modules
 assert {"ImbSAM", "SAM", "FocalSAM", "ClassAwareSAM", "SettingError"} <= set(dir(imbsam))
 from imbsam import ImbSAM
-from imbsam.backward import ImbSAM as same
+from imbsam.sam import ImbSAM as same
 assert ImbSAM is same is imbsam.ImbSAM
 assert "torch" in sys.modules
 namespace = {}

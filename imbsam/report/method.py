@@ -34,7 +34,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     objects = "method" not in settings
     name = settings.get("sam" if objects else "method")
     rho, eta = (settings.get(f"sam.{key}" if objects else key) for key in ("rho", "eta"))
-    if name in (None, "sgd") or not rho:
+    if name in (None, "Plain", "sgd") or not rho:
         return Method(PLAIN)
     shown = NAMES.get(name, str(name))
     return Method(shown, rho, eta if shown not in ("SAM", "Focal-SAM") else None)

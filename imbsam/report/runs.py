@@ -257,7 +257,7 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if key == "class_path":
             flat[name] = str(value).rpartition(".")[2]
-        else:
+        elif key != "init_args" or value:  # a class without arguments stays its name
             flat.update(flatten(value, name if key == "init_args" else f"{name}.{key}".strip(".")))
     return flat
 

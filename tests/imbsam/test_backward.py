@@ -1,4 +1,4 @@
-"""The gradient: against one that `torch.autograd.grad` computes straight from the objective in the docstring."""
+"""The gradient, against that of `imbsam.reference`."""
 
 import copy
 import itertools
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError, reference
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -61,26 +61,13 @@ def cross_entropies(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor]
 
 
 def objective_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, c: Tensor, a: Tensor, rho: float, adaptive: bool, rows_see_batch: Tensor
+    model: nn.Module, x: Tensor, y: Tensor, c: Tensor, a: Tensor | float = 1.0, rho: float = 0.1, adaptive: bool = False
 ) -> list[Tensor]:
-    """d/dw of 1/B sum a [(1 - c) l(w) + c l(w + e)], e held fixed; `rows_see_batch` splits BatchNorm's batches."""
-
-    def losses(net: nn.Module) -> Tensor:
-        parts = [F.cross_entropy(net(x[part]), y[part], reduction="none") for part in rows_see_batch.split(x.shape[0])]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    at_w = copy.deepcopy(model)
-    params = list(at_w.parameters())
-    g_s = torch.autograd.grad((a * c * losses(at_w)).sum() / len(x), params)
-    direction = [p * g for p, g in zip(params, g_s, strict=True)] if adaptive else list(g_s)
-    norm = torch.sqrt(sum((d**2).sum() for d in direction))
-    at_w_plus_e = copy.deepcopy(model)
-    with torch.no_grad():
-        for p, w, d in zip(at_w_plus_e.parameters(), params, direction, strict=True):
-            p += rho * (w * d if adaptive else d) / norm
-    plain = torch.autograd.grad((a * (1 - c) * losses(at_w)).sum() / len(x), params)
-    sharp = torch.autograd.grad((a * c * losses(at_w_plus_e)).sum() / len(x), list(at_w_plus_e.parameters()))
-    return [p + s for p, s in zip(plain, sharp, strict=True)]
+    """The reference's gradient, on a copy of the model."""
+    net = copy.deepcopy(model)
+    params = list(net.parameters())
+    reference.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), params, c, a, rho=rho, adaptive=adaptive)
+    return [p.grad for p in params if p.grad is not None]
 
 
 def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
@@ -92,7 +79,7 @@ def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
 def per_class(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
     """c_i and a_i of labels or probabilities, written out."""
     p = F.one_hot(y, 4).double() if y.dim() == 1 else y
-    c = p @ sam.sharpness.expand(4)
+    c = p @ sam.sharpness_weight.expand(4)
     return c, p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
 
 
@@ -109,7 +96,7 @@ def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights
         y = 0.7 * F.one_hot(y, 4).double() + 0.3 * F.one_hot(y.roll(5), 4).double()
     sam = METHODS[method](model, rho=0.1, adaptive=adaptive, class_weight=weights, context_rows=context_rows)
     c, a = per_class(sam, y, weights)
-    expected = objective_gradient(model, x, y, c, a, 0.1, adaptive, torch.arange(BATCH))
+    expected = objective_gradient(model, x, y, c, a, adaptive=adaptive)
     plain = (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
     model.load_state_dict(copy.deepcopy(model.state_dict()))
 
@@ -127,7 +114,7 @@ def test_micro_batches_are_one_batch(net, context_rows, method):
     model, x, y = make(net)
     sam = METHODS[method](model, rho=0.1, class_weight=CLASS_WEIGHT, context_rows=context_rows)
     c, a = per_class(sam, y, CLASS_WEIGHT)
-    expected = objective_gradient(model, x, y, c, a, 0.1, False, torch.arange(BATCH))
+    expected = objective_gradient(model, x, y, c, a)
     # unequal ones, the first without a tail row
     parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]
     loss = sam.backward([(cross_entropies(model, x[part], y[part]), y[part]) for part in parts])
@@ -139,8 +126,8 @@ def test_rows_own_sharpness_in_place_of_the_classes():
     model, x, y = make("mlp")
     c = torch.zeros(BATCH, dtype=torch.float64)
     c[[3, 7, 20]] = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
-    expected = objective_gradient(model, x, y, c, torch.ones(BATCH), 0.1, False, torch.arange(BATCH))
-    ClassAwareSAM(model, 0.0, rho=0.1).backward(cross_entropies(model, x, y), sharpness=c)
+    expected = objective_gradient(model, x, y, c)
+    ClassAwareSAM(model, sharpness_weight=0.0, rho=0.1).backward(cross_entropies(model, x, y), sharpness_weight=c)
     assert_gradient(model, expected)
 
 
@@ -176,7 +163,7 @@ def test_row_passes_are_no_more_than_the_method_needs():
         sam.backward(losses, y, backward=backward)
         return rows_forward, len(backwards)
 
-    assert count(ClassAwareSAM(model, 0.0)) == ([BATCH], 1)
+    assert count(Plain(model)) == ([BATCH], 1)
     assert count(SAM(model)) == ([BATCH] * 2, 2)
     assert count(ImbSAM(model, COUNTS, context_rows="batch")) == ([BATCH] * 2, 3)
     assert count(ImbSAM(model, COUNTS, context_rows=0)) == ([BATCH, 8, 8], 3)
@@ -209,7 +196,7 @@ def test_context_that_reaches_the_whole_batch_is_batch(context_rows, own):
     for k in (context_rows, "batch"):
         model.zero_grad()
         losses = cross_entropies(model, x, y)
-        ImbSAM(model, COUNTS, rho=0.5, context_rows=k).backward(losses, y, sharpness=sharpness)
+        ImbSAM(model, COUNTS, rho=0.5, context_rows=k).backward(losses, y, sharpness_weight=sharpness)
         grads.append([p.grad for p in model.parameters()])
     for given, batch in zip(*grads, strict=True):
         torch.testing.assert_close(given, batch, rtol=0, atol=1e-14)
@@ -220,8 +207,8 @@ def test_sharp_rows_that_fill_all_but_one_row_of_the_batch():
     model, x, y = make("mlp")
     y[:] = 3
     y[-5] = 0
-    c, a = (y == 3).double(), torch.ones(BATCH, dtype=torch.float64)
-    expected = objective_gradient(model, x, y, c, a, 0.5, False, torch.arange(BATCH))
+    c = (y == 3).double()
+    expected = objective_gradient(model, x, y, c, rho=0.5)
     ImbSAM(model, COUNTS, rho=0.5, context_rows=0).backward(cross_entropies(model, x, y), y)
     for p, g in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=0, atol=1e-12)
@@ -269,11 +256,11 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f), "targets is None"),
         (lambda sam, f, y: sam.backward([(f, y)], y), "micro-batches"),
         (lambda sam, f, y: sam.backward([]), "losses is an empty list"),
-        (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a tensor: give a function"),
-        (lambda sam, f, y: sam.backward(f, y, sharpness=torch.ones(3)), r"sharpness= has shape \(3,\)"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.nan)), "negative or non-finite"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), torch.inf)), "negative or non-finite"),
-        (lambda sam, f, y: sam.backward(f, sharpness=torch.full((24,), -1.0)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f(torch.arange(24)).mean(), y), "losses is a Tensor: give a function"),
+        (lambda sam, f, y: sam.backward(f, y, sharpness_weight=torch.ones(3)), r"sharpness_weight= has shape \(3,\)"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), torch.nan)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), torch.inf)), "negative or non-finite"),
+        (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), -1.0)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
         (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
@@ -317,7 +304,7 @@ def test_eta_that_makes_it_plain_training_or_sam_warns():
 def test_tail_weight_multiplies_the_class_weight_of_the_tail():
     assert ImbSAM(mlp(), COUNTS, tail_weight=2).class_weight.tolist() == [1, 1, 2, 2]
     assert ImbSAM(mlp(), COUNTS, tail_weight=2, class_weight=CLASS_WEIGHT).class_weight.tolist() == [0.5, 1, 4, 6]
-    assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness.tolist() == [1, 0, 0, 0]
+    assert ImbSAM(mlp(), COUNTS, tail_classes=[0]).sharpness_weight.tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -328,7 +315,7 @@ def test_class_weight_may_be_scheduled(method):
     for weights in (None, CLASS_WEIGHT, None):
         sam.class_weight = weights
         c, a = per_class(sam, y, weights)
-        expected = objective_gradient(model, x, y, c, a, 0.1, False, torch.arange(BATCH))
+        expected = objective_gradient(model, x, y, c, a)
         model.zero_grad()
         sam.backward(cross_entropies(model, x, y), y)
         assert_gradient(model, expected)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, SettingError
+from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [100, 10]
 STEPS = 30
@@ -58,22 +58,27 @@ def model(norm: Callable[[int], nn.Module] = nn.LayerNorm) -> nn.Module:
 
 
 ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
-    "sam": lambda m, **kw: SAM(m, 0.3, **kw),
+    "sam": lambda m, **kw: SAM(m, rho=0.3, **kw),
     "imbsam": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, **kw),
     "imbsam batch": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, context_rows="batch", **kw),
     "imbsam adaptive": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, adaptive=True, **kw),
-    "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, 0.3, **kw),
-    "sgd": lambda m, **kw: ClassAwareSAM(m, 0.0, 0.3, **kw),
+    "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, rho=0.3, **kw),
+    "sgd": lambda m, **kw: Plain(m, **kw),
 }
 REDUCTIONS = {"sgd": 1}  # the others: 2
 SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam"]
 SYNCHRONISED = ["sam", "imbsam batch", "focal_sam"]
 
 
-def train(net: nn.Module, sam: ClassAwareSAM, ranks: int, rows: slice, steps: int = STEPS) -> None:
+def train(
+    net: nn.Module, sam: ClassAwareSAM, ranks: int, rows: slice, steps: int = STEPS, validate: bool = False
+) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     for joint_x, joint_y in joint_batches(ranks)[:steps]:
         x, y = joint_x[rows], joint_y[rows]
+        if validate:
+            with torch.no_grad():
+                net(x)
         sam.backward(lambda r, x=x, y=y: F.cross_entropy(net(x[r]), y[r], reduction="none"), y)
         optimizer.step()
         optimizer.zero_grad()
@@ -127,6 +132,18 @@ def worker(rank: int, ranks: int, folder: str) -> None:
             fully_shard(net, mesh=mesh)
             train(net, ENGINES[name](net), ranks, rows, SHARDED_STEPS)
             found[f"fsdp {name}"] = state(net)
+        for name in (
+            "sam",
+            "imbsam",
+            "imbsam batch",
+        ):  # FSDP2 keeps gathered weights after a forward without a backward
+            net = fully_shard(model(), mesh=mesh)
+            train(net, ENGINES[name](net), ranks, rows, SHARDED_STEPS, validate=True)
+            found[f"fsdp validated {name}"] = state(net)
+            net = fully_shard(model(), mesh=mesh)
+            net.set_reshard_after_backward(False)
+            train(net, ENGINES[name](net), ranks, rows, SHARDED_STEPS)
+            found[f"fsdp not resharded {name}"] = state(net)
         for name in SYNCHRONISED:
             net = model(GlooSyncBatchNorm)  # bare, since DistributedDataParallel refuses it on the CPU
             train(net, ENGINES[name](net, process_group=dist.group.WORLD), ranks, rows)
@@ -161,10 +178,10 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
     sam.broadcast_buffers()
     found["buffers"] = (before, norm.running_mean.clone())
 
-    def refused(module: nn.Module, **settings: Any) -> str:
+    def refused(module: nn.Module, called: nn.Module | None = None, **settings: Any) -> str:
         sam = ENGINES["imbsam"](module, **settings)
         with pytest.raises(SettingError) as error:
-            sam.backward(lambda rows: F.cross_entropy(module(x[rows]), y[rows], reduction="none"), y)
+            sam.backward(lambda rows: F.cross_entropy((called or module)(x[rows]), y[rows], reduction="none"), y)
         return str(error.value)
 
     hooked = nn.parallel.DistributedDataParallel(model())
@@ -175,6 +192,29 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
     found["hook"] = refused(stepping)
     sharded = fully_shard(model(), mesh=mesh)
     found["per_rank under fsdp"] = refused(sharded, perturbation="per_rank")
+    sharded.set_requires_gradient_sync(False)
+    found["no gradient sync"] = refused(sharded)
+    found["static graph"] = refused(nn.parallel.DistributedDataParallel(model(), static_graph=True))
+    joined = nn.parallel.DistributedDataParallel(model())
+    with joined.join():
+        found["join"] = refused(joined)
+        joined(x[:0])  # join() counts forwards
+    inner = model()
+    found["built before DDP"] = refused(inner, called=nn.parallel.DistributedDataParallel(inner))
+
+    partly = model()
+    ignored = {partly[0].weight}
+    fully_shard(partly, mesh=mesh, ignored_params=ignored)  # DTensors beside a plain parameter
+    ENGINES["imbsam"](partly).backward(lambda rows: F.cross_entropy(partly(x[rows]), y[rows], reduction="none"), y)
+    found["plain beside sharded"] = {n: p.grad is not None for n, p in partly.named_parameters()}
+    found["ignored weight"] = state(partly)
+
+    net = nn.parallel.DistributedDataParallel(model())
+    rows = slice(0, 4 if rank == 0 else 0)
+    loss = ENGINES["imbsam"](net).backward(
+        lambda r: F.cross_entropy(net(x[rows][r]), y[rows][r], reduction="none"), y[rows]
+    )
+    found["empty batch"] = loss, [p.grad for p in net.parameters()], x
     return found
 
 
@@ -216,6 +256,33 @@ def test_fsdp2_is_one_process_with_the_joint_batch(two, name):
     train(net, ENGINES[name](net), 2, slice(None), SHARDED_STEPS)
     for result in two:
         assert_same(result[f"fsdp {name}"], state(net))
+
+
+@pytest.mark.parametrize("name", ["sam", "imbsam", "imbsam batch"])
+@pytest.mark.parametrize("case", ["validated", "not resharded"])
+def test_fsdp2_whose_weights_are_gathered_between_the_steps(two, name, case):
+    net = model()
+    train(net, ENGINES[name](net), 2, slice(None), SHARDED_STEPS)
+    for result in two:
+        assert_same(result[f"fsdp {case} {name}"], state(net))
+
+
+def test_plain_parameter_beside_sharded_ones(two):
+    for result in two:
+        assert all(result["plain beside sharded"].values())
+        assert_same(result["ignored weight"], state(model()), atol=0)
+
+
+def test_rank_with_an_empty_batch_brings_nothing(two):
+    """The others need not wait for it; the mean over the ranks counts it as 0."""
+    net, y = model(), torch.tensor([0, 0, 1, 1])
+    x = two[0]["empty batch"][2]
+    loss = ENGINES["imbsam"](net).backward(lambda r: F.cross_entropy(net(x[r]), y[r], reduction="none"), y)
+    assert two[0]["empty batch"][0] == loss
+    assert two[1]["empty batch"][0] == 0
+    for result in two:
+        for found, p in zip(result["empty batch"][1], net.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad / 2)
 
 
 @pytest.mark.parametrize("name", SYNCHRONISED)
@@ -267,6 +334,10 @@ def test_broadcast_buffers_copies_rank_0(two):
         ("comm hook", "module has a DDP communication hook"),
         ("hook", "0.weight has a hook on its accumulated gradient"),
         ("per_rank under fsdp", 'perturbation is "per_rank" and module is sharded by FSDP2'),
+        ("no gradient sync", "module has set_requires_gradient_sync(False)"),
+        ("static graph", "static_graph=True"),
+        ("join", "module is under DistributedDataParallel.join()"),
+        ("built before DDP", "process_group is None on several processes"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(two, case, message):

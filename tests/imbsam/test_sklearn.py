@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from imbsam import SettingError
-from imbsam.backward import ClassAwareSAM
+from imbsam import ClassAwareSAM, SettingError
+from imbsam.batch import Plan
 from imbsam.sklearn import ImbSAMClassifier, ImbSAMOutlierDetector
 
 QUICK = ImbSAMClassifier(max_epochs=20, random_state=0)
@@ -74,14 +74,18 @@ def test_eta_none_takes_the_classes_below_the_mean_size():
 def engines(monkeypatch):
     """Every engine made, with the targets and the sharp rows of its steps."""
     made = []
-    batch = ClassAwareSAM._batch
+    backward, batches = ClassAwareSAM.backward, Plan.batches
 
-    def spy(self, *arguments):
-        result = batch(self, *arguments)
-        made.append((self, arguments[1], result.sharpness.nonzero().flatten().tolist()))
-        return result
+    def spy(self, losses, targets, **options):
+        def planned(plan, *arguments):
+            (batch,) = batches(plan, *arguments)
+            made.append((self, targets, batch.c.nonzero().flatten().tolist()))
+            return [batch]
 
-    monkeypatch.setattr(ClassAwareSAM, "_batch", spy)
+        monkeypatch.setattr(Plan, "batches", planned)
+        return backward(self, losses, targets, **options)
+
+    monkeypatch.setattr(ClassAwareSAM, "backward", spy)
     return made
 
 

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_modules.cli as cli
-from imbsam.perturbation import Perturbation
+from imbsam.perturbation import Ascent
 from lightning_modules.classifier import LongTailedClassifier
 
 
@@ -62,7 +62,7 @@ def arm(kind: str, number: float) -> None:
         return original(*args, **kwargs)
 
     if kind == "at w + e":
-        after_calls(Perturbation, "climb", int(number), after)
+        after_calls(Ascent, "ascend", int(number), after)
     elif kind == "amid the file":
         after_calls(torch, "save", int(number), amid_the_file)
     elif kind == "between the renames":  # two a checkpoint, but one for the first

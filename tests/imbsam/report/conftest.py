@@ -18,14 +18,15 @@ COUNTS = [120, 60, 20, 12, 6, 3]
 NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}", "eel | ray"]
 
 
-METHODS = {"sam": "imbsam.SAM", "imbsam": "imbsam.ImbSAM", "focal_sam": "imbsam.FocalSAM"}
+CLASSES = {"sgd": "Plain", "sam": "SAM", "imbsam": "ImbSAM", "focal_sam": "FocalSAM"}
+SETTINGS = {"sgd": (), "sam": ("rho",), "imbsam": ("rho", "eta"), "focal_sam": ("rho",)}
 
 
-def sam(method: str | None, rho: float, eta: float) -> dict[str, object] | None:
-    """The object of a method as LightningCLI writes it into config.yaml; None for plain training."""
-    if method not in METHODS:
-        return None
-    return {"class_path": METHODS[method], "init_args": {"rho": rho, **({"eta": eta} if method == "imbsam" else {})}}
+def sam(method: str, rho: float, eta: float) -> dict[str, object]:
+    """The object of a method as LightningCLI writes it into config.yaml."""
+    given = {"rho": rho, "eta": eta}
+    init_args = {name: given[name] for name in SETTINGS[method]}
+    return {"class_path": f"imbsam.sam.{CLASSES[method]}", "init_args": init_args}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def write_run() -> Callable[..., Path]:
         counts: list[int] = COUNTS,
         names: list[str] = NAMES,
         files: bool = True,
-        method: str | None = None,
+        method: str = "sgd",
         rho: float = 0.05,
         eta: float = 20,
         data: dict[str, object] | None = None,

@@ -79,9 +79,9 @@ def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
 
 def test_the_baseline_is_plain_training_and_not_the_first_of_the_alphabet(tmp_path, write_run):
     for name, method, settings in (
-        ("a_doubled", None, {"tail_weight": 2.0}),
+        ("a_doubled", "sgd", {"tail_weight": 2.0}),
         ("b_imbsam", "imbsam", {}),
-        ("c_plain", None, {"tail_weight": 1.0}),
+        ("c_plain", "sgd", {"tail_weight": 1.0}),
     ):
         write_run(tmp_path, f"d/{name}", method=method, **settings)
     groups = group_runs(read_runs([tmp_path])[0])

@@ -293,7 +293,7 @@ def visible(html):
 
 
 def test_it_says_what_was_compared_on_which_data(tmp_path, write_run):
-    for name, method in (("imbsam", "imbsam"), ("sgd", None)):
+    for name, method in (("imbsam", "imbsam"), ("sgd", "sgd")):
         for seed in (0, 1):
             write_run(tmp_path, f"digits/{name}", seed, method=method, rho=0.07, eta=30)
     html = page(baseline_first(group_runs(read_runs([tmp_path])[0])), {})

@@ -1,0 +1,213 @@
+"""A batch and what is decided for it on the host, before its first pass: weights, rows, and where g_s(w) comes from."""
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imbsam.errors import SettingError
+from imbsam.row_weights import on_host, per_row
+from imbsam.snapshot import Buffers, RandomState
+
+Losses = Callable[[Tensor], Tensor]
+"""Per-sample losses of the rows asked for: an int64 index (R,) in, losses (R,) out."""
+
+
+class SharpGradient(enum.Enum):
+    """Where g_s(w) comes from."""
+
+    NONE = "no row is sharp: g_s is 0"
+    EVERY_ROW = "every row has c = 1: g_s is the whole gradient and g_rest is 0"
+    SAME_GRAPH = "the extra passes see the whole batch: the graph of the first forward gives g_s too"
+    OWN_FORWARD = "from a forward of its own, on the sharp rows and their context; g_rest is then g_all - g_s"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided for all batches, from the settings alone, and so alike on all ranks."""
+
+    sharpness_weight: Tensor
+    """c for every class, float64 (C,), or () for all of them."""
+    class_weight: Tensor | None
+    """a for every class, float64 (C,); None where all are 1."""
+    context_rows: int | None
+    """Rows to add to the sharp ones; None for the whole batch."""
+    perturbs: bool
+    """Whether some row may be sharp."""
+    in_step: bool
+    """Whether every rank runs the extra passes, with or without sharp rows, because a pass waits for the others."""
+    may_be_empty: bool
+    """Whether a batch may have no rows: other ranks have some, and average with this one."""
+
+    def batches(self, losses: Any, targets: Any, sharpness_weight: Any) -> "list[Batch]":
+        """Decide for the one batch, or for each of a list of micro-batches ``(losses, targets)``."""
+        if callable(losses):
+            return [self._batch(losses, targets, sharpness_weight)]
+        if not isinstance(losses, list):
+            raise SettingError(
+                f"losses is a {type(losses).__name__}: give a function from row indices to the losses of those rows, "
+                "or a list of (losses, targets)"
+            )
+        if targets is not None or sharpness_weight is not None:
+            raise SettingError(
+                "targets and sharpness_weight go with one batch: a list of micro-batches brings its own targets"
+            )
+        if not losses:
+            raise SettingError("losses is an empty list: give at least one micro-batch")
+        return [self._batch(*micro_batch) for micro_batch in losses]
+
+    def _batch(self, losses: Losses, targets: Any, sharpness_weight: Any = None) -> "Batch":
+        """Decide for one batch; `sharpness_weight` (B,) are the rows' own c_i, in place of their classes'."""
+        if targets is None and (sharpness_weight is None or self.class_weight is not None):
+            raise SettingError(
+                "targets is None: give the labels, or the rows' own sharpness_weight= where no class_weight is set"
+            )
+        a = None
+        if targets is not None:
+            targets = on_host("targets", targets)
+            if self.class_weight is not None:
+                a = per_row("class_weight", self.class_weight, targets)
+        if sharpness_weight is None:
+            c = per_row("sharpness_weight", self.sharpness_weight, targets)
+        else:
+            c = on_host("sharpness_weight=", sharpness_weight).double()
+            if c.dim() != 1 or (targets is not None and len(c) != len(targets)):
+                raise SettingError(f"sharpness_weight= has shape {tuple(c.shape)}: give one number for each row")
+            if not ((c.numpy() >= 0) & (c.numpy() < math.inf)).all():
+                raise SettingError(
+                    "sharpness_weight= holds a negative or non-finite number: every row needs one from 0"
+                )
+        if len(c) == 0 and not self.may_be_empty:
+            raise SettingError("the batch has no rows: leave it out")
+        rows = self._extra_pass_rows(c)
+        return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
+
+    def _extra_pass_rows(self, c: Tensor) -> Tensor:
+        size = len(c)
+        sharp = np.flatnonzero(c.numpy()).tolist() if self.perturbs else []
+        rows: list[int] = []
+        if sharp or (self.in_step and size):
+            context = size if self.context_rows is None else self.context_rows
+            rows = extra_pass_rows(sharp, size, max(context, not sharp))
+        if len(rows) == size:
+            rows.sort()  # the batch in its own order, so that the first forward may serve g_s(w) too
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def _source(self, c: Tensor, rows: int, own: bool) -> SharpGradient:
+        if rows == 0:
+            return SharpGradient.NONE
+        every_row, whole = bool((c.numpy() == 1).all()), rows == len(c)
+        if self.in_step:  # the rows differ from rank to rank, the passes must not
+            every_row, whole = not own and bool((self.sharpness_weight.numpy() == 1).all()), self.context_rows is None
+        if every_row:
+            return SharpGradient.EVERY_ROW
+        return SharpGradient.SAME_GRAPH if whole else SharpGradient.OWN_FORWARD
+
+
+@dataclass
+class Batch:
+    """A batch, or one micro-batch of several."""
+
+    losses: Losses
+    a: Tensor | None
+    """Loss weight of each row, float64 (B,) on the CPU; None where all are 1."""
+    c: Tensor
+    """Sharpness weight of each row, float64 (B,) on the CPU."""
+    rows: Tensor
+    """Rows of the extra passes, int64: the whole batch in order, or the sharp rows and then their context; or none."""
+    source: SharpGradient
+    buffers: Buffers | None = None
+    """The buffers that its passes at w and at w + e start from."""
+    generators: RandomState | None = None
+    """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
+    _sharp: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.c.shape[0]
+
+    @property
+    def takes_extra_passes(self) -> bool:
+        """Whether it runs at w + e."""
+        return self.source is not SharpGradient.NONE
+
+    def all(self, losses: Tensor) -> Tensor:
+        """Sum of a_i l_i."""
+        return losses.sum() if self.a is None else _weighted_sum(losses, self.a)
+
+    def rest(self, losses: Tensor) -> Tensor:
+        """Sum of a_i (1 - c_i) l_i."""
+        counted, weights = self._counted(1 - self.c)
+        return _weighted_sum(self._taken(losses, counted), weights)
+
+    def sharp(self, losses: Tensor) -> Tensor:
+        """Sum of a_i c_i l_i; `losses` may be those of `rows` only."""
+        if self._sharp is None:
+            self._sharp = self._counted(self.c)
+        counted, weights = self._sharp
+        if len(losses) < self.size:
+            return _weighted_sum(losses[: len(counted)], weights)  # the sharp rows come first
+        return _weighted_sum(self._taken(losses, counted), weights)
+
+    def _counted(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows whose factor is not 0, and their weights a_i times factor."""
+        counted = torch.from_numpy(np.flatnonzero(factor.numpy()))
+        return counted, (factor if self.a is None else self.a * factor)[counted]
+
+    def _taken(self, losses: Tensor, counted: Tensor) -> Tensor:
+        """The other rows' losses may be infinite, and 0 * inf is nan: they are taken out, not multiplied by 0."""
+        return losses if len(counted) == self.size else losses[to_device(counted, losses.device)]
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
+
+
+def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:
+    """The sharp rows, then at least `context_rows` other rows, evenly spaced over the rest of the batch.
+
+    No random draw: the same batch gives the same rows. The number of rows is rounded up by `pass_size` and cut at
+    the batch; the filling comes from the same evenly spaced rows.
+
+    Args:
+        sharp: indices of the rows with c_i > 0, ascending.
+        batch_size: number of rows of the batch.
+        context_rows: how many non-sharp rows to add at least.
+
+    Returns:
+        Distinct row indices, the sharp ones first; their losses are the only ones that count.
+
+    >>> extra_pass_rows([2, 5], batch_size=8, context_rows=3)
+    [2, 5, 0, 1, 4, 6]
+    """
+    fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
+    if fill == 0:
+        return list(sharp)
+    others = sorted(set(range(batch_size)).difference(sharp))
+    return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
+
+
+def pass_size(rows: int) -> int:
+    """Round a number of rows up to one of few sizes: 2, 4, 6, ..., 32, 36, 40, ..., 64, 72, ...
+
+    Even up to 32, then eight sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a ninth
+    of a larger pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
+
+    >>> [pass_size(n) for n in (1, 3, 9, 17, 33, 100)]
+    [2, 4, 10, 18, 36, 104]
+    """
+    step = max(2, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU without waiting for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

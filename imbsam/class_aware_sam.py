@@ -1,0 +1,279 @@
+"""Sharpness-aware minimization by class as a backward pass: call it instead of `loss.backward()`."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from imbsam.batch import Losses, Plan
+from imbsam.class_groups import class_counts_tensor, tail_mask
+from imbsam.distributed import broadcast_buffers, check_modules, forward_communicates, fsdp_modules, reduction_over
+from imbsam.errors import SettingError
+from imbsam.row_weights import class_vector
+from imbsam.step import Step
+
+ContextRows = int | Literal["auto", "batch"]
+
+AUTO_CONTEXT_ROWS = 32
+"""Context rows of `"auto"` for a module with BatchNorm in training mode; docs/cost.md has the measurements."""
+
+
+class ClassAwareSAM:
+    r"""Sharpness-aware minimization with a sharpness weight for every class, as a backward pass.
+
+    With per-sample losses :math:`l_i(w)`, sharpness weights :math:`c_i \ge 0` and loss weights :math:`a_i \ge 0` that
+    the rows take from their classes, :meth:`backward` leaves in ``.grad`` the gradient of
+
+    .. math::
+        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right], \qquad
+        e = \rho \frac{g_s(w)}{\|g_s(w)\|}, \qquad
+        g_s(w) = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
+
+    with e held fixed, which is
+
+    .. math::
+        \nabla L(w) = g_\text{rest}(w) + g_s(w + e), \qquad
+        g_\text{rest}(w) = \nabla_w \frac1B \sum_i a_i (1 - c_i)\, l_i(w)
+
+    :math:`g_s` needs only the *sharp rows*, those with :math:`c_i > 0`, so the extra passes run on them alone.
+    :func:`imbsam.reference.backward` is the same method in thirty plain lines.
+
+    It is no optimizer and keeps nothing between calls, so any optimizer, scheduler, ``GradScaler``, clipping and
+    checkpointing work as they do after ``loss.backward()``. :class:`SAM`, :class:`ImbSAM`, :class:`FocalSAM` and
+    :class:`Plain` choose the sharpness weights; this class takes them from you.
+
+    After a call (and after an exception or Ctrl-C inside it, then with ``.grad`` too) parameters are bit-identical to
+    before it, buffers are as the one ordinary pass left them, and the random generators of torch, NumPy and Python
+    stand where ``loss.backward()`` would have left them.
+
+    Args:
+        module: the model whose parameters are perturbed, wrapped or not. Frozen parameters are left out. Every
+            trained parameter must be in it: one outside would gather the gradients of all three passes.
+        class_counts: training samples per class, shape (C,). Needed where ``tail_weight`` is not 1.
+        sharpness_weight: c for every class, shape (C,), or one number for all classes.
+        rho: length of the perturbation e. May be changed between calls; 0 trains plainly.
+        eta: classes with fewer than eta training samples are tail classes.
+        tail_classes: the tail classes, by index or as a mask of shape (C,), in place of eta.
+        tail_weight: multiplies the loss weight of the tail classes. The published code uses 2 for ImbSAM alone; a fair
+            comparison has it for every method. It is in the attribute ``class_weight`` from then on: what is set there
+            later replaces it.
+        class_weight: loss weight a for every class, shape (C,). Default: 1. It weighs g_s too, and so the direction of
+            the perturbation. May be changed between calls (deferred re-weighting).
+        adaptive: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., ICML 2021) in place of rho * g / ||g||.
+        context_rows: the extra passes run on the sharp rows and this many other rows of the batch, whose losses do not
+            count; they are there so that BatchNorm sees a batch. ``0`` is exact where rows do not see each other;
+            ``"batch"`` is the published gradient, with the whole batch in every pass, and what a loss that couples
+            rows needs; ``"auto"`` is 32 where the module has BatchNorm in training mode, else 0.
+        perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
+            process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
+            all-reduces a step.
+        no_sync: context manager under which backward passes do not communicate. Default: the module's own where it is
+            or wraps ``DistributedDataParallel``.
+        process_group: average gradients over this group. Default: the module's own where it is or wraps
+            ``DistributedDataParallel``, else none. A module under FSDP2 (``fully_shard``) needs neither.
+
+    Raises:
+        SettingError: where a setting cannot work.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> model = nn.Linear(4, 3)
+        >>> x, y = torch.randn(8, 4), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
+        >>> sam = ClassAwareSAM(model, sharpness_weight=[0.0, 0.5, 1.0], rho=0.05)
+        >>> loss = sam.backward(lambda rows: F.cross_entropy(model(x[rows]), y[rows], reduction="none"), y)
+        >>> loss.shape, model.weight.grad.shape
+        (torch.Size([]), torch.Size([3, 4]))
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        class_counts: Tensor | Sequence[int] | None = None,
+        *,
+        sharpness_weight: Tensor | Sequence[float] | float,
+        rho: float = 0.05,
+        eta: float = 20,
+        tail_classes: Tensor | Sequence[int] | None = None,
+        tail_weight: float = 1.0,
+        class_weight: Tensor | Sequence[float] | None = None,
+        adaptive: bool = False,
+        context_rows: ContextRows = "auto",
+        perturbation: Literal["global", "per_rank"] = "global",
+        no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        process_group: Any = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise SettingError(f"module is a {type(module).__name__}: give the model itself, not its parameters")
+        self.module = module
+        self.rho = rho
+        self.sharpness_weight = class_vector("sharpness_weight", sharpness_weight)
+        self.class_weight = class_weight
+        counts = None if class_counts is None else class_counts_tensor(class_counts)
+        if tail_weight != 1:
+            self.class_weight = _with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
+        self.adaptive = adaptive
+        a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
+        if context_rows not in ("auto", "batch") and not a_number:
+            raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
+        self.context_rows = context_rows
+        if perturbation not in ("global", "per_rank"):
+            raise SettingError(f'perturbation is {perturbation!r}: give "global" or "per_rank"')
+        self.perturbation = perturbation
+        # wrapped by Fabric or torch.compile, it may lie deeper
+        ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+        if ddp is not None:
+            no_sync = ddp.no_sync if no_sync is contextlib.nullcontext else no_sync
+            process_group = ddp.process_group if process_group is None else process_group
+        self.no_sync = no_sync
+        self.process_group = process_group
+
+    @property
+    def rho(self) -> float:
+        """Length of the perturbation e."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho: float) -> None:
+        if isinstance(rho, str) or not 0 <= rho < math.inf:
+            raise SettingError(f"rho is {rho!r}: give a finite number from 0 (0.05 is the literature's)")
+        self._rho = float(rho)
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """Loss weight a for every class, float64 (C,) on the CPU; None where all are 1."""
+        return self._class_weight
+
+    @class_weight.setter
+    def class_weight(self, class_weight: Tensor | Sequence[float] | None) -> None:
+        weight = None if class_weight is None else class_vector("class_weight", class_weight)
+        if (
+            weight is not None
+            and weight.dim() == self.sharpness_weight.dim() == 1
+            and len(weight) != len(self.sharpness_weight)
+        ):
+            raise SettingError(
+                f"class_weight has {len(weight)} entries for {len(self.sharpness_weight)} classes: "
+                "give one weight for each class"
+            )
+        self._class_weight = weight
+
+    def backward(
+        self,
+        losses: Losses | Sequence[tuple[Losses, Any]],
+        targets: Any = None,
+        *,
+        sharpness_weight: Any = None,
+        backward: Callable[..., Any] = Tensor.backward,
+    ) -> Tensor:
+        """Add the gradient of the objective to ``.grad``, in place of ``loss.backward()``.
+
+        Args:
+            losses: a function from row indices (int64, shape (R,), on the parameters' device) to the losses of those
+                rows, shape (R,). Its first call is for all rows in order, at w: keep predictions for metrics there.
+                Or a list of ``(losses, targets)``: micro-batches that count as one batch.
+            targets: class indices (B,), or probabilities (B, C) (c_i and a_i are then the expected ones). Best on the
+                CPU: which rows are sharp is decided on the host, and a GPU tensor has to be waited for.
+            sharpness_weight: c_i for every row, shape (B,), instead of the one from ``targets`` (``targets`` is then
+                needed only for ``class_weight``).
+            backward: what runs a backward pass; ``lambda loss, **kw: scaler.scale(loss).backward(**kw)`` for a
+                ``GradScaler``. Where the extra passes see the whole batch it is called with ``retain_graph=True``.
+
+        Returns:
+            1/B * sum_i a_i l_i(w), detached.
+
+        Raises:
+            SettingError: for a label outside the classes, or losses that are not one for each row.
+        """
+        modules = list(self.module.modules())  # walking them costs as much as a layer of a small net
+        sharded = fsdp_modules(modules)
+
+        def reshard() -> None:
+            for m in sharded:
+                m.reshard()
+
+        reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
+        params = trained_parameters(modules)
+        if not params:
+            raise SettingError("module has no parameter that requires a gradient: unfreeze one")
+        group = None if sharded else self.process_group
+        check_modules(modules, self.perturbation, group)
+        plan = self._plan(modules, own=sharpness_weight is not None, group=group)
+        step = Step(
+            modules,
+            params,
+            plan.batches(losses, targets, sharpness_weight),
+            rho=self.rho,
+            adaptive=self.adaptive,
+            reduction=reduction_over(group, params, self.perturbation, plan.perturbs),
+            run_backward=backward,
+            after_write=reshard,
+        )
+        try:
+            with self.no_sync():
+                return step.run()
+        except BaseException:
+            try:
+                step.undo()
+            except BaseException:  # a second Ctrl-C
+                step.undo()
+                raise
+            raise
+
+    def broadcast_buffers(self) -> None:
+        """Copy rank 0's buffers (BatchNorm's running statistics) to all ranks, before evaluating or saving.
+
+        The passes run without communication, and that ends DistributedDataParallel's own broadcast too.
+        """
+        if self.process_group is not None or fsdp_modules(list(self.module.modules())):
+            broadcast_buffers(self.module, self.process_group)
+
+    def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
+        perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
+        context_rows = self.context_rows
+        if context_rows == "auto":
+            context_rows = AUTO_CONTEXT_ROWS if perturbs and any(map(_normalises_over_rows, modules)) else 0
+        waits = forward_communicates(modules)
+        return Plan(
+            sharpness_weight=self.sharpness_weight,
+            class_weight=self.class_weight,
+            context_rows=None if context_rows == "batch" else context_rows,
+            perturbs=perturbs,
+            in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
+            may_be_empty=group is not None and not waits and context_rows != "batch",
+        )
+
+
+def trained_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """As ``module.parameters()`` orders them, tied ones once, without another walk of the modules."""
+    found = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+    return list(found.values())
+
+
+def _with_tail_weight(
+    class_weight: Tensor | None,
+    tail_weight: float,
+    class_counts: Tensor | None,
+    eta: float,
+    tail_classes: Tensor | Sequence[int] | None,
+) -> Tensor:
+    if not 0 <= tail_weight < math.inf:
+        raise SettingError(f"tail_weight is {tail_weight}: give a finite number from 0 (1 leaves the loss as it is)")
+    if class_counts is None:
+        raise SettingError(f"tail_weight is {tail_weight} and class_counts None: give the training samples per class")
+    tail = tail_mask(class_counts, eta, tail_classes)
+    weight = torch.ones(len(tail), dtype=torch.float64, device="cpu") if class_weight is None else class_weight
+    return torch.where(tail, tail_weight * weight, weight)
+
+
+def _normalises_over_rows(module: nn.Module) -> bool:
+    """Whether it is BatchNorm in training mode, also a hand-written, scripted or exported one, by its statistics."""
+    name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
+    if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
+        return False
+    statistics = (buffer.startswith(("running_", "moving_")) for buffer in module._buffers.keys())  # noqa: SIM118
+    return isinstance(module, _BatchNorm) or "BatchNorm" in name or any(statistics)

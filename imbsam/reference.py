@@ -1,0 +1,57 @@
+"""The method in thirty plain lines, beside the paper: whole batch, three gradients, no shortcuts.
+
+The engine (:mod:`imbsam.step`) gives the same gradient at a lower price. This is what its tests and benchmarks compare
+it with, and the place to read first.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def backward(
+    losses: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    c: Tensor,
+    a: Tensor | float = 1.0,
+    *,
+    rho: float = 0.05,
+    adaptive: bool = False,
+) -> Tensor:
+    r"""Leave the gradient of L, with e held fixed, in ``.grad``.
+
+    .. math::
+        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right], \qquad
+        e = \rho \frac{g_s}{\|g_s\|}, \qquad g_s = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
+
+    Args:
+        losses: the per-sample losses of the whole batch, shape (B,), at the weights as they are.
+        params: the weights w, each of which the losses depend on.
+        c: sharpness weight of each sample, shape (B,): 1 where its class is tail and 0 elsewhere for ImbSAM.
+        a: loss weight of each sample, shape (B,); 2 for the tail in the published code.
+        rho: length of e.
+        adaptive: e = rho w^2 g_s / ||w g_s|| (ASAM).
+
+    Returns:
+        1/B sum_i a_i l_i(w), detached.
+
+    Source:
+        Zhou et al., *ImbSAM*, ICCV 2023, arXiv 2308.07815; e: Foret et al., *Sharpness-Aware Minimization*, ICLR 2021,
+        equation 2, and Kwon et al., *ASAM*, ICML 2021.
+    """
+    loss = losses()
+    g_s = torch.autograd.grad((a * c * loss).mean(), params, retain_graph=True)
+    g_rest = torch.autograd.grad((a * (1 - c) * loss).mean(), params)
+    with torch.no_grad():
+        before = [w.clone() for w in params]
+        direction = [w * g for w, g in zip(params, g_s, strict=True)] if adaptive else list(g_s)
+        norm = torch.sqrt(sum(((d**2).sum() for d in direction), torch.zeros(())))
+        for w, d in zip(params, direction, strict=True):
+            w += rho * (w * d if adaptive else d) / norm if norm > 0 else 0
+    g_s = torch.autograd.grad((a * c * losses()).mean(), params)
+    with torch.no_grad():
+        for w, w_before, rest, sharp in zip(params, before, g_rest, g_s, strict=True):
+            w.copy_(w_before)
+            w.grad = rest + sharp
+    return (a * loss).mean().detach()

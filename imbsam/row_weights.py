@@ -1,0 +1,73 @@
+"""What a row takes from its class: values for every class, and from them and the targets one for every row."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbsam.errors import SettingError
+
+
+def class_vector(name: str, values: Tensor | Sequence[float] | float) -> Tensor:
+    """A setting for every class, float64 (C,) or () on the CPU; refuses what is negative or not finite."""
+    try:
+        vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"{name} is {values!r}: give one number for each class") from error
+    if vector.dim() > 1:
+        raise SettingError(f"{name} has shape {tuple(vector.shape)}: give one number for each class")
+    wrong = [v for v in vector.reshape(-1).tolist() if not 0 <= v < math.inf]
+    if wrong:
+        raise SettingError(f"{name} holds {wrong[0]}: every class needs a finite number from 0")
+    return vector
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Refuse a label outside 0..num_classes - 1."""
+    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
+        wrong = min(labels) if min(labels) < 0 else max(labels)
+        raise SettingError(
+            f"targets holds the label {wrong}: with {num_classes} classes, labels run from 0 to {num_classes - 1}"
+        )
+
+
+def per_row(name: str, vector: Tensor, targets: Tensor) -> Tensor:
+    """The classes' values for each row, float64 (B,); expected ones where the targets are probabilities."""
+    if targets.dim() == 1 and not targets.is_floating_point():
+        labels = targets.tolist()
+        if vector.dim() == 0:
+            return vector.expand(len(labels))
+        check_labels(labels, len(vector))
+        return vector[targets.long()]
+    if targets.dim() == 2 and targets.is_floating_point():
+        if vector.dim() == 1 and targets.shape[1] != len(vector):
+            raise SettingError(
+                f"targets has {targets.shape[1]} columns for the {len(vector)} classes of {name}: they must agree"
+            )
+        _check_probabilities(targets)
+        if vector.dim() == 0:
+            return vector.expand(len(targets))
+        return targets.double() @ vector
+    raise SettingError(
+        f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: give class indices (B,) or "
+        "probabilities (B, C), or the rows' own sharpness_weight="
+    )
+
+
+def on_host(name: str, values: Any) -> Tensor:
+    """A tensor, array or list as a tensor on the CPU."""
+    try:
+        return torch.as_tensor(values, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"{name} is a {type(values).__name__} that is no tensor: {error}") from error
+
+
+def _check_probabilities(targets: Tensor) -> None:
+    sums = targets.double().sum(dim=1).numpy()
+    if len(sums) and not (sums <= 1.01).all():  # half precision rounds
+        raise SettingError(
+            f"targets has a row that sums to {sums.max():.3g}: probabilities sum to 1; for several labels a row give "
+            "sharpness_weight=, one number for each row"
+        )

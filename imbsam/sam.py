@@ -1,0 +1,111 @@
+"""The methods: Plain, SAM, ImbSAM and Focal-SAM choose the sharpness weight c of every class."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from imbsam.class_aware_sam import ClassAwareSAM
+from imbsam.class_groups import class_counts_tensor, focal_sharpness, tail_mask
+
+__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain"]
+
+
+class Plain(ClassAwareSAM):
+    """Plain training, the SGD rows of the papers: c = 0 for every class, and one pass a step.
+
+    Args:
+        module: as for :class:`ClassAwareSAM`.
+        class_counts: as for :class:`ClassAwareSAM`.
+        **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight`` and ``rho``.
+    """
+
+    def __init__(self, module: nn.Module, class_counts: Tensor | Sequence[int] | None = None, **settings: Any) -> None:
+        super().__init__(module, class_counts, sharpness_weight=0.0, rho=0.0, **settings)
+
+
+class SAM(ClassAwareSAM):
+    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): c = 1 for every class.
+
+    Args:
+        module: as for :class:`ClassAwareSAM`.
+        class_counts: as for :class:`ClassAwareSAM`.
+        **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.
+    """
+
+    def __init__(self, module: nn.Module, class_counts: Tensor | Sequence[int] | None = None, **settings: Any) -> None:
+        super().__init__(module, class_counts, sharpness_weight=1.0, **settings)
+
+
+class ImbSAM(ClassAwareSAM):
+    """Imbalanced SAM (Zhou et al., ICCV 2023, arXiv 2308.07815): c = 1 for tail classes, 0 for the others.
+
+    Args:
+        module: as for :class:`ClassAwareSAM`.
+        class_counts: training samples per class, shape (C,).
+        eta: classes with fewer than eta training samples are tail classes.
+        tail_classes: the tail classes, by index or as a mask of shape (C,), in place of eta.
+        **settings: the other settings of :class:`ClassAwareSAM`.
+
+    Warns:
+        UserWarning: where no class is tail (plain training), or every class is (SAM).
+
+    Example:
+        >>> ImbSAM(nn.Linear(4, 3), class_counts=[500, 50, 5], eta=20).sharpness_weight
+        tensor([0., 0., 1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        class_counts: Tensor | Sequence[int],
+        *,
+        eta: float = 20,
+        tail_classes: Tensor | Sequence[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        counts = class_counts_tensor(class_counts)
+        tail = tail_mask(counts, eta, tail_classes)
+        super().__init__(module, counts, sharpness_weight=tail.double(), eta=eta, tail_classes=tail_classes, **settings)
+        named = f"eta={eta}" if tail_classes is None else "tail_classes"
+        smallest, largest = int(counts.min()), int(counts.max())
+        more, fewer = f"set eta above {smallest}", f"set eta to at most {largest}"
+        if tail_classes is not None:
+            more, fewer = "name the tail classes", "name fewer"
+        if not tail.any():
+            warnings.warn(
+                f"{named} leaves no tail class (the smallest class has {smallest} training samples): this is plain "
+                f"training; {more}",
+                stacklevel=2,
+            )
+        elif tail.all():
+            warnings.warn(
+                f"{named} makes every class a tail class (the largest has {largest} training samples): this is SAM; "
+                f"{fewer}",
+                stacklevel=2,
+            )
+
+
+class FocalSAM(ClassAwareSAM):
+    """Focal-SAM (Li et al., ICML 2025, arXiv 2505.01660): c = focal_lambda * (1 - n_c / n) ** focal_gamma.
+
+    Args:
+        module: as for :class:`ClassAwareSAM`.
+        class_counts: training samples per class, shape (C,).
+        focal_lambda: weight of the sharpness term (its authors use up to 1.1).
+        focal_gamma: how much less the common classes count.
+        **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        class_counts: Tensor | Sequence[int],
+        *,
+        focal_lambda: float = 0.8,
+        focal_gamma: float = 3.0,
+        **settings: Any,
+    ) -> None:
+        weight = focal_sharpness(class_counts, focal_lambda, focal_gamma)
+        super().__init__(module, class_counts, sharpness_weight=weight, **settings)

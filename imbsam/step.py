@@ -1,0 +1,229 @@
+"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imbsam.batch import Batch, SharpGradient, to_device
+from imbsam.distributed import Reduction
+from imbsam.errors import SettingError
+from imbsam.gradients import Gradients, clones, copy_, local_shards
+from imbsam.perturbation import Ascent, perturbation
+from imbsam.snapshot import Buffers, RandomState
+
+
+class Step:
+    """The passes of one call of `backward`, and the way back to the start from anywhere inside them.
+
+        g_rest = grad of 1/B sum a_i (1 - c_i) l_i        g_s = grad of 1/B sum a_i c_i l_i
+
+    Args:
+        modules: the module's submodules, itself first.
+        params: its trained parameters.
+        batches: the micro-batches, which count as one batch of B rows.
+        rho: length of e.
+        adaptive: ASAM's e.
+        reduction: averages over the ranks.
+        run_backward: runs a backward pass: ``Tensor.backward``, or a scaler's.
+        after_write: called after every change of the weights.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        params: Sequence[nn.Parameter],
+        batches: Sequence[Batch],
+        *,
+        rho: float,
+        adaptive: bool,
+        reduction: Reduction,
+        run_backward: Callable[..., Any],
+        after_write: Callable[[], None],
+    ) -> None:
+        self._module = modules[0]
+        self._params = params
+        self._batches = batches
+        self._total = max(1, sum(batch.size for batch in batches))
+        self._rho = rho
+        self._adaptive = adaptive
+        self._reduction = reduction
+        self._run_backward = run_backward
+        self._after_write = after_write
+        # the state at entry
+        self._grad_mode = torch.is_grad_enabled()
+        self._grads = [p.grad for p in params]
+        self._accumulated: list[Tensor] | None = None
+        self._buffers = Buffers(modules)
+        self._generators = RandomState({p.device for p in params})
+        self._ascent: Ascent | None = None
+
+    def run(self) -> Tensor:
+        """Add the gradient to `.grad`, and return 1/B sum a_i l_i at w, detached."""
+        loss, g_rest, g_s, buffers = self._first_passes()
+        if self._reduction.waits or any(batch.takes_extra_passes for batch in self._batches):
+            generators = self._generators.now()
+            self._own_forwards(g_rest, g_s)
+            g_s = self._reduction.mean_g_s(g_s)
+            with self._ascended(g_s):
+                for batch in self._batches:
+                    if batch.takes_extra_passes:
+                        g_rest = self._sharp_gradient(batch, add_to=g_rest)
+            buffers.restore()
+            generators.restore()
+        self._add_to_grad(self._reduction.mean(g_rest))
+        return loss
+
+    def undo(self) -> None:
+        """Put `.grad`, parameters, generators and buffers back to where they were at entry."""
+        for p, grad in zip(self._params, self._grads, strict=True):
+            p.grad = grad
+        if self._accumulated is not None:
+            copy_(self._entries(), self._accumulated)
+        if self._ascent is not None:
+            self._ascent.restore()
+        self._generators.restore()
+        self._buffers.restore()
+        torch.set_grad_enabled(self._grad_mode)  # an interruption may come between a no_grad block and its end
+
+    def _first_passes(self) -> tuple[Tensor, Gradients, Gradients, Buffers]:
+        """The ordinary forward of every micro-batch and what its graph gives.
+
+        Returns:
+            The loss; g_rest, and g_s; of a batch whose g_s takes a forward of its own, g_rest + g_s and 0; the buffers
+            as one ordinary pass leaves them.
+        """
+        loss = torch.zeros((), device=self._params[0].device)
+        g_rest, g_s = Gradients([None] * len(self._params)), Gradients([None] * len(self._params))
+        buffers: Buffers | None = None
+        for i, batch in enumerate(self._batches):
+            if batch.size == 0:
+                continue
+            if buffers is not None:
+                buffers.restore()
+            if batch.takes_extra_passes:  # the passes at w + e see what this one sees
+                batch.buffers = self._buffers if i == 0 else self._buffers.now()
+                batch.generators = self._generators if i == 0 else self._generators.now()
+            losses = self._losses(batch, torch.arange(batch.size, device="cpu"))
+            objective = batch.all(losses) / self._total
+            loss = loss + objective.detach().to(loss.device)
+            buffers = None
+            if batch.source is SharpGradient.EVERY_ROW:
+                g_s = self._gradient(objective, g_s)
+                continue
+            if batch.source is SharpGradient.SAME_GRAPH:
+                found = self._retained_gradient(batch.sharp(losses) / self._total)
+                if found is not None:
+                    g_s += found
+                    buffers = self._buffers.now()  # activation checkpointing moves them again in the second backward
+                    g_rest = self._gradient(batch.rest(losses) / self._total, g_rest)
+                    continue
+                batch.source = SharpGradient.OWN_FORWARD
+            g_rest = self._gradient(objective, g_rest)
+        self._check_reached(g_rest, g_s)
+        return loss, g_rest, g_s, buffers or self._buffers.now()
+
+    def _own_forwards(self, g_rest: Gradients, g_s: Gradients) -> None:
+        """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s."""
+        for batch in self._batches:
+            if batch.source is SharpGradient.OWN_FORWARD:
+                batch.generators = self._generators.now()
+                found = self._sharp_gradient(batch)
+                g_rest -= found
+                g_s += found
+
+    @contextlib.contextmanager
+    def _ascended(self, g_s: Gradients) -> Iterator[None]:
+        """Inside, the weights are w + e. Uses up `g_s`, or its memory would be held through the passes at w + e."""
+        reached = [(p, g) for p, g in zip(self._params, g_s.tensors, strict=True) if g is not None]
+        g_s.tensors = []
+        if not reached:
+            yield
+            return
+        params, along = zip(*reached, strict=True)
+        del reached
+        self._ascent = Ascent(params, self._after_write)
+        e = perturbation(along, self._rho, weights=params if self._adaptive else None)
+        del along
+        self._ascent.ascend(e)
+        del e
+        try:
+            yield
+        finally:
+            self._ascent.restore()
+
+    def _sharp_gradient(self, batch: Batch, add_to: Gradients | None = None) -> Gradients:
+        """g_s of one micro-batch at the weights as they are, w or w + e, with the same rows, buffers and masks."""
+        assert batch.buffers is not None
+        assert batch.generators is not None
+        batch.buffers.restore()
+        batch.generators.restore()
+        losses = self._losses(batch, batch.rows)
+        return self._gradient(batch.sharp(losses) / self._total, add_to)
+
+    def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
+        losses = batch.losses(to_device(rows, self._params[0].device))
+        if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise SettingError(
+                f"losses(rows) returned {found} for {len(rows)} rows: return one loss for each row, "
+                f'shape ({len(rows)},), for example with reduction="none"'
+            )
+        return losses
+
+    def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
+        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
+        into = [None] * len(self._params) if add_to is None else add_to.tensors
+        for p, grad in zip(self._params, into, strict=True):
+            p.grad = grad
+        self._run_backward(loss, **options)
+        gradients = Gradients(p.grad for p in self._params)
+        if any(grad is not None and grad.is_sparse for grad in gradients.tensors):
+            sparse = (n for n, p in self._module.named_parameters() if p.grad is not None and p.grad.is_sparse)
+            raise SettingError(
+                f"{next(sparse)} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
+            )
+        for p in self._params:
+            p.grad = None  # or it would keep g_s alive through the pass at w + e
+        return gradients
+
+    def _retained_gradient(self, loss: Tensor) -> Gradients | None:
+        """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
+        try:
+            return self._gradient(loss, retain_graph=True)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            return None
+        except TypeError as error:
+            if "retain_graph" not in str(error):
+                raise
+            raise SettingError(
+                "backward= does not take retain_graph: pass keyword arguments on, "
+                "as in lambda loss, **kw: scaler.scale(loss).backward(**kw)"
+            ) from error
+
+    def _check_reached(self, g_rest: Gradients, g_s: Gradients) -> None:
+        reached = any(g is not None for g in (*g_rest.tensors, *g_s.tensors))
+        if not reached and any(batch.size for batch in self._batches):
+            raise SettingError(
+                "no parameter of module got a gradient: losses(rows) must run the module that the engine was built "
+                "with, not a copy of it"
+            )
+
+    @torch.no_grad()
+    def _add_to_grad(self, g: Gradients) -> None:
+        """As `backward()` does: in place where there is a gradient, which may be a view of a larger tensor."""
+        pairs = zip(self._grads, g.tensors, strict=True)
+        both = [(entry, grad) for entry, grad in pairs if entry is not None and grad is not None]
+        self._accumulated = clones(self._entries())
+        for p, entry, grad in zip(self._params, self._grads, g.tensors, strict=True):
+            p.grad = grad if entry is None else entry
+        if both:
+            into, increments = zip(*both, strict=True)
+            torch._foreach_add_(local_shards(into), local_shards(increments))
+
+    def _entries(self) -> list[Tensor]:
+        return local_shards([grad for grad in self._grads if grad is not None])

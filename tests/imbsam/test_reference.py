@@ -1,0 +1,37 @@
+"""The reference, against the derivative written out by hand for least squares."""
+
+import numpy as np
+import pytest
+import torch
+
+from imbsam import reference
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_least_squares(adaptive):
+    """l_i = (x_i w - t_i)^2 / 2, whose gradient is x_i (x_i w - t_i)."""
+    random = np.random.default_rng(0)
+    x, t, w = random.normal(size=(8, 3)), random.normal(size=8), random.normal(size=3)
+    c, a = random.uniform(size=8), random.uniform(size=8)
+    weight = torch.tensor(w, requires_grad=True)
+
+    def losses():
+        return (torch.tensor(x) @ weight - torch.tensor(t)).square() / 2
+
+    loss = reference.backward(losses, [weight], torch.tensor(c), torch.tensor(a), rho=0.7, adaptive=adaptive)
+
+    def gradient(at, factor):
+        return (factor * (x @ at - t)) @ x / 8
+
+    g_s = gradient(w, a * c)
+    e = 0.7 * w**2 * g_s / np.linalg.norm(w * g_s) if adaptive else 0.7 * g_s / np.linalg.norm(g_s)
+    np.testing.assert_allclose(weight.grad, gradient(w, a * (1 - c)) + gradient(w + e, a * c))
+    np.testing.assert_array_equal(weight.detach(), w)
+    assert float(loss) == pytest.approx(np.mean(a * (x @ w - t) ** 2 / 2))
+
+
+def test_without_a_sharp_sample_it_is_the_plain_gradient():
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    x = torch.eye(2)
+    reference.backward(lambda: (x @ weight).square(), [weight], torch.zeros(2), rho=0.5)
+    torch.testing.assert_close(weight.grad, torch.tensor([1.0, 2.0]))
