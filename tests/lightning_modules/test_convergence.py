@@ -46,7 +46,7 @@ def test_the_line_is_of_the_logged_losses_over_an_interruption_too(imbsam, tmp_p
     assert ["training samples of 10 classes" in text for text in (first, out)] == [
         True,
         False,
-    ]  # ClassTable: once a run
+    ]
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["Convergence"]["losses"] == pytest.approx(losses)
 
