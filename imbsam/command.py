@@ -80,6 +80,11 @@ def main() -> None:
         sys.exit(2)
     elif {"-h", "--help"} & set(args):
         print(command_help(command))
+    elif command in COMMANDS and not args:
+        print(
+            f"imbsam: error: {command} needs settings: give --config FILE, see imbsam {command} --help", file=sys.stderr
+        )
+        sys.exit(2)
     else:
         sys.argv[1:] = ["--help" if arg == "--help-all" else arg for arg in sys.argv[1:]]
         sys.path.append(os.getcwd())  # class paths of the user's own; at the end, where it hides nothing

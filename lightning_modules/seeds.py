@@ -45,7 +45,7 @@ def apply_seed(config: Any) -> None:
     if not config.get("seeds"):
         return
     if len(config.seeds) > 1:
-        raise SettingError(f"seeds is {config.seeds}: give several on the command line, for example --seeds 0 1 2")
+        raise SettingError(f"seeds is {config.seeds}: only imbsam fit, on its command line, takes more than one")
     (config.seed_everything,) = config.seeds
     if "seed" in config.data.get("init_args", {}):
         config.data.init_args.seed = config.seed_everything
