@@ -41,7 +41,7 @@ lint: install
 
 picture: install  ## the README's picture: five seeds of SGD and of ImbSAM on long-tailed digits, 5 minutes
 	for method in sgd imbsam; do \
-		$(BIN)/python scripts/run_seeds.py 0 1 2 3 4 -- --config configs/digits_lt/$$method.yaml \
+		$(BIN)/imbsam fit --config configs/digits_lt/$$method.yaml --seeds 0 1 2 3 4 \
 			--trainer.logger.init_args.save_dir=logs/picture || exit 1; \
 	done
 	$(BIN)/imbsam report $(addprefix logs/picture/digits_lt/,sgd imbsam) --output docs/digits_lt.png

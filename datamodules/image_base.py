@@ -145,6 +145,18 @@ class ImageFilesDataModule(LongTailedDataModule):
         collate = ReadableRows(self.image_size, with_paths=True)
         return eval_loader(named, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
 
+    def unreadable_files(self) -> dict[str, str]:
+        """Decode every training, validation and test image once; call ``setup`` first.
+
+        Returns:
+            The path of each image that cannot be read, and why.
+        """
+        found: dict[str, str] = {}
+        for images in (self._train, self._val, self._test):
+            if isinstance(images, ImageFiles):
+                found |= images.unreadable(self.num_workers)
+        return found
+
     def teardown(self, stage: str) -> None:
         """Tell how many damaged images this process has met, where there are more than when it told last."""
         for name, images, what in (

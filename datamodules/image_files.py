@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from imbsam.errors import SettingError
 
@@ -112,6 +114,20 @@ class ImageFiles(Dataset[Any]):
         labels = self.labels[rows]
         return ImageFiles(self.root, self.paths[rows.numpy()], labels, self.class_names, **{**kept, **settings})
 
+    def unreadable(self, num_workers: int) -> dict[str, str]:
+        """Decode every image once.
+
+        Args:
+            num_workers: Processes that read; 0 is this one.
+
+        Returns:
+            The path of each image that cannot be read, and why.
+        """
+        reasons = DataLoader(_Reasons(self), batch_size=32, num_workers=num_workers, collate_fn=list)
+        total, console = -(-len(self) // 32), Console(stderr=True)
+        bar = track(reasons, "reading images", total, console=console, transient=True, disable=not console.is_terminal)
+        return dict(entry for batch in bar for entry in batch if entry is not None)
+
     def _read(self, index: int) -> Image.Image | None:
         """The image, or None where it is damaged and that is no error."""
         path = self.root / os.fsdecode(self.paths[index])
@@ -133,6 +149,26 @@ class ImageFiles(Dataset[Any]):
             where = f"rank {getattr(rank_zero_only, 'rank', 0)}, worker {worker.id if worker else 'none'}"
             done = "another image of its class takes its place" if self.replace else "it is left out"
             warnings.warn(f"image {path} is corrupt: {reason}; {done} ({where})", stacklevel=2)
+        return None
+
+
+class _Reasons(Dataset[Any]):
+    """(path, why it cannot be read) of the images that cannot, None for the others."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, str] | None:
+        path = self.images.root / os.fsdecode(self.images.paths[index])
+        try:
+            read_rgb(path)
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file may raise anything
+            return str(path), _reason(path, error)
         return None
 
 

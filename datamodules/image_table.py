@@ -21,7 +21,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
     Labels are numbers 0 to C - 1 without a gap, or names (007 is one), which are sorted.
 
     Args:
-        path: CSV file with a header line, or Parquet file (``pip install 'imbsam[tables]'``), of the training images;
+        path: CSV file with a header line, or Parquet file (the extra ``tables``), of the training images;
             or of all images, whose other parts ``split_column`` or ``test_share`` says.
         val_path: Such a file of the validation images.
         test_path: Such a file of the test images.
@@ -153,9 +153,7 @@ def _read_parquet(path: Path, columns: list[str]) -> tuple[list[str], dict[str, 
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise SettingError(
-            f"path={os.fspath(path)!r}: reading it needs pyarrow: pip install 'imbsam[tables]'."
-        ) from error
+        raise SettingError(f"path={os.fspath(path)!r}: reading it needs pyarrow: pip install pyarrow.") from error
     try:
         names = list(parquet.read_schema(path).names)
         known = [name for name in columns if name in names]

@@ -76,7 +76,7 @@ def read_table(
 
     Args:
         path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line, or a Parquet
-            file, gzipped or not; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
+            file, gzipped or not; the latter two need pandas (and pyarrow): the extra ``tables``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
         only: Read these columns alone, where they are there, and no label.
@@ -201,7 +201,7 @@ def _read_frame(path: Path) -> dict[str, Any]:
     try:
         import pandas
     except ImportError as error:
-        raise SettingError(f"path={path}: reading it needs pandas: pip install 'imbsam[tables]'") from error
+        raise SettingError(f"path={path}: reading it needs pandas: pip install pandas") from error
     unnamed = False
     try:
         if path.suffix.lower() != ".parquet":
@@ -214,7 +214,7 @@ def _read_frame(path: Path) -> dict[str, Any]:
             frame = pandas.read_parquet(path)
             header = [str(name) for name in frame.columns]
     except ImportError as error:
-        raise SettingError(f"path={path}: reading it needs pyarrow: pip install 'imbsam[tables]'") from error
+        raise SettingError(f"path={path}: reading it needs pyarrow: pip install pyarrow") from error
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors among them
         raise SettingError(f"path={path}: no table ({' '.join(str(error).split())})") from error
     if twice := sorted({name for name in header if header.count(name) > 1}):

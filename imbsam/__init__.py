@@ -1,6 +1,27 @@
-"""ImbSAM for any PyTorch loop: a backward pass that flattens the loss of the rare classes."""
+"""ImbSAM for any PyTorch loop: a backward pass that flattens the loss of the rare classes.
+
+The engine, and with it torch, is imported when it is first asked for, so that ``imbsam --version`` and
+``imbsam report`` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from imbsam.errors import SettingError
-from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
+
+if TYPE_CHECKING:
+    from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
+else:
+
+    def __getattr__(name):
+        """The engine's classes, when they are first asked for (PEP 562)."""
+        if name in __all__:
+            globals()[name] = value = getattr(import_module("imbsam.sam"), name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain", "SettingError"]

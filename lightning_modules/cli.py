@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
+import imbsam
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.class_table import ClassTable
+from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
+from lightning_modules.data_check import DataCheckTrainer
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
-from lightning_modules.sharpness import SharpnessTrainer
+from lightning_modules.seeds import FLAG, apply_seed, fresh_processes, split_seeds
 from lightning_modules.weights_and_biases import WeightsAndBiases
 
-INSTALLED = Path(__file__).parent.parent
-"""The folder that holds `configs/`, in a checkout and in an installation."""
+PACKAGE = Path(imbsam.__file__).parent
+"""`configs/` is inside the package in an installation, and beside it in a checkout."""
 
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
 """The model's settings that do not belong to its weights."""
@@ -41,23 +46,26 @@ EXPECTED_WARNINGS = [
 
 
 class ImbSAMCLI(LightningCLI):
-    """`imbsam fit | validate | test | predict | sharpness`; after `fit` the last epoch's weights are tested once."""
+    """Lightning's commands, `sharpness` and `check`; after `fit` the last epoch's weights are tested once."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `sharpness`; with the arguments that the command line does not offer."""
-        return {**LightningCLI.subcommands(), "sharpness": {"model", "datamodule"}}
+        """Lightning's, and ours; with the arguments that the command line does not offer."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
         parser.add_lightning_class_args(WeightsAndBiases, "wandb")
+        parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Name the run's folder after its config, where nobody named it, and find the checkpoint."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        apply_seed(config)
         files = [Path(path.relative) for path in config.get("config") or []]
         logger = config.trainer.logger
         if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
@@ -106,7 +114,7 @@ class ImbSAMCLI(LightningCLI):
         config = self.config[subcommand]
         asked = path = config.get("ckpt_path")
         logger = config.trainer.logger
-        if path is None and subcommand != "fit":
+        if path is None and subcommand not in ("fit", "check"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if path in (None, "best"):
@@ -175,11 +183,20 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line without `report`, see `report/entry.py`.
+    """Run the command line without `report`, see `imbsam/command.py`; `fit --seeds 0 1 2` trains once for each."""
+    try:
+        runs = split_seeds(_find_configs(sys.argv[1:]))
+    except SettingError as error:
+        print(f"imbsam: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for args in runs:
+        sys.argv[1:] = args  # Lightning starts further processes with it
+        with fresh_processes() if len(runs) > 1 else nullcontext():
+            run()
 
-    A wrong setting is one line and exit code 2, an interruption one line and 0.
-    """
-    sys.argv[1:] = _find_configs(sys.argv[1:])
+
+def run() -> None:
+    """Run `sys.argv`. A wrong setting is one line and exit code 2, an interruption one line and 0."""
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -192,22 +209,28 @@ def main() -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            trainer_class=SharpnessTrainer,
+            trainer_class=DataCheckTrainer,
             trainer_defaults={
                 "logger": {
                     "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
-                "callbacks": [AccuracyTable(), AnomalyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
+                "callbacks": [
+                    ClassTable(),
+                    Convergence(),
+                    AccuracyTable(),
+                    AnomalyTable(),
+                    EvaluationFiles(),
+                    Cost(),
+                    DiscardRefusedRun(),
+                ],
             },
             save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
-            parser_kwargs={
-                "exit_on_error": False,
-                "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
-            },
+            parser_kwargs={"exit_on_error": False},
         )
     except Interrupted as interrupted:  # a wanted end: the next job goes on
         _say(str(interrupted))
+        sys.exit(0)  # no further seed either
     except Exception as error:
         line = _one_line(error)
         if line is None:
@@ -242,11 +265,11 @@ def _shorten(message: str) -> str:
 
 
 def _find_configs(args: list[str]) -> list[str]:
-    """`configs/...` that is not in the current folder is looked for beside the installed packages."""
+    """`configs/...` that is not in the current folder is looked for in the installation, or in the checkout."""
 
     def find(value: str) -> str:
-        if value.startswith("configs/") and not Path(value).exists() and (INSTALLED / value).exists():
-            return str(INSTALLED / value)
+        if value.startswith("configs/") and not Path(value).exists():
+            return next((str(home / value) for home in (PACKAGE, PACKAGE.parent) if (home / value).exists()), value)
         return value
 
     return ["--config=" + find(a.removeprefix("--config=")) if a.startswith("--config=") else find(a) for a in args]

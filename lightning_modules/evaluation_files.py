@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import CatMetric
 
-from imbsam.class_groups import tail_mask
+from lightning_modules.class_table import tail_classes
 
 CALIBRATION_BINS = 15  # of equal width, as torchmetrics' calibration errors have by default
 
@@ -87,7 +87,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
     names, counts = model.class_names, model.class_counts
     groups = _groups(model)
     group_of = {int(c): name for name in groups if name != "all" for c in groups[name].nonzero()}
-    tail = tail_mask(counts, model.settings.eta, model.settings.tail_classes).int().tolist()
+    tail = tail_classes(model).int().tolist()
     correct = predicted == target
     samples = target.bincount(minlength=len(names)).tolist()
     hits = target[correct].bincount(minlength=len(names)).tolist()

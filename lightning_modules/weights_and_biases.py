@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from imbsam import SettingError
-from report.runs import flatten
+from imbsam.report.runs import flatten
 
 FILES = {"config.yaml": "resolved_config.yaml"} | {
     name: name for name in ("per_class.csv", "confusion.csv", "calibration.csv")
@@ -63,7 +63,7 @@ class WeightsAndBiases(Callback):
         checkpoints: bool = True,
     ) -> None:
         if mode != "disabled" and importlib.util.find_spec("wandb") is None:
-            raise SettingError(f'wandb.mode is {mode}, but wandb is not installed: pip install "imbsam[wandb]"')
+            raise SettingError(f'wandb.mode is {mode}, but wandb is not installed: pip install "wandb>=0.31"')
         self.mode, self.project, self.entity = mode, project, entity
         self.name, self.group, self.tags, self.checkpoints = name, group, tags, checkpoints
         self._run: Any = None

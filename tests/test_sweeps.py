@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from report.wandb_offline import read_wandb
+from imbsam.report.wandb_offline import read_wandb
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SWEEPS = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))

@@ -101,7 +101,7 @@ def _timm_model(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Modul
     try:
         import timm
     except ImportError as error:
-        raise SettingError(f'backbone name={TIMM + name!r} needs timm: pip install "imbsam[timm]"') from error
+        raise SettingError(f"backbone name={TIMM + name!r} needs timm: pip install timm") from error
     if not timm.is_model(name):
         closest = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.4)
         mend = f"did you mean {', '.join(TIMM + other for other in closest)}?" if closest else "see timm.list_models()"

@@ -105,7 +105,7 @@ class Runs:
     def __call__(self, page: str, *changes: dict[str, str], ranks: int = 1) -> list[tuple[str, list[torch.Tensor]]]:
         """What every rank printed, and its weights."""
         if importlib.util.find_spec(NEEDS[page]) is None:
-            pytest.skip(f"{NEEDS[page]} is not installed: pip install 'imbsam[dev]'")
+            pytest.skip(f"{NEEDS[page]} is not installed: pip install '.[dev]'")
         text = program(page, *changes)
         if (text, ranks) not in self._done:
             self._done[text, ranks] = self._run(text, WEIGHTS[page], ranks)

@@ -225,9 +225,3 @@ def test_bugs_keep_their_traceback(imbsam, monkeypatch):
     monkeypatch.setattr(DigitsLTDataModule, "load_datasets", broken)
     with pytest.raises(ValueError, match="a bug"):
         imbsam("fit", *SHORT)
-
-
-def test_help_names_the_report(imbsam):
-    code, out, _ = imbsam("--help")
-    assert code == 0
-    assert "imbsam report RUN [RUN ...]" in " ".join(out.split())

@@ -151,5 +151,5 @@ def test_missing_timm_is_one_line(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_timm)
-    with pytest.raises(SettingError, match=r'pip install "imbsam\[timm\]"'):
+    with pytest.raises(SettingError, match=r"pip install timm"):
         create_backbone("timm/resnet18", 3)

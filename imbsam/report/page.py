@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,17 +12,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from report.classes import calibration, of_one_data_set
-from report.comparison import (
-    COLUMNS,
+from imbsam.report.classes import calibration, of_one_data_set
+from imbsam.report.comparison import (
     Group,
+    columns,
     difference,
     differing_settings,
     mean_and_deviation,
+    other_data,
     paired,
 )
-from report.exports import difference_cells, number, table_cells
-from report.figures import (
+from imbsam.report.exports import difference_cells, number, table_cells
+from imbsam.report.figures import (
     Figure,
     calibration_figures,
     class_figure,
@@ -29,8 +31,8 @@ from report.figures import (
     curve_figures,
     sharpness_figures,
 )
-from report.runs import GROUPS
-from report.style import MARKERS, colour, marker
+from imbsam.report.style import MARKERS, colour, marker
+from imbsam.report.task import CLASSIFIER, GROUPS
 
 
 @dataclass
@@ -45,7 +47,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     """The HTML page that compares groups of runs.
 
     Args:
-        groups: at least one; the first is what the others are compared with.
+        groups: at least one, all of one task; the first is the baseline.
         skipped: folders that could not be reported, and why.
 
     Raises:
@@ -57,10 +59,12 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     body = [
         f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
         f"<p>{escape(summary(groups))}</p>",
+        *(f'<p class="quiet">{escape(line)}</p>' for line in facts(groups)),
         _skipped(skipped),
         _legend(groups),
         "<main>",
         _results(groups),
+        _runs(groups),
         _classes(groups, figures),
         _plots("Learning curves", _seeds_note(groups), curve_figures(groups), figures),
         _sharpness(groups, figures),
@@ -73,7 +77,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     drawn = {
         key: {"data": figure.data, "layout": figure.layout, "height": figure.height} for key, figure in figures.items()
     }
-    here = files("report")
+    here = files("imbsam.report")
     plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()  # a third of its size
     return "\n".join(
         [
@@ -93,46 +97,100 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
 
 def summary(groups: Sequence[Group]) -> str:
     """What the table says, in two or three sentences."""
-    first = groups[0]
-    mean, deviation = mean_and_deviation(first.values("test/all"))
-    if len(groups) == 1:
-        few = number(*mean_and_deviation(first.values("test/few")), digits=1)
-        return f"{first.name} reaches {number(mean, deviation, 1)} % over all classes and {few} % on the few-shot ones."
+    first, highlights = groups[0], groups[0].task.highlights
     sentences = []
-    for column, what in (("test/all", "Over all classes"), ("test/few", "On the few-shot classes")):
-        known = [group for group in groups if statistics.fmean(group.values(column)) >= 0]  # not nan
+    for column, what in highlights.items():
+        known = [g for g in groups if not other_data(g, first) and math.isfinite(statistics.fmean(g.values(column)))]
         if not known:
             continue
         best = max(known, key=lambda group: statistics.fmean(group.values(column)))
         value = number(*mean_and_deviation(best.values(column)), digits=1)
-        sentence = f"{what} {best.name} is highest with {value} %"
-        if best is not first:
+        sentence = f"{what} {best.name} {'is highest with' if len(known) > 1 else 'reaches'} {value} %"
+        if best is not first and first in known:
             gap = number(*difference(best, first, column), digits=1)
             sentence += f", {gap} points above {first.name}"
         sentences.append(sentence + ".")
+    if len(groups) == 1:
+        return " ".join(sentences)
     if any(len(group.runs) == 1 for group in groups):
         sentences.append("One run alone does not tell a difference from chance.")
     return " ".join(sentences)
 
 
-def _results(groups: Sequence[Group]) -> str:
+def facts(groups: Sequence[Group]) -> list[str]:
+    """What the results are of: the baseline, its data, the groups of classes, and who has other data; a line each."""
+    first, run = groups[0], groups[0].runs[0]
+    lines = []
+    if len(groups) > 1:
+        lines.append(f"Baseline: {first.name} ({run.method.name}).")
+    numbers = {"training": run.training_samples, "test": run.test_samples}
+    sizes = [f"{n:,} {what} samples" for what, n in numbers.items() if n]
+    if run.classes:
+        sizes.append(f"{len(run.classes):,} classes")
+    settings = ", ".join(
+        f"{key} {_plain(value)}" for key, value in run.data.items() if key != "data set" and value != []
+    )
+    data = str(run.data.get("data set", "")) + (f" ({settings})" if settings else "")
+    if data or sizes:
+        lines.append(f"Data: {', '.join(part for part in (data, *sizes) if part)}.")
+    many, few = (run.settings.get(key) for key in ("many", "few"))
+    if many is not None and few is not None and run.classes:
+        lines.append(f"Groups of classes: many (more than {many} training samples), medium, few (fewer than {few}).")
+    lines += [
+        f"{group.name} is of other data, so not compared: {reason}."
+        for group in groups[1:]
+        if (reason := other_data(group, first))
+    ]
+    return lines
+
+
+def _runs(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
-        below = difference_cells(group, groups[0]) if group is not groups[0] else [""] * len(COLUMNS)
-        rows.append([Cell(group.name, _count(len(group.runs), "run")), *map(Cell, table_cells(group), below)])
-    note = "Test accuracy in % at the end of the training; a group's accuracy is the mean of its classes'."
+        run, task = group.runs[0], group.task
+        epochs = dict.fromkeys(str(max(epoch for epoch, _ in r.curves[task.loss])) for r in group.runs)
+        seeds = dict.fromkeys(_plain(r.seeds[0]) for r in group.runs if r.seeds)
+        dates = sorted({r.date for r in group.runs})
+        folders = dict.fromkeys(str(r.folder.parent) for r in group.runs)
+        named = run.settings.get("tail_classes") or run.settings.get("sam.tail_classes")
+        eta = "named classes" if named else _plain(run.method.eta)
+        cells = [run.method.name, _plain(run.method.rho), eta, ", ".join(seeds) or "–", ", ".join(epochs)]
+        cells += [" to ".join(dict.fromkeys((dates[0], dates[-1]))), ", ".join(folders)]
+        rows.append([Cell(group.name), *map(Cell, cells)])
+    head = ["run", "method", "rho", "eta", "seeds", "epochs", "date", "folder"]
+    return _section("Runs", "eta: classes with fewer training samples are the tail.", _table(head, rows, "words"))
+
+
+def _plain(value: Any) -> str:
+    """A setting as a reader writes it."""
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _results(groups: Sequence[Group]) -> str:
+    first, shown = groups[0], columns(groups)
+    compared = [group for group in groups[1:] if not other_data(group, first)]
+    rows = []
+    for group in groups:
+        below = difference_cells(group, first, shown) if group in compared else [""] * len(shown)
+        words = [_count(len(group.runs), "run"), *(["baseline"] if group is first and len(groups) > 1 else [])]
+        words += [] if group is first or group in compared else ["other data"]
+        rows.append([Cell(group.name, ", ".join(words)), *map(Cell, table_cells(group, shown), below)])
+    note = f"{first.task.title[0].upper()}{first.task.title[1:]} at the end of the training"
+    note += "; a group's accuracy is the mean of its classes'." if first.task is CLASSIFIER else "."
     if any(len(group.runs) > 1 for group in groups):
         note += " Several runs: mean ± standard deviation."
-    if len(groups) > 1:
-        note += f" Below, the difference to {groups[0].name}"
-        if any(min(len(group.runs), len(groups[0].runs)) > 1 for group in groups[1:]):
-            by_seed = all(paired(group, groups[0]) for group in groups[1:])
+    if compared:
+        note += f" Below, the difference to {first.name}"
+        if any(min(len(group.runs), len(first.runs)) > 1 for group in compared):
+            by_seed = all(paired(group, first) for group in compared)
             note += " ± its standard error" + (", compared seed by seed" if by_seed else "")
         note += "."
-    return _section("Results", note, _table(["run", *COLUMNS.values()], rows))
+    return _section("Results", note, _table(["run", *shown.values()], rows))
 
 
 def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    if groups[0].task is not CLASSIFIER:
+        return ""
     groups, others = of_one_data_set(groups)
     figure = class_figure(groups)
     if figure is None:
@@ -243,9 +301,10 @@ def _plots(title: str, note: str, found: Sequence[Figure], figures: dict[str, Fi
 
 
 def _legend(groups: Sequence[Group]) -> str:
+    baseline = " (baseline)" if len(groups) > 1 else ""
     keys = [
         f'<label><input type="checkbox" checked value="{i}"><span class="key" style="color:{colour(i)}">'
-        f"{MARKERS[marker(i)]}</span>{escape(group.name)}</label>"
+        f"{MARKERS[marker(i)]}</span>{escape(group.name)}{baseline if i == 0 else ''}</label>"
         for i, group in enumerate(groups)
     ]
     return f'<div class="groups">{"".join(keys)}</div>'
@@ -283,6 +342,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], kind: str = "num
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = [f"<tr>{cell('th', row[0])}{''.join(cell('td', c) for c in row[1:])}</tr>" for row in rows]
     return (
+        '<p class="swipe quiet" hidden>Wider than the screen: scroll it sideways →</p>'
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
         f"<tbody>\n{chr(10).join(body)}\n</tbody></table></div>"
     )

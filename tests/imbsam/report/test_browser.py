@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from report.comparison import group_runs
-from report.page import page
-from report.runs import read_runs
+from imbsam.report.comparison import group_runs
+from imbsam.report.page import page
+from imbsam.report.runs import read_runs
 
 pytestmark = pytest.mark.browser
 
@@ -150,3 +150,14 @@ def test_a_phone_scrolls_tables_in_their_box_and_not_the_page(browser, show):
     assert browser.execute_script(
         "return [...document.querySelectorAll('.scroll')].some((b) => b.scrollWidth > b.clientWidth)"
     )
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_table_that_goes_on_says_so(browser, show, width):
+    show(width=width)
+    wide, told = browser.execute_script(
+        "return [[...document.querySelectorAll('.scroll')].map((b) => b.scrollWidth > b.clientWidth), "
+        "[...document.querySelectorAll('.swipe')].map((p) => p.checkVisibility())]"
+    )
+    assert wide == told
+    assert wide[0] == (width == 360)

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from report.comparison import Group
-from report.runs import GROUPS, Run
+from imbsam.report.comparison import Group
+from imbsam.report.runs import Run
+from imbsam.report.task import GROUPS
 
 
 @dataclass

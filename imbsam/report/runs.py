@@ -1,6 +1,7 @@
 """Read what a run left behind: a folder of Lightning's CSVLogger, or an offline folder of Weights & Biases."""
 
 import csv
+import datetime
 import io
 import re
 from collections import defaultdict
@@ -11,15 +12,21 @@ from typing import Any
 
 import yaml
 
-from report.wandb_offline import read_wandb
-
-GROUPS = ("many", "medium", "few", "all")
+from imbsam.report.method import Method, method_of
+from imbsam.report.task import CLASSIFIER, DETECTOR, Task
+from imbsam.report.wandb_offline import read_wandb
 
 # what does not make a run another experiment: seeds, places, and what is only shown
 NOT_SETTINGS = re.compile(
     r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|wandb\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
+
+NOT_DATA = re.compile(
+    r"seed|(predict_|test_)?(root|path)|lists|num_workers|(eval_)?batch_size|batches_per_epoch|sampler|sampling|mixup|cutmix"
+    r"|augment|color_jitter|image_size|corrupt_images|scaling|_.*"
+)
+"""Settings of a DataModule that do not say which samples are trained and tested on."""
 
 EVALUATION_FILES = {
     "classes": (
@@ -51,8 +58,12 @@ class Run:
         seeds: what it was seeded with; empty where that is not known.
         settings: dotted name to value, where it is not null, without what does not make it another experiment.
         final: the last value of every logged quantity; accuracies are in [0, 1].
-        curves: quantity to its (epoch, value) pairs, for what is logged once an epoch.
+        curves: quantity to its (epoch from 1, value) pairs, for what is logged once an epoch.
         hardware: device and processes.
+        task: what the model does.
+        data: settings that say which samples it was trained and tested on, the DataModule's class under "data set";
+            empty where they are not known.
+        date: the day on which its log was written last, ISO 8601.
         classes: the rows of ``per_class.csv``; this and the following are empty where there is no such file.
         confusion: the rows of ``confusion.csv``.
         calibration: the rows of ``calibration.csv``.
@@ -66,10 +77,28 @@ class Run:
     final: dict[str, float]
     curves: dict[str, list[tuple[int, float]]]
     hardware: dict[str, Any]
+    task: Task = CLASSIFIER
+    data: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
     classes: list[dict[str, str]] = field(default_factory=list)
     confusion: list[dict[str, str]] = field(default_factory=list)
     calibration: list[dict[str, str]] = field(default_factory=list)
     sharpness: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        """What it was trained with."""
+        return method_of(self.settings)
+
+    @property
+    def test_samples(self) -> int | None:
+        """Size of the test set, where ``per_class.csv`` tells."""
+        return sum(int(row["test_samples"]) for row in self.classes) or None
+
+    @property
+    def training_samples(self) -> int | None:
+        """Size of the training set, where ``per_class.csv`` tells."""
+        return sum(int(row["training_samples"]) for row in self.classes) or None
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str]]:
@@ -131,12 +160,14 @@ def read_run(folder: Path) -> Run:
         UnreadableRunError: it was not trained, not tested, or its files are cut off.
     """
     files = folder
+    log = folder / "metrics.csv"
     if (folder / "metrics.csv").exists():
         rows = read_csv(folder / "metrics.csv")
         config = _read_yaml(folder / "config.yaml")
         logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
         place = "/".join(folder.resolve().parts[-3:-1])
-    elif log := next(folder.glob("run-*.wandb"), None):
+    elif found := next(folder.glob("run-*.wandb"), None):
+        log = found
         try:
             rows, config, name = read_wandb(log)
         except ValueError as error:
@@ -144,13 +175,13 @@ def read_run(folder: Path) -> Run:
         logged, files, place = config, folder / "files", name
     else:
         raise UnreadableRunError("it has no metrics.csv: the run stopped before its first epoch")
-    if not any("train/loss_epoch" in row for row in rows) and any("test/average_precision" in row for row in rows):
-        raise UnreadableRunError("it is of an anomaly detector: scripts/anomaly_table.py compares those")
     columns = {name for row in rows for name, value in row.items() if value not in ("", None)}
-    if "train/loss_epoch" not in columns:
-        old = "" if "test/all" in columns else ", or an older version's log"
-        raise UnreadableRunError(f"its log has no train/loss_epoch: a test, a prediction{old}, or nothing yet")
-    if missing := [f"test/{group}" for group in GROUPS if f"test/{group}" not in columns]:
+    of_detector = columns & {DETECTOR.loss, *DETECTOR.results} and CLASSIFIER.loss not in columns
+    task = DETECTOR if of_detector else CLASSIFIER
+    if task.loss not in columns:
+        old = "" if columns & task.results.keys() else ", or an older version's log"
+        raise UnreadableRunError(f"its log has no {task.loss}: a test, a prediction{old}, or nothing yet")
+    if missing := [name for name in task.results if name not in columns]:
         raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet, or written by an older version")
     # the model's and the data's arguments by their own names, as Lightning logs them to Weights & Biases
     flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
@@ -162,7 +193,7 @@ def read_run(folder: Path) -> Run:
                 if row.get(column) not in ("", None):
                     final[column] = float(row[column])
                     if column.startswith(("train/", "val/")) and not column.endswith("_step"):
-                        curves[column].append((int(float(row["epoch"])), final[column]))
+                        curves[column].append((int(float(row["epoch"])) + 1, final[column]))
     except (ValueError, KeyError) as error:
         raise UnreadableRunError(f"its log cannot be read: {error}") from error
     return Run(
@@ -173,8 +204,20 @@ def read_run(folder: Path) -> Run:
         final=final,
         curves=dict(curves),
         hardware={key: logged[key] for key in ("device", "processes") if key in logged},
+        task=task,
+        data=_data(config.get("data")),
+        date=datetime.date.fromtimestamp(log.stat().st_mtime).isoformat(),
         **{name: _read_rows(files / file, needed) for name, (file, needed) in EVALUATION_FILES.items()},
     )
+
+
+def _data(config: Any) -> dict[str, Any]:
+    """The settings of the data, without what does not say which samples they are."""
+    flat = flatten(config, "data set") if isinstance(config, dict) and "class_path" in config else {}
+    named = {key.removeprefix("data set."): value for key, value in flat.items() if value is not None}
+    # a file by its name alone: it may lie elsewhere on another machine
+    files = {key: Path(str(named[key])).name for key in ("path", "test_path") if key in named}
+    return {key: value for key, value in named.items() if not NOT_DATA.fullmatch(key)} | files
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -214,7 +257,7 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if key == "class_path":
             flat[name] = str(value).rpartition(".")[2]
-        else:
+        elif key != "init_args" or value:  # a class without arguments stays its name
             flat.update(flatten(value, name if key == "init_args" else f"{name}.{key}".strip(".")))
     return flat
 

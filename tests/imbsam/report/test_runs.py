@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from imbsam.report.runs import read_run, read_runs
 from lightning_modules.cli import main as train
-from report.runs import read_run, read_runs
 
 
 def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):
@@ -88,7 +88,7 @@ def test_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch, capsys):
     assert run.place == "digits_lt/imbsam"
     assert f"{100 * run.final['test/all']:.1f} │" in out
     assert (run.settings["method"], run.settings["rho"], run.seeds) == ("imbsam", 0.05, (0, 0))
-    assert [epoch for epoch, _ in run.curves["train/loss_epoch"]] == [0, 1]
+    assert [epoch for epoch, _ in run.curves["train/loss_epoch"]] == [1, 2]  # as the terminal counts
     assert len(run.curves["train/seconds"]) == 2
     assert "CPU" in run.hardware["device"]
     assert sum(int(row["test_samples"]) for row in run.classes) == 540
@@ -117,7 +117,7 @@ def test_without_wandb_its_runs_are_skipped_with_the_mend(tmp_path, monkeypatch)
             b"class,class_name,training_samples,group,tail,test_samples,accuracy\n0,a,x,many,0,1,1\n",
             "'x' as",
         ),
-        ("metrics.csv", b"epoch,test/average_precision\n1,0.5\n", "it is of an anomaly detector"),
+        ("metrics.csv", b"epoch,test/average_precision\n1,0.5\n", "its log has no train/loss: a test"),
     ],
 )
 def test_a_damaged_run_is_skipped_by_name(tmp_path, write_run, file, content, reason):

@@ -1,4 +1,4 @@
-"""Runs of the same settings as one group: means over seeds, and differences to the first group."""
+"""Runs of the same settings as one group: means over seeds, and differences to the baseline."""
 
 import json
 import math
@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.runs import GROUPS, Run
-
-COLUMNS = {**{f"test/{group}": group for group in GROUPS}, "train/loss_epoch": "training loss"}
-"""Logged quantity to its heading; those of ``test/`` are shown in percent."""
+from imbsam.report.method import PLAIN
+from imbsam.report.runs import Run
+from imbsam.report.task import Task
 
 
 @dataclass
@@ -25,8 +24,13 @@ class Group:
     name: str
     runs: list[Run]
 
+    @property
+    def task(self) -> Task:
+        """What its models do."""
+        return self.runs[0].task
+
     def values(self, column: str) -> list[float]:
-        """The runs' last values of a logged quantity, accuracies in percent; nan where one did not log it."""
+        """The runs' last values of a logged quantity, those of the test in percent; nan where one did not log it."""
         factor = 100 if column.startswith("test/") else 1
         return [factor * run.final.get(column, math.nan) for run in self.runs]
 
@@ -44,6 +48,50 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         Group(name if names.count(name) == 1 else f"{name} ({group[0].folder})", group)
         for name, group in zip(names, groups, strict=True)
     ]
+
+
+def columns(groups: Sequence[Group]) -> dict[str, str]:
+    """The table's columns, logged quantity to heading; the optional ones where some run has them."""
+    task, logged = groups[0].task, {column for group in groups for run in group.runs for column in run.final}
+    return {name: title for name, title in task.columns.items() if name not in task.optional or name in logged}
+
+
+def baseline_first(groups: Sequence[Group], name: str | None = None) -> list[Group]:
+    """The groups, with the one that the others are compared with in front.
+
+    Args:
+        groups: at least one.
+        name: name of the baseline; None is plain training (where there is the choice, with the tail's loss not
+            weighted), and the first group where none is plain.
+
+    Raises:
+        ValueError: no group has that name; one line.
+    """
+    named = [group for group in groups if group.name == name]
+    if name is not None and not named:
+        raise ValueError(f"baseline is {name}: name one of {', '.join(group.name for group in groups)}")
+    plain = [group for group in groups if group.runs[0].method.name == PLAIN]
+    plain.sort(key=lambda group: group.runs[0].settings.get("tail_weight", 1) != 1)
+    baseline = (named or plain or list(groups))[0]
+    return [baseline, *(group for group in groups if group is not baseline)]
+
+
+def other_data(group: Group, baseline: Group) -> str:
+    """Why a group's results are of other data than the baseline's, in words; empty where nothing says so.
+
+    Compared are the settings of the data that both know, and the test samples of each class.
+    """
+    here, there = group.runs[0], baseline.runs[0]
+    known = [key for key in here.data if key in there.data] if here.data and there.data else []
+    differing = [f"{key} {here.data[key]}, not {there.data[key]}" for key in known if here.data[key] != there.data[key]]
+    if differing:
+        return ", ".join(differing)
+    tested = [{row["class_name"]: row["test_samples"] for row in run.classes} for run in (here, there)]
+    if all(tested) and tested[0] != tested[1]:
+        if tested[0].keys() != tested[1].keys():
+            return "other classes"
+        return f"{here.test_samples:,} test samples, not {there.test_samples:,}, or shared otherwise among the classes"
+    return ""
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

@@ -4,18 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from report.comparison import group_runs
-from report.runs import read_runs
-
-EXTRAS = {"plotly": "report", "matplotlib": "plot"}
+from imbsam.report.comparison import baseline_first, group_runs, other_data
+from imbsam.report.runs import read_runs
 
 
 def main(args: Sequence[str]) -> None:
     """Run `imbsam report` with the given arguments; what cannot be is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="imbsam report",
-        description="Compare finished runs, with the first one. Runs that differ in their seeds only are averaged.",
+        description="Compare finished runs with a baseline: plain training where it is among them, else the first run. "
+        "Runs that differ in their seeds only are averaged.",
         epilog="Without --output and --format the table is shown on the terminal.",
     )
     parser.add_argument(
@@ -29,6 +29,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be"
     )
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this run, by its name in the table")
     given = parser.parse_args(args)
     form = given.format or (given.output.suffix[1:] if given.output else None)
     if form not in (None, "html", "md", "csv", "png"):
@@ -40,44 +41,52 @@ def main(args: Sequence[str]) -> None:
         print(f"skipped {folder}: {reason}", file=sys.stderr)
     if not runs:
         _stop("there is no run to report")
-    groups = group_runs(runs)
+    try:
+        groups = baseline_first(group_runs(runs), given.baseline)
+    except ValueError as error:
+        _stop(str(error))
+    if others := {group.task.model for group in groups} - {groups[0].task.model}:
+        _stop(f"runs are of {groups[0].task.model} and of {', '.join(others)}: report them apart")
+    for group in groups[1:]:
+        if reason := other_data(group, groups[0]):
+            print(f"not compared: {group.name} is of other data than {groups[0].name}: {reason}", file=sys.stderr)
     try:
         if form == "png":
-            from report.exports import picture
+            from imbsam.report.exports import picture
 
             picture(groups, given.output)
         elif form == "html":
-            from report.page import page
+            from imbsam.report.page import page
 
             given.output.write_text(page(groups, skipped), encoding="utf-8")
         else:
-            from report.exports import comma_separated, markdown
+            from imbsam.report.exports import comma_separated, markdown
 
             text = comma_separated(groups) if form == "csv" else markdown(groups)
             if form is None:
-                _show(text)
+                _show(groups[0].task.title, text)
             elif given.output is None:
                 print(text, end="")
             else:
                 given.output.write_text(text, encoding="utf-8")
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        _stop(f'{form} needs {library}: pip install "imbsam[{EXTRAS.get(library, form)}]"')
+        _stop(f"{form} needs {library}: pip install {library}")
     except OSError as error:
         _stop(f"output is {given.output}: {error.strerror}")
     if given.output is not None:
         print(f"report: {given.output}")
 
 
-def _show(markdown: str) -> None:
+def _show(title: str, markdown: str) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
-    console.print("test accuracy in %, end of training", style="italic")
+    console.print(f"{title}, end of training", style="italic")
     console.print(Markdown(markdown))
 
 
-def _stop(line: str) -> None:
+def _stop(line: str) -> NoReturn:
     print(f"imbsam: error: {line}", file=sys.stderr)
     sys.exit(2)

@@ -1,6 +1,7 @@
 """The page, the exports and the command, without a browser."""
 
 import csv
+import datetime
 import json
 import re
 import subprocess
@@ -12,15 +13,15 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
-from report.classes import by_class_count, calibration, tail_confusion
-from report.command import main
-from report.comparison import group_runs
-from report.figures import sharpness_figures
-from report.page import page
-from report.runs import read_runs
-from report.style import COLOURS
+from imbsam.report.classes import by_class_count, calibration, tail_confusion
+from imbsam.report.command import main
+from imbsam.report.comparison import baseline_first, group_runs
+from imbsam.report.figures import class_figure, curve_figures, sharpness_figures
+from imbsam.report.page import page
+from imbsam.report.runs import read_runs
+from imbsam.report.style import COLOURS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class Tables(HTMLParser):
@@ -138,8 +139,8 @@ def test_the_calibration_error_is_torchmetrics(groups, write_run, tmp_path):
     import torch
     from torchmetrics.functional.classification import binary_calibration_error
 
+    from imbsam.report.classes import _expected_error
     from lightning_modules.evaluation_files import calibration_bins
-    from report.classes import _expected_error
 
     random = torch.Generator().manual_seed(0)
     confidence, correct = torch.rand(500, generator=random), torch.rand(500, generator=random) < 0.4
@@ -227,13 +228,14 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(three_groups, capsys, monkey
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"imbsam: error: {line}")
 
 
-def test_a_missing_library_is_named_with_its_extra(three_groups, tmp_path, capsys, monkeypatch):
-    for library, form, extra in (("plotly.offline", "html", "report"), ("matplotlib.figure", "png", "plot")):
+def test_a_missing_library_is_named(three_groups, tmp_path, capsys, monkeypatch):
+    for library, form in (("plotly.offline", "html"), ("matplotlib.figure", "png")):
         monkeypatch.setitem(sys.modules, library.partition(".")[0], None)
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(SystemExit):
             main([str(three_groups), "--output", str(tmp_path / f"r.{form}")])
-        assert f'pip install "imbsam[{extra}]"' in capsys.readouterr().err
+        name = library.partition(".")[0]
+        assert f"{form} needs {name}: pip install {name}\n" in capsys.readouterr().err
 
 
 def test_fifty_runs_of_200_epochs_in_under_10_seconds(tmp_path, write_run):
@@ -249,7 +251,7 @@ def test_fifty_runs_of_200_epochs_in_under_10_seconds(tmp_path, write_run):
         config = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(config.replace("seed: 0", f"seed: {i}").replace("50.0", f"{i % 10}.0"))
     code = (
-        "import resource, sys; from report.entry import main; main();"
+        "import resource, sys; from imbsam.command import main; main();"
         "assert not {'torch', 'lightning'} & set(sys.modules);"
         "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_utime + usage.ru_stime)"
     )
@@ -277,8 +279,120 @@ def test_colours_stand_out_on_the_light_and_the_dark_page():
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    css = (REPOSITORY / "report/page.css").read_text()
+    css = (REPOSITORY / "imbsam/report/page.css").read_text()
     for background in re.findall(r"--page: (#\w+)", css):
         for colour in COLOURS:
             dark, light = sorted((luminance(colour), luminance(background)))
             assert (light + 0.05) / (dark + 0.05) >= 3, (colour, background)
+
+
+def visible(html):
+    """The page's text without scripts and styles, on one line."""
+    text = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+
+
+def test_it_says_what_was_compared_on_which_data(tmp_path, write_run):
+    for name, method in (("imbsam", "imbsam"), ("sgd", "sgd")):
+        for seed in (0, 1):
+            write_run(tmp_path, f"digits/{name}", seed, method=method, rho=0.07, eta=30)
+    html = page(baseline_first(group_runs(read_runs([tmp_path])[0])), {})
+    text = visible(html)
+    assert "Baseline: digits/sgd (plain training)." in text
+    assert "Data: DigitsLTDataModule (ratio 50), 221 training samples, 120 test samples, 6 classes." in text
+    assert "many (more than 50 training samples), medium, few (fewer than 10)" in text
+    tables = Tables(html).tables
+    assert tables[0][1][0] == "digits/sgd\n2 runs, baseline"
+    runs = next(table for table in tables if "rho" in table[0])
+    assert runs[0] == ["run", "method", "rho", "eta", "seeds", "epochs", "date", "folder"]
+    today = datetime.date.today().isoformat()
+    folder = str(tmp_path / "digits/imbsam")
+    assert runs[2] == ["digits/imbsam", "ImbSAM", "0.07", "30", "0, 1", "3", today, folder]
+    assert runs[1][1:4] == ["plain training", "–", "–"]
+
+
+def test_classes_are_named_on_the_axis_and_epochs_count_from_1(html, groups):
+    drawn = list(figures(html).values())
+    axis = drawn[0]["layout"]["xaxis"]
+    assert axis["ticktext"][0] == "cat (120)"
+    assert len(axis["ticktext"]) == 6
+    assert drawn[1]["data"][0]["x"] == [1, 2, 3]
+
+
+def test_a_long_name_is_cut_on_the_axis(tmp_path, write_run):
+    run = write_run(tmp_path, "d/a", counts=[100, 3], names=["Tyrannosaurus_rex_northern", "short name"])
+    figure = class_figure(group_runs(read_runs([run])[0]))
+    assert figure.layout["xaxis"]["ticktext"] == ["Tyrannosaurus_rex_n… (100)", "short name (3)"]
+
+
+def test_where_the_seed_deals_the_counts_a_place_has_no_single_name(tmp_path, write_run):
+    write_run(tmp_path, "d/a", 0, counts=[100, 50, 3], names=["x", "y", "z"])
+    write_run(tmp_path, "d/a", 1, counts=[3, 50, 100], names=["x", "y", "z"])
+    figure = class_figure(group_runs(read_runs([tmp_path])[0]))
+    assert figure.layout["xaxis"]["ticktext"] == ["100", "50", "3"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, [0, 1]), (0.003, [0, 0.006]), (-2.0, [-4, 0])])
+def test_a_constant_is_not_drawn_on_an_axis_of_its_own(tmp_path, write_run, value, expected):
+    """Of zeros alone plotly draws a chart from -1 to 1."""
+    run = write_run(tmp_path, "d/a")
+    rows = [f"{epoch},train,few,trace,{value}," for epoch in (1, 2)]
+    (run / "sharpness.csv").write_text("\n".join(["epoch,split,group,measure,value,settings", *rows]) + "\n")
+    (figure,) = sharpness_figures(group_runs(read_runs([run])[0]))
+    assert figure.layout["yaxis"]["range"] == pytest.approx(expected)
+    log = (run / "metrics.csv").read_text().splitlines()
+    at = log[0].split(",").index("train/loss_epoch")
+    zeros = [
+        ",".join("0.0" if i == at and cell else cell for i, cell in enumerate(line.split(","))) for line in log[1:]
+    ]
+    (run / "metrics.csv").write_text("\n".join([log[0], *zeros]) + "\n")
+    (loss,) = curve_figures(group_runs(read_runs([run])[0]))
+    assert loss.layout["yaxis"] == {"range": [0, 1]}
+
+
+def test_runs_of_other_data_are_marked_and_not_compared(tmp_path, write_run, capsys):
+    write_run(tmp_path, "d/plain")
+    write_run(tmp_path, "d/other", method="imbsam", data={"ratio": 10.0})
+    write_run(tmp_path, "d/same", method="imbsam")
+    reason = "ratio 10.0, not 50.0"
+    main([str(tmp_path), "--format", "md"])
+    out, err = capsys.readouterr()
+    assert f"d/other is of other data than d/plain, so not compared: {reason}." in out
+    assert f"not compared: d/other is of other data than d/plain: {reason}" in err
+    differences = out.split("difference to d/plain")[1]
+    assert "| d/same |" in differences
+    assert "| d/other |" not in differences
+    html = page(baseline_first(group_runs(read_runs([tmp_path])[0])), {})
+    rows = {row[0].split("\n")[0]: row for row in Tables(html).tables[0]}
+    assert rows["d/other"][0].endswith("1 run, other data")
+    assert "\n" not in rows["d/other"][1]
+    assert "\n" in rows["d/same"][1]
+    assert f"d/other is of other data, so not compared: {reason}." in visible(html)
+
+
+def test_anomaly_detectors_are_compared_by_their_rankings(detectors, tmp_path, capsys):
+    main([str(detectors), "--format", "md"])
+    out = capsys.readouterr().out
+    head = "average precision | AUROC | precision of the alarms | recall of the alarms | F1 at the threshold"
+    assert f"| run | {head} | training loss |" in out
+    assert "| difference to anomaly/devnet_sgd |" in out
+    runs, skipped = read_runs([detectors / "anomaly/devnet_sgd"])
+    assert skipped == {}
+    mean = sum(100 * run.final["test/average_precision"] for run in runs) / 2
+    assert f"| anomaly/devnet_sgd (2 runs) | {mean:.1f} ± " in out
+    for kind in ("html", "png", "csv"):
+        main([str(detectors), "--output", str(tmp_path / f"r.{kind}")])
+    html = (tmp_path / "r.html").read_text()
+    assert len(figures(html)) == 3  # training loss, average precision and AUROC on the validation rows
+    assert figures(html)["figure0"]["data"][0]["x"] == [1, 2, 3]
+    text = visible(html)
+    assert "By average precision" in text
+    assert "Data: AnomalyDataModule" in text
+    assert "per_class.csv" not in text
+
+
+def test_classifiers_and_detectors_are_reported_apart(detectors, three_groups, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(three_groups), str(detectors)])
+    assert stop.value.code == 2
+    assert "report them apart" in capsys.readouterr().err.splitlines()[-1]

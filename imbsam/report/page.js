@@ -1,3 +1,12 @@
+// Says which tables are wider than the screen.
+function markWideTables() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
+  }
+}
+addEventListener("resize", markWideTables);
+markWideTables();
+
 // Draws the figures in the page's colours, again when these change between light and dark.
 (async () => {
   const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));

@@ -1,5 +1,6 @@
 """Run folders as the real logger and the real callback write them, without the training."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,22 @@ from lightning.pytorch.loggers import CSVLogger
 
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules import LongTailedClassifier
+from lightning_modules.cli import main as train
 from lightning_modules.evaluation_files import write_evaluation
 
 COUNTS = [120, 60, 20, 12, 6, 3]
 NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}", "eel | ray"]
+
+
+CLASSES = {"sgd": "Plain", "sam": "SAM", "imbsam": "ImbSAM", "focal_sam": "FocalSAM"}
+SETTINGS = {"sgd": (), "sam": ("rho",), "imbsam": ("rho", "eta"), "focal_sam": ("rho",)}
+
+
+def sam(method: str, rho: float, eta: float) -> dict[str, object]:
+    """The object of a method as LightningCLI writes it into config.yaml."""
+    given = {"rho": rho, "eta": eta}
+    init_args = {name: given[name] for name in SETTINGS[method]}
+    return {"class_path": f"imbsam.sam.{CLASSES[method]}", "init_args": init_args}
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +42,10 @@ def write_run() -> Callable[..., Path]:
         counts: list[int] = COUNTS,
         names: list[str] = NAMES,
         files: bool = True,
+        method: str = "sgd",
+        rho: float = 0.05,
+        eta: float = 20,
+        data: dict[str, object] | None = None,
         **settings: object,
     ) -> Path:
         random = torch.Generator().manual_seed(seed)
@@ -54,8 +71,14 @@ def write_run() -> Callable[..., Path]:
         config = {
             "seed_everything": seed,
             "trainer": {"accelerator": "auto", "max_epochs": epochs},
-            "model": {"class_path": "lightning_modules.LongTailedClassifier", "init_args": settings},
-            "data": {"class_path": "datamodules.DigitsLTDataModule", "init_args": {"ratio": 50.0, "seed": seed}},
+            "model": {
+                "class_path": "lightning_modules.LongTailedClassifier",
+                "init_args": {"sam": sam(method, rho, eta), "many": 50, "few": 10, **settings},
+            },
+            "data": {
+                "class_path": "datamodules.DigitsLTDataModule",
+                "init_args": {"ratio": 50.0, "seed": seed, "batch_size": 32, **(data or {})},
+            },
         }
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         if files:
@@ -72,9 +95,28 @@ def three_groups(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[.
     for method, skill in (("sgd", 0.6), ("imbsam", 0.9), ("<i>sam", 0.7)):
         for seed in (0, 1):
             run = write_run(
-                root, f"digits/{method}", seed, skill, method=method, rho=0.05, note="<script>alert(2)</script>"
+                root,
+                f"digits/{method}",
+                seed,
+                skill,
+                method=method.removeprefix("<i>"),
+                note="<script>alert(2)</script>",
             )
             if method == "sgd":
                 rows = [f"{epoch},{g},trace,{2.5 / (epoch + 1)},40" for epoch in range(3) for g in ("many", "few")]
                 (run / "sharpness.csv").write_text("\n".join(["epoch,group,measure,value,samples", *rows]) + "\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of DevNet with two methods, trained for three epochs by the real command."""
+    root = tmp_path_factory.mktemp("detectors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for method in ("imbsam", "sgd"):
+            config = f"configs/anomaly/devnet_{method}.yaml"
+            arguments = ["fit", "--config", config, "--trainer.max_epochs=3", "--seeds", "0", "1"]
+            patch.setattr(sys, "argv", ["imbsam", *arguments])
+            train()
+    return root / "logs"

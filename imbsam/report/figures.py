@@ -9,19 +9,13 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
-from report.comparison import Group
-from report.runs import GROUPS
-from report.style import colour, dash, marker
+from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
+from imbsam.report.comparison import Group
+from imbsam.report.exports import NAMED, axis_labels
+from imbsam.report.style import colour, dash, marker
+from imbsam.report.task import CLASSIFIER, GROUPS
 
 Trace = dict[str, Any]
-
-CURVES = {
-    "train/loss_epoch": "training loss",
-    "val/loss": "validation loss",
-    **{f"val/{group}": f"validation accuracy in %, {group}" for group in GROUPS},
-}
-"""What is drawn over the epochs, with its heading."""
 
 MANY_POINTS = 5000
 """From so many points on a figure is drawn by WebGL, which keeps a page with 8,000 classes quick."""
@@ -66,7 +60,8 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
                 traces.append(_running_mean(i, group, entries))
     if len(longest) * len(groups) > MANY_POINTS:
         traces = [{**trace, "type": "scattergl"} for trace in traces]
-    ticks = range(0, len(longest), -(-len(longest) // 10))
+    ticks = range(0, len(longest), 1 if len(longest) <= NAMED else -(-len(longest) // 10))
+    labels, named = axis_labels([longest[t] for t in ticks])
     borders = []
     start = 0
     for name, members in groupby(longest, key=lambda entry: entry.group):
@@ -75,9 +70,10 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
         start += size
     layout = {
         "xaxis": {
-            "title": {"text": "training samples of the class"},
+            "title": {"text": "class (training samples)" if named else "training samples of the class"},
             "tickvals": list(ticks),
-            "ticktext": [str(longest[t].count) for t in ticks],
+            "ticktext": [_text(label) for label in labels],
+            **({"tickangle": -40} if named else {}),
             "range": [-0.5, len(longest) - 0.5],
         },
         "yaxis": {"title": {"text": "test accuracy in %"}, "range": [-3, 103]},
@@ -104,8 +100,10 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
 def curve_figures(groups: Sequence[Group]) -> list[Figure]:
     """What was logged over the epochs: a thin line a run, and a thick one for the mean of a group."""
     figures = []
-    for column, title in CURVES.items():
-        factor = 100 if column in {f"val/{name}" for name in GROUPS} else 1
+    task = groups[0].task
+    losses = {task.loss: "training loss", "val/loss": "validation loss"}
+    for column, title in {**losses, **task.curves}.items():
+        factor = 1 if column in losses else 100
         traces = []
         for i, group in enumerate(groups):
             curves = [
@@ -115,7 +113,9 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
             ]
             traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
         if traces:
-            layout = {"xaxis": _epochs(traces), "yaxis": {"type": "log" if "loss" in column else "linear"}}
+            whole = task is CLASSIFIER and column not in losses  # rankings are read in their last per cent
+            axis = {"range": [-3, 103]} if whole else _values(traces, log=column in losses)
+            layout = {"xaxis": _epochs(traces), "yaxis": axis}
             figures.append(Figure(title, traces, layout))
     return figures
 
@@ -136,7 +136,10 @@ def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
             wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
     several = len({key[2:] for key in wanted}) > 1
     titles = {key: ", ".join(part for part in (key if several else key[:2]) if part) for key in wanted}
-    return [Figure(titles[key], traces, {"xaxis": _epochs(traces)}) for key, traces in wanted.items()]
+    return [
+        Figure(titles[key], traces, {"xaxis": _epochs(traces), "yaxis": _values(traces)})
+        for key, traces in wanted.items()
+    ]
 
 
 def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:
@@ -211,6 +214,20 @@ def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], 
 def _epochs(traces: Sequence[Trace]) -> dict[str, Any]:
     last = max(max(trace["x"]) for trace in traces)
     return {"title": {"text": "epoch"}, **({"dtick": 1} if last <= 10 else {})}  # no half epochs
+
+
+def _values(traces: Sequence[Trace], log: bool = False) -> dict[str, Any]:
+    """The axis of the values: logarithmic where asked for and possible.
+
+    Around a single value plotly would draw from one below it to one above: of zeros, a chart from -1 to 1.
+    """
+    values = [y for trace in traces for y in trace["y"] if y is not None]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if log and low > 0:
+        return {"type": "log"} if low < high else {"type": "log", "range": [math.log10(low / 2), math.log10(2 * low)]}
+    if low == high:
+        return {"range": sorted([0, 2 * high]) if high else [0, 1]}
+    return {}
 
 
 def _confusion(group: Group, confusion: TailConfusion) -> Figure:

@@ -1,0 +1,149 @@
+"""The console script `imbsam`: help, version and `report` are answered at once, the rest by LightningCLI.
+
+LightningCLI, torch and the packages below this one take seconds to import; whoever asks what the commands are called
+need not wait for them.
+"""
+
+import difflib
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    "fit": "train a model, then test the last epoch's weights",
+    "check": "look at the data without training: the classes, and files that cannot be read",
+    "validate": "evaluate a checkpoint on the validation set",
+    "test": "evaluate a checkpoint on the test set",
+    "predict": "write a checkpoint's predictions to a CSV file",
+    "sharpness": "measure how flat the loss of each class group is at a checkpoint",
+    "report": "compare runs: a table, a web page, a picture",
+}
+
+CONFIG = ("--config FILE", "settings from a file, such as configs/digits_lt/imbsam.yaml; the last one wins")
+
+SETTINGS = {
+    "--model.method": ("imbsam", "sgd (plain training), sam, imbsam or focal_sam"),
+    "--model.rho": ("0.05", "length of the perturbation; choose it on a validation split"),
+    "--model.eta": ("20", "classes with fewer training samples than eta are the tail"),
+    "--model.tail_weight": ("2", "multiply the loss of the tail classes, for every method"),
+    "--model.context_rows": ("auto", "samples in the extra passes beside the tail's: auto, batch or a number"),
+    "--model.optimizer.lr": ("0.05", "learning rate"),
+    "--data.batch_size": ("32", "samples of a training batch"),
+    "--data.val_share": ("0.2", "share of the training samples to hold out for validation"),
+    "--data.seed": ("0", "seed of the split and the draw of the samples"),
+    "--seed_everything": ("0", "seed of weights, order and augmentation"),
+    "--trainer.max_epochs": ("200", "epochs; ImbSAM shows its effect once the rare classes are learned"),
+    "--trainer.devices": ("1", "processes, one a GPU"),
+}
+"""The settings that matter in a training, each with an example."""
+
+CHECKPOINT = ("--ckpt_path FILE", "the checkpoint; `last` is that of the newest run of this config")
+
+OPTIONS = {
+    "fit": [
+        ("--data.root FOLDER", "where images are"),
+        *((f"{name} {example}", text) for name, (example, text) in SETTINGS.items()),
+        ("--seeds 0 1 2", "train once for each seed, of the run and of the data"),
+        ("--ckpt_path last", "resume the newest run of this config"),
+        ("--print_config", "print every setting with its value, and stop"),
+    ],
+    "check": [("--data.root FOLDER", "where images are")],
+    "validate": [CHECKPOINT],
+    "test": [CHECKPOINT],
+    "predict": [CHECKPOINT, ("--predictions.path FILE", "where the predictions go")],
+    "sharpness": [
+        CHECKPOINT,
+        ("--split train", "the training samples, or test"),
+        ("--samples 1000", "at most this many samples of each class group"),
+        ("--slices true", "write slices of the loss too"),
+    ],
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    command, args = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if command in ("", "-h", "--help", "help"):
+        print(overview())
+    elif command == "--version":
+        print(versions())
+    elif command == "report":
+        from imbsam.report.command import main as report
+
+        report(args)
+    elif not command.startswith("-") and command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"imbsam: error: there is no command {command}: {meant}", file=sys.stderr)
+        sys.exit(2)
+    elif {"-h", "--help"} & set(args):
+        print(command_help(command))
+    elif command in COMMANDS and not args:
+        print(
+            f"imbsam: error: {command} needs settings: give --config FILE, see imbsam {command} --help", file=sys.stderr
+        )
+        sys.exit(2)
+    else:
+        sys.argv[1:] = ["--help" if arg == "--help-all" else arg for arg in sys.argv[1:]]
+        sys.path.append(os.getcwd())  # class paths of the user's own; at the end, where it hides nothing
+        from lightning_modules.cli import main as lightning  # the one import that hands over, see tests/test_imports.py
+
+        lightning()
+
+
+def overview() -> str:
+    """The commands."""
+    return "\n".join(
+        [
+            "usage: imbsam COMMAND [--SETTING VALUE ...]",
+            "",
+            "Sharpness-aware training for imbalanced data.",
+            "",
+            *_columns(COMMANDS.items()),
+            "",
+            "imbsam COMMAND --help shows the settings that matter, imbsam --version the versions.",
+            "To begin: imbsam fit --config configs/digits_lt/imbsam.yaml",
+        ]
+    )
+
+
+def command_help(command: str) -> str:
+    """The settings of a command that matter, and where the others are."""
+    rest = [
+        (f"imbsam {command} --help-all", "every setting of the command"),
+        (f"imbsam {command} --model.help CLASS", "every setting of a model, such as LongTailedClassifier"),
+        (f"imbsam {command} --data.help CLASS", "every setting of a data set, such as ImageFolderLTDataModule"),
+    ]
+    return "\n".join(
+        [
+            f"usage: imbsam {command} --config FILE [--config FILE ...] [--SETTING VALUE ...]",
+            "",
+            f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.",
+            "",
+            *_columns([CONFIG, *OPTIONS[command]]),
+            "",
+            "The rest:",
+            "",
+            *_columns(rest),
+        ]
+    )
+
+
+def versions() -> str:
+    """Our version and those of what we stand on, without importing them."""
+    found = {}
+    for name in ("imbsam", "torch", "lightning"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    below = ", ".join(f"{name} {found[name]}" for name in ("torch", "lightning"))
+    return f"imbsam {found['imbsam']} ({below}, Python {platform.python_version()})"
+
+
+def _columns(lines: Iterable[tuple[str, str]]) -> list[str]:
+    lines = list(lines)
+    width = max(len(name) for name, _ in lines)
+    return [f"  {name:{width}}  {text}" for name, text in lines]

@@ -1,0 +1,109 @@
+"""Who may import what: read from the import statements, wherever in a file they stand."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = [path.relative_to(REPOSITORY) for path in sorted((REPOSITORY / "imbsam").rglob("*.py"))]
+
+ENGINE = {"torch", "numpy"}
+BESIDE = {
+    "imbsam/metrics.py": {"torchmetrics", "matplotlib"},
+    "imbsam/anomaly_metrics.py": {"torchmetrics"},
+    "imbsam/sklearn.py": {"sklearn"},
+    "imbsam/sharpness.py": {"scipy"},
+}
+"""What single files of the method may import beside torch and NumPy."""
+REPORT = {"rich", "yaml", "plotly", "matplotlib"}
+HAND_OVER = ("imbsam/command.py", "lightning_modules")
+"""The one arrow that points up: the console script starts the command line."""
+
+
+def imported(source: str) -> set[str]:
+    """Full names of the modules that a file imports, without the standard library."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            assert isinstance(node.args[0], ast.Constant), "a module imported by name is named"
+            names.add(node.args[0].value)
+    return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+def refused(path: str, source: str) -> set[str]:
+    """What a file of imbsam/ imports and must not."""
+    names = imported(source)
+    if path.startswith("imbsam/report/"):  # quick: neither torch nor the engine
+        return {n for n in names if not n.startswith("imbsam.report") and n.split(".")[0] not in REPORT}
+    if path == "imbsam/command.py":
+        return {n for n in names if not n.startswith("imbsam.report") and n.split(".")[0] != HAND_OVER[1]}
+    allowed = ENGINE | BESIDE.get(path, set())
+    own = {n for n in names if n.split(".")[0] == "imbsam" and not n.startswith(("imbsam.report", "imbsam.command"))}
+    return {n for n in names - own if n.split(".")[0] not in allowed}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path):
+    assert refused(path.as_posix(), (REPOSITORY / path).read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "statement"),
+    [
+        ("imbsam/backward.py", "from lightning_modules.cost import Cost"),
+        ("imbsam/backward.py", "def f():\n    import datamodules.base"),
+        ("imbsam/backward.py", "from torchmetrics import Metric"),
+        ("imbsam/backward.py", "from imbsam.report.runs import read_runs"),
+        ("imbsam/backward.py", "import importlib\nimportlib.import_module('lightning')"),
+        ("imbsam/metrics.py", "import lightning"),
+        ("imbsam/sklearn.py", "import torchmetrics"),
+        ("imbsam/report/page.py", "import torch"),
+        ("imbsam/report/page.py", "from imbsam.class_groups import tail_mask"),
+        ("imbsam/report/page.py", "from lightning_modules.cli import main"),
+        ("imbsam/command.py", "from datamodules import DigitsLTDataModule"),
+    ],
+)
+def test_a_wrong_import_is_found(path, statement):
+    assert refused(path, statement)
+
+
+def test_one_statement_hands_over_to_the_command_line():
+    found = {
+        path.as_posix(): [n for n in imported((REPOSITORY / path).read_text()) if n.startswith("lightning_modules")]
+        for path in FILES
+    }
+    assert {path: names for path, names in found.items() if names} == {HAND_OVER[0]: ["lightning_modules.cli"]}
+
+
+def test_the_engine_comes_with_its_names_and_not_before():
+    code = """
+import sys, imbsam
+assert "torch" not in sys.modules
+assert {"ImbSAM", "SAM", "FocalSAM", "ClassAwareSAM", "SettingError"} <= set(dir(imbsam))
+from imbsam import ImbSAM
+from imbsam.sam import ImbSAM as same
+assert ImbSAM is same is imbsam.ImbSAM
+assert "torch" in sys.modules
+namespace = {}
+exec("from imbsam import *", namespace)
+assert namespace["FocalSAM"] is imbsam.FocalSAM
+try:
+    imbsam.Imbsam
+except AttributeError as error:
+    assert "Imbsam" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
