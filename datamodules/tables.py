@@ -1,7 +1,5 @@
 """Tables of npz, CSV and Parquet files as columns of numbers and columns of text."""
 
-import csv
-import gzip
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.separated_text import text_format
 from imbsam.errors import SettingError
 
-SUFFIXES = (".npz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
 
@@ -75,8 +75,8 @@ def read_table(
     """Read a table.
 
     Args:
-        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line, or a Parquet
-            file, gzipped or not; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
+        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file (gzipped or not; separated by commas,
+            semicolons or tabs) with a header line, or a Parquet file; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
         only: Read these columns alone, where they are there, and no label.
@@ -205,10 +205,18 @@ def _read_frame(path: Path) -> dict[str, Any]:
     unnamed = False
     try:
         if path.suffix.lower() != ".parquet":
-            opened = gzip.open if path.suffix.lower() == ".gz" else open
-            with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
-                header = next(csv.reader(file), [])
-            frame = pandas.read_csv(path, low_memory=False, encoding="utf-8-sig", index_col=False)
+            written = text_format(path)
+            header = written.header
+            frame = pandas.read_csv(
+                path,
+                sep=written.separator,
+                decimal=written.decimal,
+                low_memory=False,
+                encoding="utf-8-sig",
+                index_col=False,
+            )
+            if written.notice:
+                rank_zero_info(f"{path.name}: {written.notice}")
             unnamed = header[:1] == [""]
         else:
             frame = pandas.read_parquet(path)
@@ -219,8 +227,6 @@ def _read_frame(path: Path) -> dict[str, Any]:
         raise SettingError(f"path={path}: no table ({' '.join(str(error).split())})") from error
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise SettingError(f"{path.name} has more than one column {listed(twice)}: rename all but one")
-    if len(header) == 1 and ";" in header[0]:
-        raise SettingError(f"{path.name} has a single column {header[0]!r}: separate the columns by commas")
     if unnamed:  # the row numbers that pandas writes beside a frame
         frame = frame.iloc[:, 1:]
     return {str(name): frame.iloc[:, i] for i, name in enumerate(frame.columns)}

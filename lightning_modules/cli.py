@@ -18,6 +18,7 @@ import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.checkpoint_contents import NETWORK_SETTINGS, check_class, read_checkpoint, saved_classes
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
@@ -27,8 +28,8 @@ from lightning_modules.weights_and_biases import WeightsAndBiases
 INSTALLED = Path(__file__).parent.parent
 """The folder that holds `configs/`, in a checkout and in an installation."""
 
-EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
-"""The model's settings that do not belong to its weights."""
+EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
+"""The model's settings that do not belong to its weights: those on the command line win over the checkpoint's."""
 
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
@@ -55,29 +56,71 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(WeightsAndBiases, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Name the run's folder after its config, where nobody named it, and find the checkpoint."""
+        """Name the run's folder after its config, where nobody named it, and find the checkpoint.
+
+        What is evaluated or predicted with stands in the checkpoint: class and settings of the model and of its data are
+        the defaults, which configs and the command line change.
+        """
+        self._trained: dict[str, Any] | None = None
+        subcommand, path = _evaluated(sys.argv[1:])
+        if path is not None and Path(path).exists():
+            self._take_over(subcommand, Path(path))
         super().parse_arguments(parser, args)
+        self._name_run()
+        self._go_on_in: Path | None = None
+        self._find_checkpoint()
+        found = self.config[self.config.subcommand].get("ckpt_path")
+        if found and self.config.subcommand != "fit" and self._trained is None:  # it was found by "last" or in a config
+            self._take_over(self.config.subcommand, Path(found))
+            super().parse_arguments(parser, args)
+            self._name_run()
+            self.config[self.config.subcommand].ckpt_path = found
+
+    def _take_over(self, subcommand: str, path: Path) -> None:
+        """Make model and data of a checkpoint the defaults of a subcommand."""
+        check_checkpoint(path)
+        self._trained = read_checkpoint(path)
+        defaults = saved_classes(self._trained)
+        for key in tuple(defaults):
+            try:
+                self._parser(subcommand).set_defaults({key: defaults[key]})
+            except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+                if key == "model":  # other data may be given
+                    raise SettingError(
+                        f"ckpt_path is {path}: its model is a {defaults[key]['class_path']}, which cannot be imported: add "
+                        "the folder of that module to PYTHONPATH"
+                    ) from error
+
+    def _name_run(self) -> None:
+        """Name the run's folder after its config, or put it beside the checkpoint's."""
         config = self.config[self.config.subcommand]
         files = [Path(path.relative) for path in config.get("config") or []]
         logger = config.trainer.logger
-        if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
+        if not getattr(logger, "class_path", "").endswith("CSVLogger") or logger.init_args.name != "":
+            return
+        if files:
             logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
-        self._go_on_in: Path | None = None
-        self._find_checkpoint()
+        elif self._trained is not None:
+            runs, logs = Path(config.ckpt_path).resolve().parents[2], Path(logger.init_args.save_dir).resolve()
+            if runs.is_relative_to(logs):
+                logger.init_args.name = str(runs.relative_to(logs))
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
 
-        Nor those that say how to evaluate: there the command line and its config win.
+        Nor those that say how to evaluate: there the command line and its config win. Nor those that say what the weights
+        are of: another network than the checkpoint's is refused when they are loaded.
         """
         subcommand = self.config.subcommand
-        if subcommand == "fit":
+        saved = saved_classes(self._trained or {}).get("model")
+        if subcommand == "fit" or saved is None:
             return
-        given = self.config[subcommand].model.init_args
-        asked = {name: given[name] for name in EVALUATION_SETTINGS if name in given}
-        super()._parse_ckpt_path()
-        for name, value in asked.items():
-            self.config[subcommand].model.init_args[name] = value
+        model = self.config[subcommand].model
+        check_class(saved["class_path"], [model.class_path.rpartition(".")[2]])
+        own = (*EVALUATION_SETTINGS, *NETWORK_SETTINGS)
+        settings = {name: value for name, value in saved["init_args"].items() if name not in own}
+        settings = {subcommand: {"model": {"class_path": model.class_path, "dict_kwargs": settings}}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would only trip over."""
@@ -109,23 +152,33 @@ class ImbSAMCLI(LightningCLI):
         if path is None and subcommand != "fit":
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
-        if path in (None, "best"):
+        if path is None:
             return
         a_csv_log = getattr(logger, "class_path", "").endswith("CSVLogger")
         runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
-        if path == "last":
+        if path in ("last", "best"):
             if runs is None:
-                raise SettingError("ckpt_path is last: runs are looked up in the folder of a CSV log; name the file")
+                raise SettingError(f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file")
             path = newest_checkpoint(runs, logger.init_args.version)
-            if path is None and subcommand != "fit":
-                raise SettingError(f"ckpt_path is last: no run in {runs} has a checkpoint yet")
+            if path is None and (subcommand != "fit" or asked == "best"):
+                raise SettingError(f"ckpt_path is {asked}: no run in {runs} has a checkpoint yet")
+            if asked == "best":
+                last, path = path, path.with_name("best.ckpt")
+                if not path.exists():
+                    raise SettingError(
+                        f"ckpt_path is best: {last.parent.parent} has no best.ckpt, which a training keeps where it has a "
+                        "validation set (data.val_share); name another one, or last"
+                    )
             _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
         elif not Path(path).exists():
             raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
         config.ckpt_path = path and str(path)
         if path is None:
             return
-        check_checkpoint(Path(path))
+        if self._trained is None:
+            check_checkpoint(Path(path))
+            if subcommand == "fit":
+                read_checkpoint(Path(path), config.get("weights_only") is not False)
         run = Path(path).parent.parent
         if subcommand == "fit" and (differing := self._other_settings(run)):
             if asked == "last":
@@ -165,6 +218,15 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _evaluated(args: list[str]) -> tuple[str, str | None]:
+    """The subcommand and its checkpoint, before the arguments are parsed; no checkpoint where it goes on to train."""
+    found = next((arg for arg in args if not arg.startswith("-")), "")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    path = parser.parse_known_args(args)[0].ckpt_path
+    return found, path if found in ImbSAMCLI.subcommands() and found != "fit" else None
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:
