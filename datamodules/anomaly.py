@@ -163,13 +163,15 @@ class AnomalyDataModule(SemiSupervisedDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""
-        return {} if self._encoder is None else {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
+        return (
+            {} if self._encoder is None else {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Scale as the checkpoint's training did, whatever file this is.
 
         Raises:
-            SettingError: This file lacks a column that the model was trained on, or its rarer label is not the training's.
+            SettingError: This file lacks a column that the model was trained on, or other labels are its anomalies.
         """
         value = state_dict.get("anomaly_value")
         if None not in (value, self._marked_by) and value != self._marked_by and self.anomaly_value is None:

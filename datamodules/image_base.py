@@ -17,7 +17,6 @@ from datamodules.image_files import CorruptImages, ImageFiles, ReadableRows
 from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files
 from datamodules.images_to_predict import images_to_predict
 from datamodules.samplers import EvalLoader, eval_loader, ranks
-from imbsam.errors import SettingError
 
 
 class ImageFilesDataModule(LongTailedDataModule):
@@ -35,9 +34,9 @@ class ImageFilesDataModule(LongTailedDataModule):
             place, and evaluate without it).
         batch_size: Rows of a training batch.
         eval_batch_size: Rows of a validation, test or prediction batch.
-        predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet file
-            that lists paths, see :func:`~datamodules.images_to_predict.images_to_predict`. Nothing else is then read, so
-            the data that the model was trained on need not be there. Null for the test images.
+        predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
+            file that lists paths, see :func:`~datamodules.images_to_predict.images_to_predict`. Nothing else is then
+            read: the data that the model was trained on need not be there. Null for the test images.
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.

@@ -21,7 +21,8 @@ class ImageListLTDataModule(ImageFilesDataModule):
 
     Args:
         path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
-            (``pip install 'imbsam[tables]'``), of the training images; or of all images, whose other parts ``split_column`` or ``test_share`` says.
+            (``pip install 'imbsam[tables]'``), of the training images; or of all images, whose other parts
+            ``split_column`` or ``test_share`` says.
         val_path: Such a file of the validation images.
         test_path: Such a file of the test images.
         root: Folder that the paths in the files are relative to; null for the folder of ``path``.
@@ -109,4 +110,4 @@ def _listed(source: str, rows: Rows, names: list[str]) -> ListedImages:
     index = {name: i for i, name in enumerate(names)}
     if strange := sorted({label for _, label in rows} - index.keys()):
         raise SettingError(f"{source} has classes without a training image: {shorten(strange)}.")
-    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows])
+    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows], names)

@@ -15,9 +15,9 @@ def images_to_predict(given: str | Sequence[str], path_column: str = "path") -> 
     """Find the images without labels that ``data.predict`` names.
 
     Args:
-        given: An image file; a folder, whose images and those in the folders below it count; a ``.txt`` file with a path a
-            line; a ``.csv``, ``.tsv`` or ``.parquet`` file with a column of paths; or image files and folders in a list.
-            Paths in a file are relative to its folder.
+        given: An image file; a folder, whose images and those in the folders below it count; a ``.txt`` file with a
+            path a line; a ``.csv``, ``.tsv`` or ``.parquet`` file with a column of paths; or a list of image files and
+            folders. Paths in a file are relative to its folder.
         path_column: The column of the paths.
 
     Returns:

@@ -46,7 +46,7 @@ def open_text(path: Path) -> IO[str]:
 
 
 def text_format(path: Path) -> TextFormat:
-    """Find out how a file is written: by the separator that gives its first lines the most columns, all of them as many.
+    """Find out how a file is written: the separator makes the most columns, as many in every line.
 
     Args:
         path: A CSV file with a header line.

@@ -14,6 +14,8 @@ from imbsam.errors import SettingError
 
 SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
+DATES_TO_NUMBERS = "make numbers of them, such as days since an event, the weekday or the hour"
+
 YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
 
 
@@ -64,7 +66,7 @@ class Table:
             told = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
             names = ",".join(map(_yaml, (*self.dropped, *reasons)))
             raise SettingError(
-                f"{self.source}: {told}; mend {'it' if len(reasons) == 1 else 'them'}, or leave "
+                f"{self.source}: {told}; fix {'it' if len(reasons) == 1 else 'them'}, or leave "
                 f"{'it' if len(reasons) == 1 else 'them'} out: --data.drop_columns '[{names}]'"
             )
 
@@ -75,8 +77,9 @@ def read_table(
     """Read a table.
 
     Args:
-        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file (gzipped or not; separated by commas,
-            semicolons or tabs) with a header line, or a Parquet file; the latter two need pandas (and pyarrow): ``pip install 'imbsam[tables]'``.
+        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line (gzipped or
+            not; separated by commas, semicolons or tabs), or a Parquet file; the latter two need pandas (and pyarrow):
+            ``pip install 'imbsam[tables]'``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
         only: Read these columns alone, where they are there, and no label.
@@ -249,6 +252,8 @@ def _plain(values: Any) -> Any:
     if types.is_numeric_dtype(values.dtype) and not types.is_complex_dtype(values.dtype):
         return _finite(values.to_numpy(dtype=np.float64, na_value=np.nan))
     if not (types.is_object_dtype(values.dtype) or types.is_string_dtype(values.dtype) or _is_category(values)):
+        if types.is_datetime64_any_dtype(values.dtype):
+            raise _UnusableColumn(f"holds dates ({values.dropna().iloc[0]}): {DATES_TO_NUMBERS}")
         raise _UnusableColumn(f"holds {values.dtype}: make numbers of it")
     missing = values.isna().to_numpy()
     cells = values.astype(object).to_numpy()

@@ -149,9 +149,9 @@ def _checkpoint(trainer: Trainer) -> str | None:
 class PredictionsCSV(BasePredictionWriter):
     """Write what ``predict`` found to ``predictions.csv``, the columns being those of the model's ``prediction_table``.
 
-    The first column says which sample a row is of: ``path``, where the batches are ``(inputs, labels, paths)``, as those of
-    image files are; otherwise ``row``, the number of the sample in the data, from 1. A class of that name gets a column
-    "class path" or "class row".
+    The first column says which sample a row is of: ``path``, where the batches are ``(inputs, labels, paths)``, as
+    those of image files are; otherwise ``row``, the number of the sample in the data, from 1. The column of a class
+    called path, say, is "class path".
 
     Args:
         path: the file; default ``predictions.csv`` in the run's folder.

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
             fix = f"name the file: --ckpt_path {last}" if last else "name a file, such as a run's checkpoints/last.ckpt"
             raise SettingError(f"ckpt_path is {path}: it is a folder, not a checkpoint; {fix}")
     try:
-        contents = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript archive.*")  # refused below
+            contents = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise SettingError(
-            f"ckpt_path is {path}: it holds {found[1] if found else 'a Python object'}, and not tensors and plain data alone: "
-            "reading that could run code in it, so it is refused; save the checkpoint anew without that object"
+            f"ckpt_path is {path}: it holds {found[1] if found else 'a Python object'} beside tensors and plain data: "
+            "reading that could run code, so it is refused; save the checkpoint anew without that object"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise SettingError(f"ckpt_path is {path}: it is a file of something else, not a checkpoint") from error
@@ -51,8 +54,8 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         return dict(contents)
     if isinstance(contents, Mapping) and any(isinstance(value, Tensor) for value in contents.values()):
         raise SettingError(
-            f"ckpt_path is {path}: it holds weights alone (a state_dict), not a checkpoint of a run; to start a training "
-            "from them leave ckpt_path out and set model.backbone_weights"
+            f"ckpt_path is {path}: it holds weights alone (a state_dict), not a checkpoint of a run; to start a "
+            "training from them set model.backbone_weights instead"
         )
     raise SettingError(f"ckpt_path is {path}: it was not written by Lightning; name a run's checkpoints/last.ckpt")
 
@@ -63,7 +66,7 @@ def class_path(instance: Any) -> str:
 
 
 def describe_classes(model: LightningModule) -> dict[str, str]:
-    """For a checkpoint: the classes of the model and of its data, which Lightning keeps for runs of a LightningCLI alone.
+    """For a checkpoint: the classes of the model and of its data, which Lightning keeps for a LightningCLI alone.
 
     Args:
         model: a model with a Trainer.
@@ -102,8 +105,13 @@ def check_model(model: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: the checkpoint.
 
     Raises:
-        SettingError: it is of another class, or of another network.
+        SettingError: it is of another class, of another network, or not of imbsam.
     """
+    if "class_counts" not in checkpoint:
+        raise SettingError(
+            f"ckpt_path is a checkpoint that was not written by imbsam: a {type(model).__name__} cannot take its "
+            "weights; name a run's checkpoints/last.ckpt"
+        )
     saved = saved_classes(checkpoint).get("model")
     if saved is not None:
         check_class(saved["class_path"], [of.__name__ for of in type(model).__mro__])
@@ -124,8 +132,8 @@ def check_class(saved: str, known: list[str]) -> None:
     name = saved.rpartition(".")[2]
     if name not in known:
         raise SettingError(
-            f"ckpt_path is a checkpoint of {name}, and the model is {known[0]}: use the config.yaml in the checkpoint's "
-            "run, or leave --config out where nothing is trained"
+            f"ckpt_path is a checkpoint of {name}, and the model is {known[0]}: use the config.yaml in the "
+            "checkpoint's run, or leave --config out where nothing is trained"
         )
 
 
@@ -169,6 +177,6 @@ def check_weights(model: LightningModule, checkpoint: Mapping[str, Any]) -> None
     wrong = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     if told := [f"{len(names)} {what} ({names[0]})" for what, names in wrong.items() if names]:
         raise SettingError(
-            f"ckpt_path is a checkpoint of another model: of the weights of this {type(model).__name__} {', '.join(told)}: "
-            "use the config.yaml in the checkpoint's run"
+            f"ckpt_path is a checkpoint of another {type(model).__name__}: of its weights {', '.join(told)}: use "
+            "the config.yaml in the checkpoint's run"
         )

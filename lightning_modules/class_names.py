@@ -12,7 +12,7 @@ _SHOWN = 5
 def check_class_names(trained: Sequence[str], data: Any, source: str = "the checkpoint") -> None:
     """Refuse data whose labels mean other classes than the model's outputs do.
 
-    A renamed class folder keeps the number of classes and changes their order, so that a model would be scored on permuted
+    A renamed class folder keeps the number of classes and changes their order: a model would be scored on permuted
     labels, and nothing but a low accuracy would show it.
 
     Args:

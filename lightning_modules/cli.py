@@ -58,7 +58,7 @@ class ImbSAMCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Name the run's folder after its config, where nobody named it, and find the checkpoint.
 
-        What is evaluated or predicted with stands in the checkpoint: class and settings of the model and of its data are
+        A checkpoint that is evaluated or predicted with knows its model and its data: their classes and settings are
         the defaults, which configs and the command line change.
         """
         self._trained: dict[str, Any] | None = None
@@ -87,8 +87,8 @@ class ImbSAMCLI(LightningCLI):
             except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
                 if key == "model":  # other data may be given
                     raise SettingError(
-                        f"ckpt_path is {path}: its model is a {defaults[key]['class_path']}, which cannot be imported: add "
-                        "the folder of that module to PYTHONPATH"
+                        f"ckpt_path is {path}: its model is a {defaults[key]['class_path']}, which cannot be imported: "
+                        "add the folder of that module to PYTHONPATH"
                     ) from error
 
     def _name_run(self) -> None:
@@ -108,8 +108,8 @@ class ImbSAMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
 
-        Nor those that say how to evaluate: there the command line and its config win. Nor those that say what the weights
-        are of: another network than the checkpoint's is refused when they are loaded.
+        Nor those that say how to evaluate: there the command line and its config win. Nor those that say what the
+        weights are of: another network than the checkpoint's is refused when they are loaded.
         """
         subcommand = self.config.subcommand
         saved = saved_classes(self._trained or {}).get("model")
@@ -158,16 +158,18 @@ class ImbSAMCLI(LightningCLI):
         runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
         if path in ("last", "best"):
             if runs is None:
-                raise SettingError(f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file")
+                raise SettingError(
+                    f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file"
+                )
             path = newest_checkpoint(runs, logger.init_args.version)
             if path is None and (subcommand != "fit" or asked == "best"):
                 raise SettingError(f"ckpt_path is {asked}: no run in {runs} has a checkpoint yet")
-            if asked == "best":
-                last, path = path, path.with_name("best.ckpt")
+            if path is not None and asked == "best":
+                path = path.with_name("best.ckpt")
                 if not path.exists():
                     raise SettingError(
-                        f"ckpt_path is best: {last.parent.parent} has no best.ckpt, which a training keeps where it has a "
-                        "validation set (data.val_share); name another one, or last"
+                        f"ckpt_path is best: {path.parent.parent} has no best.ckpt, which a training keeps where it "
+                        "has a validation set (data.val_share); name another one, or last"
                     )
             _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
         elif not Path(path).exists():
