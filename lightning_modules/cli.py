@@ -59,26 +59,33 @@ class ImbSAMCLI(LightningCLI):
         """Name the run's folder after its config, where nobody named it, and find the checkpoint.
 
         A checkpoint that is evaluated or predicted with knows its model and its data: their classes and settings are
-        the defaults, which configs and the command line change.
+        the defaults, which configs and the command line change. Other data take nothing of them.
         """
         self._trained: dict[str, Any] | None = None
         subcommand, path = _evaluated(sys.argv[1:])
-        if path is not None and Path(path).exists():
+        if path is not None:
             self._take_over(subcommand, Path(path))
-        super().parse_arguments(parser, args)
-        self._name_run()
+        self._parse(parser, args)
         self._go_on_in: Path | None = None
         self._find_checkpoint()
         found = self.config[self.config.subcommand].get("ckpt_path")
         if found and self.config.subcommand != "fit" and self._trained is None:  # it was found by "last" or in a config
             self._take_over(self.config.subcommand, Path(found))
-            super().parse_arguments(parser, args)
-            self._name_run()
+            self._parse(parser, args)
             self.config[self.config.subcommand].ckpt_path = found
+
+    def _parse(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.subcommand
+        saved, given = saved_classes(self._trained or {}).get("data"), self.config[subcommand].get("data")
+        if saved and given and saved["class_path"].rpartition(".")[2] != given.class_path.rpartition(".")[2]:
+            self._parser(subcommand).set_defaults({"data": None})
+            super().parse_arguments(parser, args)
+        self._name_run()
 
     def _take_over(self, subcommand: str, path: Path) -> None:
         """Make model and data of a checkpoint the defaults of a subcommand."""
-        check_checkpoint(path)
+        check_checkpoint(_existing(path))
         self._trained = read_checkpoint(path)
         defaults = saved_classes(self._trained)
         for key in tuple(defaults):
@@ -172,8 +179,8 @@ class ImbSAMCLI(LightningCLI):
                         "has a validation set (data.val_share); name another one, or last"
                     )
             _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
-        elif not Path(path).exists():
-            raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+        elif subcommand == "fit":
+            _existing(Path(path))
         config.ckpt_path = path and str(path)
         if path is None:
             return
@@ -222,13 +229,36 @@ class ImbSAMCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+    return path
+
+
 def _evaluated(args: list[str]) -> tuple[str, str | None]:
-    """The subcommand and its checkpoint, before the arguments are parsed; no checkpoint where it goes on to train."""
-    found = next((arg for arg in args if not arg.startswith("-")), "")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    path = parser.parse_known_args(args)[0].ckpt_path
-    return found, path if found in ImbSAMCLI.subcommands() and found != "fit" else None
+    """The subcommand and the checkpoint's file, before the arguments are parsed: it may know model and data.
+
+    Returns:
+        The subcommand, and the file; None where it trains, or where the file is to be looked for in a config's runs.
+
+    Raises:
+        SettingError: Nothing says what the model is.
+    """
+    found = args[0] if args else ""
+    if found not in ImbSAMCLI.subcommands() or found == "fit":
+        return found, None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (("--ckpt_path",), ("--config", "-c"), ("--model",)):
+        parser.add_argument(*name)
+    given = parser.parse_known_args(args[1:])[0]
+    if given.ckpt_path not in (None, "last", "best"):
+        return found, given.ckpt_path
+    if given.config is None and given.model is None and not {"-h", "--help"} & set(args):
+        raise SettingError(
+            f"ckpt_path is {given.ckpt_path or 'null'}: name the checkpoint's file with --ckpt_path, or the config of "
+            "its runs with --config"
+        )
+    return found, None
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

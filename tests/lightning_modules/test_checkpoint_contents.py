@@ -329,6 +329,28 @@ def test_settings_of_an_evaluation_on_the_command_line_win(run_imbsam, work):
     assert "alarms for 3 rows" in run_imbsam(work, *args, "--model.budget=3")["out"][0]
 
 
+def test_other_data_take_no_settings_of_the_checkpoints(run_imbsam, work):
+    """The images' are none of a long tail; the digits' settings would make them one of ratio 50."""
+    images = ["--data=ImageFolderLTDataModule", "--data.root=pictures", "--data.num_workers=0"]
+    line = refused(run_imbsam(work, "test", "--ckpt_path", last("digits_lt/imbsam"), *images))
+    assert "the checkpoint knows 0, 1, 2, 3, 4, ... (10 in all), which the data lack" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "ckpt_path is null: name the checkpoint's file with --ckpt_path"),
+        (
+            ["--ckpt_path=last"],
+            "ckpt_path is last: name the checkpoint's file with --ckpt_path, or the config of its runs",
+        ),
+        (["--ckpt_path=none.ckpt"], "ckpt_path is none.ckpt: there is no such file"),
+    ],
+)
+def test_nothing_says_what_the_model_is(run_imbsam, tmp_path, args, message):
+    assert message in refused(run_imbsam(tmp_path, "predict", "--data.predict=a.jpg", *args))
+
+
 def test_best_without_validation_is_one_line(run_imbsam, work):
     line = refused(run_imbsam(work, "test", *DIGITS, "--ckpt_path=best"))
     assert "ckpt_path is best: logs/digits_lt/imbsam/version_0 has no best.ckpt, which a training keeps where" in line
