@@ -62,6 +62,7 @@ class ImbSAMCLI(LightningCLI):
         the defaults, which configs and the command line change. Other data take nothing of them.
         """
         self._trained: dict[str, Any] | None = None
+        self._unknown_data: str | None = None
         subcommand, path = _evaluated(sys.argv[1:])
         if path is not None:
             self._take_over(subcommand, Path(path))
@@ -75,7 +76,15 @@ class ImbSAMCLI(LightningCLI):
             self.config[self.config.subcommand].ckpt_path = found
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            if self._unknown_data is None:
+                raise
+            raise SettingError(
+                f"the checkpoint's data cannot be built ({self._unknown_data}): add the folder of their module to "
+                "PYTHONPATH, or name other data with --data"
+            ) from error
         subcommand = self.config.subcommand
         saved, given = saved_classes(self._trained or {}).get("data"), self.config[subcommand].get("data")
         if saved and given and saved["class_path"].rpartition(".")[2] != given.class_path.rpartition(".")[2]:
@@ -87,15 +96,16 @@ class ImbSAMCLI(LightningCLI):
         """Make model and data of a checkpoint the defaults of a subcommand."""
         check_checkpoint(_existing(path))
         self._trained = read_checkpoint(path)
-        defaults = saved_classes(self._trained)
-        for key in tuple(defaults):
+        for key, settings in saved_classes(self._trained).items():
             try:
-                self._parser(subcommand).set_defaults({key: defaults[key]})
-            except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
-                if key == "model":  # other data may be given
+                self._parser(subcommand).set_defaults({key: settings})
+            except (argparse.ArgumentError, ImportError, AttributeError, ValueError, TypeError, KeyError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self._unknown_data = f"{settings['class_path']}: {reason}"  # other data may be given
+                if key == "model":
                     raise SettingError(
-                        f"ckpt_path is {path}: its model is a {defaults[key]['class_path']}, which cannot be imported: "
-                        "add the folder of that module to PYTHONPATH"
+                        f"ckpt_path is {path}: its model cannot be built ({self._unknown_data}): add the folder of its "
+                        "module to PYTHONPATH"
                     ) from error
 
     def _name_run(self) -> None:
@@ -108,8 +118,10 @@ class ImbSAMCLI(LightningCLI):
         if files:
             logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
         elif self._trained is not None:
-            runs, logs = Path(config.ckpt_path).resolve().parents[2], Path(logger.init_args.save_dir).resolve()
-            if runs.is_relative_to(logs):
+            runs, logs = (
+                Path(path).resolve() for path in (_run_of(config.ckpt_path).parent, logger.init_args.save_dir)
+            )
+            if runs != logs and runs.is_relative_to(logs):
                 logger.init_args.name = str(runs.relative_to(logs))
 
     def _parse_ckpt_path(self) -> None:
@@ -188,7 +200,7 @@ class ImbSAMCLI(LightningCLI):
             check_checkpoint(Path(path))
             if subcommand == "fit":
                 read_checkpoint(Path(path), config.get("weights_only") is not False)
-        run = Path(path).parent.parent
+        run = _run_of(path)
         if subcommand == "fit" and (differing := self._other_settings(run)):
             if asked == "last":
                 raise SettingError(
@@ -227,6 +239,11 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _run_of(checkpoint: str | Path) -> Path:
+    """The run's folder, which has the checkpoint in its folder ``checkpoints``."""
+    return Path(checkpoint).parent.parent
 
 
 def _existing(path: Path) -> Path:

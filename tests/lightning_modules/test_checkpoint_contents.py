@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,6 +350,48 @@ def test_other_data_take_no_settings_of_the_checkpoints(run_imbsam, work):
 )
 def test_nothing_says_what_the_model_is(run_imbsam, tmp_path, args, message):
     assert message in refused(run_imbsam(tmp_path, "predict", "--data.predict=a.jpg", *args))
+
+
+OWN_DATA = """
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Blobs(LightningDataModule):
+    def __init__(self, names: str = "a,b"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.class_names = names.split(",")
+
+    def setup(self, stage=None):
+        labels = torch.arange(24) % 2
+        self.data = TensorDataset(torch.rand(24, 1, 8, 8) + labels[:, None, None, None], labels)
+        self.class_counts = labels.bincount()
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=8)
+
+    def test_dataloader(self):
+        return DataLoader(self.data, batch_size=8)
+"""
+
+
+def test_data_of_the_users_own(imbsam, tmp_path, monkeypatch):
+    """Its class, settings and class names travel in the checkpoint as those of ours do."""
+    (tmp_path / "blobs_for_test.py").write_text(OWN_DATA)
+    named = ["--model=LongTailedClassifier", "--model.backbone=small_cnn", "--data=blobs_for_test.Blobs"]
+    args = ["test", "--ckpt_path=logs/version_0/checkpoints/last.ckpt"]
+    with monkeypatch.context() as at_home:
+        at_home.syspath_prepend(tmp_path)
+        assert imbsam("fit", *named, "--data.names=x,y", "--trainer.max_epochs=1")[0] == 0
+        assert imbsam(*args)[0] == 0
+        code, _, err = imbsam(*args, "--data.names=y,x")
+        assert (code, "the checkpoint in another order: class 0 is x there and y in the data" in err) == (2, True)
+    del sys.modules["blobs_for_test"]
+    code, _, err = imbsam(*args)
+    assert (code, "the checkpoint's data cannot be built (blobs_for_test.Blobs: " in err) == (2, True)
+    assert "No module named 'blobs_for_test'): add the folder of their module to PYTHONPATH" in err
 
 
 def test_best_without_validation_is_one_line(run_imbsam, work):
