@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -51,7 +52,7 @@ class ListedImages:
         """
         label_of: dict[str, int] = {}
         kept: list[str] = []
-        again: list[str] = []
+        again: set[str] = set()
         for path, label in zip(paths, labels, strict=True):
             file = os.path.normpath(path)
             if (first := label_of.setdefault(file, label)) != label:
@@ -60,11 +61,10 @@ class ListedImages:
             if len(label_of) > len(kept):
                 kept.append(path)
             else:
-                again.append(path)
+                again.add(file)
         if again:
-            warnings.warn(
-                f"{source} names {len(again):,} images more than once, such as {again[0]}: each is taken once.",
-                stacklevel=2,
+            rank_zero_warn(
+                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is taken once"
             )
         packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
         return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))
@@ -138,10 +138,9 @@ def check_classes(splits: ImageSplits) -> None:
         alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     for same in alike.values():
         if len(same) > 1:
-            warnings.warn(
+            rank_zero_warn(
                 f"{splits.train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if "
-                "one class is meant, give it one name.",
-                stacklevel=2,
+                "one class is meant, give it one name"
             )
     for part in splits.parts():
         outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
