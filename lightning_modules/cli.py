@@ -55,6 +55,12 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
         parser.add_lightning_class_args(WeightsAndBiases, "wandb")
 
+    def setup_parser(self, *args: Any) -> None:
+        """Where one process is all that there can be, one is the default, whatever the machine has."""
+        super().setup_parser(*args)
+        for subcommand in ("predict", "sharpness"):
+            self._parser(subcommand).set_defaults({"trainer.devices": 1})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Name the run's folder after its config, where nobody named it, and find the checkpoint.
 
@@ -268,7 +274,7 @@ def _evaluated(args: list[str]) -> tuple[str, str | None]:
     for name in (("--ckpt_path",), ("--config", "-c"), ("--model",)):
         parser.add_argument(*name)
     given = parser.parse_known_args(args[1:])[0]
-    if given.ckpt_path not in (None, "last", "best"):
+    if given.ckpt_path not in (None, "null", "last", "best"):
         return found, given.ckpt_path
     if given.config is None and given.model is None and not {"-h", "--help"} & set(args):
         raise SettingError(

@@ -200,8 +200,8 @@ class SharpnessTrainer(Trainer):
     ) -> Found:
         """Measure the sharpness of the class groups at a checkpoint.
 
-        Use the run's own ``config.yaml``, so that the samples are those that the model was trained on. Prints a
-        table and appends to ``sharpness.csv``.
+        The samples must be those that the model was trained on: on the command line the checkpoint says which they are.
+        Prints a table and appends to ``sharpness.csv``.
 
         Args:
             model: the model.

@@ -135,6 +135,12 @@ def test_loads_without_the_command_line(imbsam, tmp_path):
     assert model.hparams.method == "imbsam"
 
 
+def test_predict_takes_one_device_of_a_machine_with_several(imbsam):
+    for command, devices in (("predict", 1), ("test", "auto")):
+        _, out, _ = imbsam(command, *DIGITS, "--print_config")
+        assert yaml.safe_load(out)["trainer"]["devices"] == devices
+
+
 def test_short_names_print_config_and_overlays(imbsam, tmp_path):
     Path("overlay.yaml").write_text("trainer:\n  max_epochs: 7\n")
     short = ["--model=LongTailedClassifier", "--data=DigitsLTDataModule", "--model.method=sam"]
