@@ -15,7 +15,7 @@ from datamodules.base import LongTailedDataModule
 from datamodules.image_augmentation import Augment, ImageTransform
 from datamodules.image_files import CorruptImages, ImageFiles, ReadableRows
 from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files
-from datamodules.images_to_predict import images_to_predict
+from datamodules.images_to_predict import as_text, images_to_predict
 from datamodules.samplers import EvalLoader, eval_loader, ranks
 
 
@@ -68,8 +68,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         **settings: Any,
     ) -> None:
         root = os.fspath(root)  # checkpoints refuse a Path
-        if predict is not None:
-            predict = os.fspath(predict) if isinstance(predict, (str, Path)) else [os.fspath(path) for path in predict]
+        predict = as_text(predict)
         workers = min(8, _cores()) if num_workers is None else num_workers
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
         self.root = Path(root).expanduser()
@@ -102,7 +101,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         Raises:
             SettingError: A list or files are missing, or a label has no class.
         """
-        if not self._checked and not self._only_predicts:
+        if not self._checked and not self.only_predicts:
             number = check_files(self.root, self.splits.parts(), self.advice)
             rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
             self._look_for_shared_images()
@@ -126,11 +125,12 @@ class ImageFilesDataModule(LongTailedDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Draw the training and validation samples; a second call does nothing, nor does one for ``predict`` alone."""
-        if self._train is not None or (stage == "predict" and self.predict is not None):
+        if self._train is not None:
             return
         super().setup(stage)
         train: Any = self._train
-        self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
+        if train is not None:
+            self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
@@ -162,11 +162,6 @@ class ImageFilesDataModule(LongTailedDataModule):
                 rank = self.trainer.global_rank if self.trainer is not None else 0
                 print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
                 self._told[name] = number
-
-    @property
-    def _only_predicts(self) -> bool:
-        """Whether the trainer predicts images that ``predict`` names, and so reads no others."""
-        return self.predict is not None and self.trainer is not None and self.trainer.predicting
 
     def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
         return ImageFiles(

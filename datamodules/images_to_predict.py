@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodules.image_lists import ListedImages, check_files, images_below
 from datamodules.table_columns import read_columns
@@ -44,6 +45,13 @@ def images_to_predict(given: str | Sequence[str], path_column: str = "path") -> 
     images = ListedImages.of(source, paths, [-1] * len(paths))
     check_files(root, [images], "Paths in a list are relative to its folder.")
     return root, images
+
+
+def as_text(given: Any) -> str | list[str] | None:
+    """A path or paths as text: checkpoints refuse a Path."""
+    if given is None:
+        return None
+    return os.fspath(given) if isinstance(given, (str, Path)) else [os.fspath(path) for path in given]
 
 
 def _files(one: str) -> list[str]:

@@ -200,21 +200,19 @@ class ImbSAMCLI(LightningCLI):
         elif subcommand == "fit":
             _existing(Path(path))
         config.ckpt_path = path and str(path)
-        if path is None:
+        if path is None or subcommand != "fit":
             return
-        if self._trained is None:
-            check_checkpoint(Path(path))
-            if subcommand == "fit":
-                read_checkpoint(Path(path), config.get("weights_only") is not False)
+        check_checkpoint(Path(path))
+        read_checkpoint(Path(path), config.get("weights_only") is not False)
         run = _run_of(path)
-        if subcommand == "fit" and (differing := self._other_settings(run)):
+        if differing := self._other_settings(run):
             if asked == "last":
                 raise SettingError(
                     f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to go on with "
                     "other settings, or train in another folder with --trainer.logger.init_args.save_dir"
                 )
             _say(f"other settings than in {run / 'config.yaml'}: {', '.join(differing)}")
-        if subcommand == "fit" and runs and run.parent.resolve() == runs.resolve():
+        if runs and run.parent.resolve() == runs.resolve():
             version = run.name.removeprefix("version_")
             logger.init_args.version = int(version) if version.isdigit() else run.name
             if logger.class_path.endswith("ResumableCSVLogger"):
@@ -233,7 +231,7 @@ class ImbSAMCLI(LightningCLI):
             for key in now.keys() & then.keys()
             if now[key] != then[key]
             and key.split(".")[0] in ("model", "data", "seed_everything")
-            and key.split(".")[-1] not in ("root", "num_workers")  # where the data lie and who reads them
+            and key.split(".")[-1] not in ("root", "num_workers", "predict")  # where the data lie, and who reads them
         ]
 
     def before_validate(self) -> None:
