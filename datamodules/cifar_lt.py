@@ -31,8 +31,8 @@ class CIFAR10LTDataModule(LongTailedDataModule):
             file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
         augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
             them left to right.
-        predict: Images to predict, see :func:`~datamodules.images_to_predict.images_to_predict`, of any size: the shorter
-            side is resized to 32 pixels, and the central 32 are taken. Null for the test images.
+        predict: Images to predict, see :func:`~datamodules.images_to_predict.images_to_predict`, of any size (the
+            shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
     """
 
@@ -103,8 +103,8 @@ class CIFAR100LTDataModule(CIFAR10LTDataModule):
             file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
         augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
             them left to right.
-        predict: Images to predict, see :func:`~datamodules.images_to_predict.images_to_predict`, of any size: the shorter
-            side is resized to 32 pixels, and the central 32 are taken. Null for the test images.
+        predict: Images to predict, see :func:`~datamodules.images_to_predict.images_to_predict`, of any size (the
+            shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
     """
 
