@@ -143,6 +143,19 @@ def test_the_predictions_file_has_a_column_of_paths(damaged_root, tmp_path):
     assert [row.split(",")[0] for row in rows] == [name for name in wanted if name != "test/cat/test 2.jpg"]
 
 
+class NamedAsOurColumns(Brightness):
+    def prediction_table(self, predictions):
+        return ["predicted", "path", "predicted", "row"], (["path", 1, 0, 0] for _ in torch.cat(list(predictions)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_two_columns_of_the_predictions_have_one_name(image_folder_root, tmp_path):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=PredictionsCSV(str(tmp_path / "found.csv")), **quiet)
+    trainer.predict(NamedAsOurColumns(), datamodule=ready(image_folder_root))
+    assert (tmp_path / "found.csv").read_text().splitlines()[0] == "path,predicted,class path,class predicted,row"
+
+
 def test_images_in_two_parts_are_warned_of(image_list, tmp_path):
     lines = image_list.read_text().splitlines()
     test = next(line for line in lines if line.endswith(",test"))
