@@ -20,8 +20,8 @@ from imbsam.errors import SettingError
 class AnomalyDataModule(SemiSupervisedDataModule):
     """A table in which some rows are anomalies, and the labels of some of those are known.
 
-    For prediction every row of ``path`` is scored, in the order of the file, and no label column is needed; the scaling
-    is the training file's and comes from the checkpoint.
+    For prediction every row of ``predict`` (or of ``path``) is scored, in the order of the file, and no label column is
+    needed; the scaling is the training file's and comes from the checkpoint.
 
     Attributes:
         num_features: Features d of a row.
@@ -29,7 +29,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
 
     Args:
         path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
-            a 0 is an anomaly.
+            a 0 is an anomaly. A CSV file may be separated by commas, semicolons or tabs.
         label: Column that says which rows are anomalies; null is ``y`` of an npz file.
         anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
         drop_columns: Columns to leave out, for example identifiers.
@@ -45,6 +45,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         batches_per_epoch: Training batches of an epoch, or null for as many as the training rows fill.
         eval_batch_size: Rows of a validation, test or prediction batch.
         seed: Seed of every draw.
+        predict: A new file to predict, of the same kinds; null for ``path`` itself.
 
     Raises:
         SettingError: A setting is outside its range, or the file cannot be used; the message names the column.
@@ -69,11 +70,13 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         batches_per_epoch: int | None = None,
         eval_batch_size: int = 8192,
         seed: int = 0,
+        predict: str | Path | None = None,
     ) -> None:
-        path = None if path is None else os.fspath(path)  # checkpoints refuse a Path
+        path, predict = (None if p is None else os.fspath(p) for p in (path, predict))  # checkpoints refuse a Path
         drop_columns = list(drop_columns)
         super().__init__(sampling, batch_size, batches_per_epoch, eval_batch_size, val_share, seed)
         self.path = None if path is None else Path(path).expanduser()
+        self.predict = None if predict is None else Path(predict).expanduser()
         if labelled_share is None:
             labelled_share = 1.0 if self.path and self.path.suffix.lower() != ".npz" else 0.1
         check_share("labelled_share", labelled_share)
@@ -92,6 +95,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self.min_rows = min_rows
         self.max_rows = max_rows
         self._encoder: TableEncoder | None = None
+        self._marked_by: str | None = None
         self._parts: dict[str, Table] = {}
         self._true_labels: dict[str, Tensor] = {}
 
@@ -104,9 +108,10 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         """
         if stage == "predict" or self._parts:
             return
-        table = self._read()
+        table = self._read(self.path)
         column = self.label or "y"
         anomalous, value = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
+        self._marked_by = value
         split = split_rows(
             anomalous,
             table.source,
@@ -150,18 +155,30 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             raise SettingError(
                 "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
             )
-        table = self._read(self._encoder.columns)
+        table = self._read(self.predict or self.path, self._encoder.columns)
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
             rank_zero_info(f"{table.source}: values that training did not see in: {listed(unseen)}")
         return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The fitted scaling, plain data; Lightning keeps it in the checkpoint."""
-        return {} if self._encoder is None else {"encoder": self._encoder.state_dict()}
+        """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""
+        return (
+            {} if self._encoder is None else {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Scale as the checkpoint's training did, whatever file this is."""
+        """Scale as the checkpoint's training did, whatever file this is.
+
+        Raises:
+            SettingError: This file lacks a column that the model was trained on, or other labels are its anomalies.
+        """
+        value = state_dict.get("anomaly_value")
+        if None not in (value, self._marked_by) and value != self._marked_by and self.anomaly_value is None:
+            raise SettingError(
+                f"label {self.label or 'y'}: the checkpoint's anomalies are marked by {value}, and in {self.path} "
+                f"{self._marked_by} is the rarer value: set data.anomaly_value"
+            )
         if "encoder" in state_dict:
             self._encode(TableEncoder.from_state_dict(state_dict["encoder"]))
 
@@ -177,10 +194,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self._test = features["test"], self._true_labels["test"]
         self._val = (features["val"], self._true_labels["val"]) if "val" in features else None
 
-    def _read(self, only: Collection[str] | None = None) -> Table:
-        if self.path is None:
-            return _digits()
-        return read_table(self.path, self.label, self.drop_columns, only)
+    def _read(self, path: Path | None, only: Collection[str] | None = None) -> Table:
+        return _digits() if path is None else read_table(path, self.label, self.drop_columns, only)
 
 
 def _digits() -> Table:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.tables import Table, listed, shown_value
+from datamodules.tables import DATES_TO_NUMBERS, Table, listed, shown_value
 from imbsam.errors import SettingError
 
 MAX_CATEGORIES = 100
@@ -176,7 +176,7 @@ def _no_category(values: list[Any], found: list[str]) -> str | None:
             return None
         return f"is numbers but for {len(strays)} training rows, first {strays[0]!r}: leave them empty where missing"
     if sum(DATE.fullmatch(value) is not None for value in known) > len(known) / 2:
-        return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): make numbers of them"
+        return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): {DATES_TO_NUMBERS}"
     if len(found) > MAX_CATEGORIES:
         return (
             f"is text with {len(found)} values in the training part ({listed(found, 3)}), more than {MAX_CATEGORIES}: "

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_f1_score, binary_preci
 
 from imbsam import ClassAwareSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
+from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
@@ -220,31 +221,40 @@ class AnomalyDetector(SharpnessAwareModule):
         return scores
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: data row from 1, score, and alarm (0 or 1) where a threshold is."""
+        """Header and rows of the predictions' file: score, and alarm (0 or 1) where there is a threshold."""
         scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
         if math.isnan(threshold):
-            return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores, start=1))
-        return ["row", "score", "alarm"], (
-            [row, f"{score:.6g}", int(score >= threshold)] for row, score in enumerate(scores, start=1)
-        )
+            return ["score"], ([f"{score:.6g}"] for score in scores)
+        return ["score", "alarm"], ([f"{score:.6g}", int(score >= threshold)] for score in scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its data."""
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
         checkpoint["train_loss"] = self._loss.cpu(), self._batches  # amid an epoch: its sum so far
+        checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the shape of a sample, and so the detector."""
+        """Take over the shape of a sample, and so the detector.
+
+        Raises:
+            SettingError: the checkpoint is of another model, or the data has samples of another shape.
+        """
+        check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
-            raise SettingError(
-                f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with the "
-                "features that it was trained on"
-            )
+            data = getattr(self._trainer, "datamodule", None)
+            if type(data).__qualname__ not in checkpoint:  # or else the data make the trained features, by their names
+                raise SettingError(
+                    f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with "
+                    "the features that it was trained on"
+                )
+            if hasattr(self, "detector"):
+                del self.detector
         self.class_counts, self.input_shape = checkpoint["class_counts"], shape
         self._loss, self._batches = checkpoint.get("train_loss", (torch.zeros(()), 0))
         self._prepared = True
         self.configure_model()
+        check_weights(self, checkpoint)
 
     def choose_threshold(self) -> None:
         """Score the validation part by the weights as they are, whatever ``check_val_every_n_epoch`` is."""

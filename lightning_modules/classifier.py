@@ -21,6 +21,8 @@ from imbsam.row_weights import check_labels
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights
+from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.class_names import check_class_names
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
 LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
@@ -165,18 +167,18 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
-        """Learn the classes from the DataModule."""
+        """Learn the classes from the DataModule; to predict, a checkpoint knows them."""
         data: Any = getattr(self.trainer, "datamodule", None)
         counts = getattr(data, "class_counts", None)
+        if counts is None and stage == "predict":
+            return
         if counts is None or getattr(data, "class_names", None) is None:
             raise SettingError(
                 f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
                 "with class_counts (training samples per class) and class_names"
             )
-        if self.class_counts is not None and len(self.class_counts) != len(counts):
-            raise SettingError(
-                f"the model has {len(self.class_counts)} classes and data {len(counts)}: use the data it was trained on"
-            )
+        if self.class_counts is not None:
+            check_class_names(self.class_names, data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
         counts, names = torch.as_tensor(counts), list(data.class_names)
         known = self.class_counts is not None and torch.equal(counts, self.class_counts) and names == self.class_names
@@ -353,6 +355,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Log the loss and the group accuracies."""
         self._log_metrics("test", self.test_loss, self.test_accuracy)
 
+    def on_predict_start(self) -> None:
+        """Refuse to predict by a model that knows no classes."""
+        if not hasattr(self, "backbone"):
+            raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -360,19 +367,27 @@ class LongTailedClassifier(SharpnessAwareModule):
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: row, predicted class, its name, its probability."""
-        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
-        found = enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True))
-        return ["row", "class", "class_name", "probability"], (
-            [row, c, self.class_names[c], f"{p:.6g}"] for row, (c, p) in found
+        """Header and rows of the predictions' file: the predicted class, and every class's probability."""
+        probabilities = torch.cat(list(predictions))
+        classes = probabilities.argmax(dim=1).tolist()
+        return ["predicted", *self.class_names], (
+            [self.class_names[c], *(f"{p:.6g}" for p in row.tolist())]
+            for c, row in zip(classes, probabilities, strict=True)
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its classes."""
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
+        checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the classes that the model was trained with, except to train it further on other data."""
+        """Take over the classes that the model was trained with, except to train it further on other data.
+
+        Raises:
+            SettingError: the checkpoint is of another model, or the data have other classes, by their names.
+        """
+        check_model(self, checkpoint)
+        check_class_names(checkpoint["class_names"], getattr(self._trainer, "datamodule", None))
         if self._trainer is None or self.trainer.state.fn != "fit":
             if self.class_counts is not None and not torch.equal(self.class_counts, checkpoint["class_counts"]):
                 rank_zero_warn(
@@ -381,6 +396,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 )
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
+        check_weights(self, checkpoint)
         self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:

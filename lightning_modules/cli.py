@@ -20,6 +20,7 @@ import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.checkpoint_contents import NETWORK_SETTINGS, check_class, read_checkpoint, saved_classes
 from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
@@ -32,8 +33,8 @@ from lightning_modules.weights_and_biases import WeightsAndBiases
 PACKAGE = Path(imbsam.__file__).parent
 """`configs/` is inside the package in an installation, and beside it in a checkout."""
 
-EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
-"""The model's settings that do not belong to its weights."""
+EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
+"""The model's settings that do not belong to its weights: those on the command line win over the checkpoint's."""
 
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
@@ -61,31 +62,98 @@ class ImbSAMCLI(LightningCLI):
         parser.add_lightning_class_args(WeightsAndBiases, "wandb")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
+    def setup_parser(self, *args: Any) -> None:
+        """Where one process is all that there can be, one is the default, whatever the machine has."""
+        super().setup_parser(*args)
+        for subcommand in ("predict", "sharpness"):
+            self._parser(subcommand).set_defaults({"trainer.devices": 1})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Name the run's folder after its config, where nobody named it, and find the checkpoint."""
-        super().parse_arguments(parser, args)
+        """Name the run's folder after its config, where nobody named it, and find the checkpoint.
+
+        A checkpoint that is evaluated or predicted with knows its model and its data: their classes and settings are
+        the defaults, which configs and the command line change. Other data take nothing of them.
+        """
+        self._trained: dict[str, Any] | None = None
+        self._unknown_data: str | None = None
+        subcommand, path = _evaluated(sys.argv[1:])
+        if path is not None:
+            self._take_over(subcommand, Path(path))
+        self._parse(parser, args)
+        self._go_on_in: Path | None = None
+        self._find_checkpoint()
+        found = self.config[self.config.subcommand].get("ckpt_path")
+        if found and self.config.subcommand != "fit" and self._trained is None:  # it was found by "last" or in a config
+            self._take_over(self.config.subcommand, Path(found))
+            self._parse(parser, args)
+            self.config[self.config.subcommand].ckpt_path = found
+
+    def _parse(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            if self._unknown_data is None:
+                raise
+            raise SettingError(
+                f"the checkpoint's data cannot be built ({self._unknown_data}): add the folder of their module to "
+                "PYTHONPATH, or name other data with --data"
+            ) from error
+        subcommand = self.config.subcommand
+        saved, given = saved_classes(self._trained or {}).get("data"), self.config[subcommand].get("data")
+        if saved and given and saved["class_path"].rpartition(".")[2] != given.class_path.rpartition(".")[2]:
+            self._parser(subcommand).set_defaults({"data": None})
+            super().parse_arguments(parser, args)
+        self._name_run()
+
+    def _take_over(self, subcommand: str, path: Path) -> None:
+        """Make model and data of a checkpoint the defaults of a subcommand."""
+        check_checkpoint(_existing(path))
+        self._trained = read_checkpoint(path)
+        for key, settings in saved_classes(self._trained).items():
+            try:
+                self._parser(subcommand).set_defaults({key: settings})
+            except (argparse.ArgumentError, ImportError, AttributeError, ValueError, TypeError, KeyError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self._unknown_data = f"{settings['class_path']}: {reason}"  # other data may be given
+                if key == "model":
+                    raise SettingError(
+                        f"ckpt_path is {path}: its model cannot be built ({self._unknown_data}): add the folder of its "
+                        "module to PYTHONPATH"
+                    ) from error
+
+    def _name_run(self) -> None:
+        """Name the run's folder after its config, or put it beside the checkpoint's."""
         config = self.config[self.config.subcommand]
         apply_seed(config)
         files = [Path(path.relative) for path in config.get("config") or []]
         logger = config.trainer.logger
-        if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
+        if not getattr(logger, "class_path", "").endswith("CSVLogger") or logger.init_args.name != "":
+            return
+        if files:
             logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
-        self._go_on_in: Path | None = None
-        self._find_checkpoint()
+        elif self._trained is not None:
+            runs, logs = (
+                Path(path).resolve() for path in (_run_of(config.ckpt_path).parent, logger.init_args.save_dir)
+            )
+            if runs != logs and runs.is_relative_to(logs):
+                logger.init_args.name = str(runs.relative_to(logs))
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
 
-        Nor those that say how to evaluate: there the command line and its config win.
+        Nor those that say how to evaluate: there the command line and its config win. Nor those that say what the
+        weights are of: another network than the checkpoint's is refused when they are loaded.
         """
         subcommand = self.config.subcommand
-        if subcommand == "fit":
+        saved = saved_classes(self._trained or {}).get("model")
+        if subcommand == "fit" or saved is None:
             return
-        given = self.config[subcommand].model.init_args
-        asked = {name: given[name] for name in EVALUATION_SETTINGS if name in given}
-        super()._parse_ckpt_path()
-        for name, value in asked.items():
-            self.config[subcommand].model.init_args[name] = value
+        model = self.config[subcommand].model
+        check_class(saved["class_path"], [model.class_path.rpartition(".")[2]])
+        own = (*EVALUATION_SETTINGS, *NETWORK_SETTINGS)
+        settings = {name: value for name, value in saved["init_args"].items() if name not in own}
+        settings = {subcommand: {"model": {"class_path": model.class_path, "dict_kwargs": settings}}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would only trip over."""
@@ -117,32 +185,42 @@ class ImbSAMCLI(LightningCLI):
         if path is None and subcommand not in ("fit", "check"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
-        if path in (None, "best"):
+        if path is None:
             return
         a_csv_log = getattr(logger, "class_path", "").endswith("CSVLogger")
         runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
-        if path == "last":
+        if path in ("last", "best"):
             if runs is None:
-                raise SettingError("ckpt_path is last: runs are looked up in the folder of a CSV log; name the file")
+                raise SettingError(
+                    f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file"
+                )
             path = newest_checkpoint(runs, logger.init_args.version)
-            if path is None and subcommand != "fit":
-                raise SettingError(f"ckpt_path is last: no run in {runs} has a checkpoint yet")
+            if path is None and (subcommand != "fit" or asked == "best"):
+                raise SettingError(f"ckpt_path is {asked}: no run in {runs} has a checkpoint yet")
+            if path is not None and asked == "best":
+                path = path.with_name("best.ckpt")
+                if not path.exists():
+                    raise SettingError(
+                        f"ckpt_path is best: {path.parent.parent} has no best.ckpt, which a training keeps where it "
+                        "has a validation set (data.val_share); name another one, or last"
+                    )
             _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
-        elif not Path(path).exists():
-            raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+        elif subcommand == "fit":
+            _existing(Path(path))
         config.ckpt_path = path and str(path)
-        if path is None:
+        if path is None or subcommand != "fit":
             return
         check_checkpoint(Path(path))
-        run = Path(path).parent.parent
-        if subcommand == "fit" and (differing := self._other_settings(run)):
+        read_checkpoint(Path(path), config.get("weights_only") is not False)
+        run = _run_of(path)
+        if differing := self._other_settings(run):
             if asked == "last":
                 raise SettingError(
                     f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to go on with "
                     "other settings, or train in another folder with --trainer.logger.init_args.save_dir"
                 )
             _say(f"other settings than in {run / 'config.yaml'}: {', '.join(differing)}")
-        if subcommand == "fit" and runs and run.parent.resolve() == runs.resolve():
+        if runs and run.parent.resolve() == runs.resolve():
             version = run.name.removeprefix("version_")
             logger.init_args.version = int(version) if version.isdigit() else run.name
             if logger.class_path.endswith("ResumableCSVLogger"):
@@ -161,7 +239,7 @@ class ImbSAMCLI(LightningCLI):
             for key in now.keys() & then.keys()
             if now[key] != then[key]
             and key.split(".")[0] in ("model", "data", "seed_everything")
-            and key.split(".")[-1] not in ("root", "num_workers")  # where the data lie and who reads them
+            and key.split(".")[-1] not in ("root", "num_workers", "predict")  # where the data lie, and who reads them
         ]
 
     def before_validate(self) -> None:
@@ -173,6 +251,43 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _run_of(checkpoint: str | Path) -> Path:
+    """The run's folder, which has the checkpoint in its folder ``checkpoints``."""
+    return Path(checkpoint).parent.parent
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
+    return path
+
+
+def _evaluated(args: list[str]) -> tuple[str, str | None]:
+    """The subcommand and the checkpoint's file, before the arguments are parsed: it may know model and data.
+
+    Returns:
+        The subcommand, and the file; None where it trains, or where the file is to be looked for in a config's runs.
+
+    Raises:
+        SettingError: Nothing says what the model is.
+    """
+    found = args[0] if args else ""
+    if found not in ImbSAMCLI.subcommands() or found in ("fit", "check"):
+        return found, None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (("--ckpt_path",), ("--config", "-c"), ("--model",)):
+        parser.add_argument(*name)
+    given = parser.parse_known_args(args[1:])[0]
+    if given.ckpt_path not in (None, "null", "last", "best"):
+        return found, given.ckpt_path
+    if given.config is None and given.model is None and not {"-h", "--help"} & set(args):
+        raise SettingError(
+            f"ckpt_path is {given.ckpt_path or 'null'}: name the checkpoint's file with --ckpt_path, or the config of "
+            "its runs with --config"
+        )
+    return found, None
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

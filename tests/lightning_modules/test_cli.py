@@ -48,8 +48,10 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     assert "predictions: found.csv" in out
     found = rows("found.csv")
     assert len(found) == 540
-    assert set(found[0]) == {"row", "class", "class_name", "probability"}
-    assert 0.1 <= float(found[0]["probability"]) <= 1
+    assert list(found[0]) == ["row", "predicted", *"0123456789"]
+    assert [row["row"] for row in found[:2]] == ["1", "2"]
+    assert sum(float(found[0][name]) for name in "0123456789") == pytest.approx(1, abs=1e-4)
+    assert max("0123456789", key=lambda name: float(found[0][name])) == found[0]["predicted"]
 
     code, _, _ = imbsam("validate", *SHORT, "--ckpt_path", last, "--data.val_share=0.3")
     assert code == 0
@@ -131,6 +133,12 @@ def test_loads_without_the_command_line(imbsam, tmp_path):
     )
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert model.hparams.method == "imbsam"
+
+
+def test_predict_takes_one_device_of_a_machine_with_several(imbsam):
+    for command, devices in (("predict", 1), ("test", "auto")):
+        _, out, _ = imbsam(command, *DIGITS, "--print_config")
+        assert yaml.safe_load(out)["trainer"]["devices"] == devices
 
 
 def test_short_names_print_config_and_overlays(imbsam, tmp_path):
