@@ -67,7 +67,7 @@ def adbench():
 @pytest.mark.parametrize("name", ["18_Ionosphere", "32_shuttle", "38_thyroid"])  # resampled, cut, neither
 def test_the_parts_are_adbenchs_to_the_row(adbench, name):
     path = adbench / "Classical" / f"{name}.npz"
-    ours = AnomalyDataModule(path=path, min_rows=1000, max_rows=10000, seed=2)
+    ours = AnomalyDataModule(path=path, min_rows=1000, max_rows=10000, scaling="min_max", seed=2)
     ours.setup("fit")
     # ADBench's calls; it seeds numpy's global generator, which is a RandomState
     x, y = np.load(path)["X"], np.load(path)["y"]
