@@ -34,7 +34,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
         drop_columns: Columns to leave out, for example identifiers.
         labelled_share: Share of the training anomalies that the detector is told of, in (0, 1]; the others hide among
-            the unlabelled rows. The same share is known for the validation loss. Null is 1 for CSV and Parquet, and 0.1 for the benchmarks, npz and digits.
+            the unlabelled rows. As many of the validation anomalies are known to the validation loss. Null is 1 for CSV
+            and Parquet, and 0.1 for the benchmarks, npz and digits.
         test_share: Share of the rows to test on, in (0, 1).
         val_share: Share of the training part to hold out for validation, in [0, 1).
         min_rows: Resample a smaller table with replacement to this many rows (ADBench: 1000; the same row may then be

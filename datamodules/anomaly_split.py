@@ -11,7 +11,7 @@ from imbsam.errors import SettingError
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices into the table, int64; ``labelled`` and ``val_labelled`` are bool, for the rows of ``train``, ``val``."""
+    """Row indices into the table, int64; ``labelled`` and ``val_labelled``, bool, mark known ones of train and val."""
 
     train: Any
     labelled: Any

@@ -81,7 +81,8 @@ class TableEncoder:
         self.medians = torch.tensor(medians, dtype=torch.float64)
         self.fitted: dict[str, Tensor] = {}
         if self.names:
-            scaler = _transformer(scaling, len(table)).fit(np.stack([table.numbers[name] for name in self.names], axis=1))
+            numbers = np.stack([table.numbers[name] for name in self.names], axis=1)
+            scaler = _transformer(scaling, len(numbers)).fit(numbers)
             arrays = {name: value for name, value in vars(scaler).items() if isinstance(value, np.ndarray)}
             self.fitted = {name: torch.from_numpy(value) for name, value in arrays.items()}
         self.categories: dict[str, list[str]] = {}

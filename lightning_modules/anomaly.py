@@ -257,7 +257,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self.eval()
         with torch.no_grad(), precision.forward_context():
             loaders = data.val_dataloader() if self.trainer.limit_val_batches else []
-            for x, labels in (loaders[0] if isinstance(loaders, list) and loaders else loaders):
+            for x, labels in loaders[0] if isinstance(loaders, list) and loaders else loaders:
                 self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
         self.train()
         if self.val_metrics.scores:

@@ -79,8 +79,9 @@ class RestoringEarlyStopping(EarlyStopping):
         if self.train_loss in trainer.callback_metrics:
             self._losses.append(float(trainer.callback_metrics[self.train_loss]))
         if self.best_epoch is None and self.passes_without_validation is not None:
-            batches = (trainer.current_epoch + 1) * trainer.num_training_batches
-            passes = batches * trainer.train_dataloader.joint_batch_size / int(pl_module.class_counts.sum())
+            loader: Any = trainer.train_dataloader
+            rows = (trainer.current_epoch + 1) * trainer.num_training_batches * loader.joint_batch_size
+            passes = rows / int(pl_module.class_counts.sum())
             trainer.should_stop = trainer.should_stop or passes >= self.passes_without_validation
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,7 +25,7 @@ from statistics import mean, median
 from typing import Any
 
 METHODS = ("sgd", "sam", "imbsam")
-RHOS = (0.01, 0.05, 0.2, 0.5, 1.0)
+RHOS = (0.01, 0.05, 0.2, 0.5)
 COLUMNS = ("data", "detector", "sampling", "method", "rho", "seed", "max_epochs")
 RESULTS = ("auroc", "average_precision", "train_auroc", "train_loss", "learned", "constant", "steps", "seconds")
 """``train_auroc`` is the AUROC of the labelled training anomalies against the training rows that are none; ``learned``
@@ -64,7 +64,7 @@ class Recipe:
     """The DataModule's."""
     args: dict[str, Any] = field(default_factory=dict)
     """The detector's."""
-    lr: float = 5e-3
+    lr: float = 2e-3
     batch_size: int = 256
     weight_decay: float = 0.0
 
@@ -99,7 +99,7 @@ class Fit:
 
 
 def run(fit: Fit, folder: Path) -> dict[str, Any]:
-    """Train and judge; the seconds are this process's CPU seconds for the training, preparation and validation included.
+    """Train and judge; the seconds are this process's CPU seconds of the training, with preparation and validation.
 
     The validation loss knows the labels that training knows; a tuning fit is then judged by all true labels of that
     part, any other by those of the test part.
@@ -421,7 +421,7 @@ def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str
 def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
     """Median seconds of a training, and the methods' ratio to SGD on the same data sets and seeds."""
     lines = [
-        "### Steps and CPU seconds of a training, median (in brackets: of SGD's on the same data and seed, median ratio)",
+        "### Steps and CPU seconds of a fit, median (in brackets: of SGD's on the same data and seed, median ratio)",
         "",
         "| detector | sampling | steps: SGD / SAM / ImbSAM | SGD | SAM | ImbSAM |",
         "| --- " * 6 + "|",
