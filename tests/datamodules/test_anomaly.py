@@ -99,10 +99,10 @@ def test_every_adbench_set_loads(adbench):
         data.setup("fit")
         x = data.train_features
         assert x.isfinite().all(), path
-        assert x.amin(0).abs().max() == 0, path
-        assert (x.amax(0) == 1).all(), path
+        assert x.double().mean(0).abs().max() < 1e-5, path
+        assert (x.double().std(0, correction=0) - 1).abs().max() < 1e-5, path
         assert features_of(data.test_dataloader()).isfinite().all(), path
-        assert all(labels_of(loader).sum() > 0 for loader in (data.val_dataloader(), data.test_dataloader())), path
+        assert all(labels_of(loader).sum() > 0 for loader in (data.val_dataloader()[0], data.test_dataloader())), path
         assert data.class_counts[1] >= 1, path
 
 

@@ -156,7 +156,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     trainer.fit(module, datamodule=data)
     expected = AnomalyMetrics()
     with torch.no_grad():
-        for x, labels in data.val_dataloader():
+        for x, labels in data.val_dataloader()[0]:
             expected.update(module(x), labels)
     assert module.threshold == expected.best_threshold()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["threshold"] == module.threshold
