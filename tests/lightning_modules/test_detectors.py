@@ -74,7 +74,7 @@ def test_there_is_one_deep_sad(rows):
     detector.encoder.load_state_dict(estimator.network_.state_dict())
     detector.objective.load_state_dict(estimator.objective_.state_dict())
     scaled = torch.from_numpy(estimator.scaler_.transform(x))
-    np.testing.assert_allclose(detector.scores(scaled), -estimator.score_samples(x), rtol=1e-10)
+    np.testing.assert_allclose(detector.scores(scaled).detach(), -estimator.score_samples(x), rtol=1e-10)
     config = yaml.safe_load((CONFIGS / "deep_sad_imbsam.yaml").read_text())
     optimizer = config["model"]["init_args"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.Adam"
