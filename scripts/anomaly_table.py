@@ -25,7 +25,7 @@ from statistics import mean, median
 from typing import Any
 
 METHODS = ("sgd", "sam", "imbsam")
-RHOS = (0.02, 0.1, 0.5)
+RHOS = (0.02, 0.1, 0.5, 1.0)  # 1.0 was added when 0.5, then the highest, came out best in most rows
 COLUMNS = ("data", "detector", "sampling", "method", "rho", "seed", "max_epochs")
 RESULTS = ("auroc", "average_precision", "train_auroc", "train_loss", "learned", "constant", "steps", "seconds")
 """``train_auroc`` is the AUROC of the labelled training anomalies against the training rows that are none; ``learned``
