@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.anomaly_base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly_batches import BatchLoader, Sampling, in_order
 from datamodules.anomaly_split import split_rows
-from datamodules.table_encoding import TableEncoder
+from datamodules.table_encoding import Scaling, TableEncoder
 from datamodules.tables import Table, anomaly_labels, listed, read_table
 from imbsam.errors import SettingError
 
@@ -34,12 +34,15 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
         drop_columns: Columns to leave out, for example identifiers.
         labelled_share: Share of the training anomalies that the detector is told of, in (0, 1]; the others hide among
-            the unlabelled rows. Null is 1 for CSV and Parquet, and 0.1 for the benchmarks, npz and digits.
+            the unlabelled rows. As many of the validation anomalies are known to the validation loss. Null is 1 for CSV
+            and Parquet, and 0.1 for the benchmarks, npz and digits.
         test_share: Share of the rows to test on, in (0, 1).
         val_share: Share of the training part to hold out for validation, in [0, 1).
         min_rows: Resample a smaller table with replacement to this many rows (ADBench: 1000; the same row may then be
             in training and in test); 0 for never.
         max_rows: Cut a larger table to this many rows (ADBench: 10000); null for never.
+        scaling: How columns of numbers are scaled, see :class:`~datamodules.table_encoding.TableEncoder`: standard,
+            robust, quantile, min_max or none.
         sampling: How training rows are drawn: natural, balanced, pairs or natural_pairs.
         batch_size: Rows, or pairs, of a training batch.
         batches_per_epoch: Training batches of an epoch, or null for as many as the training rows fill.
@@ -65,6 +68,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         val_share: float = 0.0,
         min_rows: int = 0,
         max_rows: int | None = None,
+        scaling: Scaling = "standard",
         sampling: Sampling = "natural",
         batch_size: int = 512,
         batches_per_epoch: int | None = None,
@@ -87,6 +91,9 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             raise SettingError(
                 f"min_rows={min_rows}, max_rows={max_rows}: pass 0 and null, or 1000 and 10000 for ADBench"
             )
+        if scaling not in get_args(Scaling):
+            raise SettingError(f"scaling is {scaling!r}: choose one of {', '.join(get_args(Scaling))}")
+        self.scaling = scaling
         self.label = label
         self.anomaly_value = anomaly_value
         self.drop_columns = drop_columns
@@ -126,8 +133,9 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             if len(rows):
                 self._parts[name] = table.take(rows)
                 self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
+        self._val_known = torch.from_numpy(split.val_labelled).long()
         self._learn_labels(torch.from_numpy(split.labelled))
-        self._encode(TableEncoder(self._parts["train"]))
+        self._encode(TableEncoder(self._parts["train"], self.scaling))
         assert self._encoder is not None
         unlabelled, labelled = self.class_counts.tolist()
         hidden = int(self.train_true_labels.sum()) - labelled
@@ -192,7 +200,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             return
         self.train_features = features["train"]
         self._test = features["test"], self._true_labels["test"]
-        self._val = (features["val"], self._true_labels["val"]) if "val" in features else None
+        if "val" in features:
+            self._val = features["val"], self._true_labels["val"], self._val_known
 
     def _read(self, path: Path | None, only: Collection[str] | None = None) -> Table:
         return _digits() if path is None else read_table(path, self.label, self.drop_columns, only)

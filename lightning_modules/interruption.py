@@ -118,6 +118,17 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Take over from Lightning's signal handlers; it puts back the ones before them when the run ends."""
         self.signals.install()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the run resumes, or that it is finished: early stopping has said so by now."""
+        if self._resumed is None or not trainer.is_global_zero:
+            return
+        epoch, batch = self._resumed["epoch"], self._resumed["batch"]
+        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        if epochs_done or trainer.should_stop or 0 <= trainer.max_steps <= self._resumed["step"]:
+            print(f"imbsam: the run is finished: {epoch} epochs")
+        else:
+            print(f"imbsam: going on at epoch {epoch}, batch {batch}")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the data to where the checkpoint was written."""
         super().on_train_start(trainer, pl_module)
@@ -221,13 +232,15 @@ class ResumableCheckpoint(ModelCheckpoint):
             _set_counts(ended, total=ended["total"]["completed"], current=ended["current"]["completed"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Prepare to go on, and say where."""
+        """Prepare to resume."""
         if trainer.state.fn != "fit":
             return
-        self._resumed = found = checkpoint.get(KEY)
+        found = checkpoint.get(KEY)
         if found is None:
+            self._resumed = None
             rank_zero_warn("this checkpoint is not a last.ckpt of ours: training goes on, but not as if uninterrupted")
             return
+        self._resumed = {**found, "step": checkpoint["global_step"]}
         if len(found["ranks"]) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint is of {len(found['ranks'])} processes and this run has {trainer.world_size}: random "
@@ -243,13 +256,6 @@ class ResumableCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger) and logger.resume and found["log_rows"] is not None:
                 logger.experiment.cut(found["log_rows"])
-        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
-        finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
-        print(
-            f"imbsam: the run is finished: {found['epoch']} epochs"
-            if finished
-            else f"imbsam: going on at epoch {found['epoch']}, batch {found['batch']}"
-        )
 
     def _between_batches(self, trainer: Trainer, pl_module: LightningModule, batch: int) -> None:
         if self._resumed:  # only now: what Lightning does before has drawn random numbers
