@@ -60,8 +60,7 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
-    model.on_fit_start()
-    engine = model.sam
+    engine = model.create_engine()
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:
