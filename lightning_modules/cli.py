@@ -3,13 +3,14 @@
 import argparse
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -20,8 +21,9 @@ from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefu
 from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
-from lightning_modules.interruption import Interrupted, ResumableCheckpoint
+from lightning_modules.interruption import ResumableCheckpoint
 from lightning_modules.sharpness import SharpnessTrainer
+from lightning_modules.signals import AT_ONCE, Interrupted, StopSignals
 from lightning_modules.weights_and_biases import WeightsAndBiases
 
 INSTALLED = Path(__file__).parent.parent
@@ -41,7 +43,17 @@ EXPECTED_WARNINGS = [
 
 
 class ImbSAMCLI(LightningCLI):
-    """`imbsam fit | validate | test | predict | sharpness`; after `fit` the last epoch's weights are tested once."""
+    """`imbsam fit | validate | test | predict | sharpness`; after `fit` the last epoch's weights are tested once.
+
+    Args:
+        signals: the program's, which are to know the processes that the trainer starts.
+        *args: LightningCLI's.
+        **kwargs: LightningCLI's.
+    """
+
+    def __init__(self, signals: StopSignals, *args: Any, **kwargs: Any) -> None:
+        self._signals = signals
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -99,6 +111,12 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         if self._go_on_in is not None:
             self.save_config_callback = None  # the run's config.yaml stays
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Let the signals know of the processes that the trainer starts."""
+        trainer = super().instantiate_trainer(**kwargs)
+        self._signals.launcher = trainer.strategy.launcher
+        return trainer
 
     def _find_checkpoint(self) -> None:
         """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
@@ -177,7 +195,8 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 def main() -> None:
     """Run the command line without `report`, see `report/entry.py`.
 
-    A wrong setting is one line and exit code 2, an interruption one line and 0.
+    A wrong setting is one line and exit code 2. A training that SIGTERM or SIGUSR1 ended after a checkpoint is one line
+    and 0, or 130 after SIGINT (Ctrl-C); where a signal ended the program at once, 128 and its number.
     """
     sys.argv[1:] = _find_configs(sys.argv[1:])
     for message in EXPECTED_WARNINGS:
@@ -185,8 +204,11 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    signals = StopSignals(deferred=False)
+    signals.install()
     try:
         ImbSAMCLI(
+            signals,
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -206,14 +228,26 @@ def main() -> None:
                 "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
             },
         )
-    except Interrupted as interrupted:  # a wanted end: the next job goes on
+    except Interrupted as interrupted:
         _say(str(interrupted))
+        if interrupted.at_once:
+            signals.end_launched()
+            if rank_zero_only.rank:  # Lightning kills rank 0 when another has ended with a code: let it end first
+                time.sleep(AT_ONCE)
+        if interrupted.exit_code:
+            sys.exit(interrupted.exit_code)
     except Exception as error:
+        if signals.received:  # another process stopped at once, and this one has missed it
+            signals.end_launched()
+            sys.exit(128 + signals.received)
         line = _one_line(error)
         if line is None:
             raise
         print(f"imbsam: error: {line}", file=sys.stderr)
+        signals.end_launched()
         sys.exit(2)
+    finally:
+        signals.remove()
 
 
 @rank_zero_only
