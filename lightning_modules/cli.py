@@ -1,6 +1,8 @@
 """The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
+import errno
+import itertools
 import logging
 import sys
 import time
@@ -11,14 +13,14 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
-from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint, newest_run, run_folder
 from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import ResumableCheckpoint
@@ -31,6 +33,12 @@ INSTALLED = Path(__file__).parent.parent
 
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
 """The model's settings that do not belong to its weights."""
+
+_ELSEWHERE = "a run is written to trainer.logger.init_args.save_dir: set it to a folder that can be written"
+_FULL = "free some space, and resume a training with --ckpt_path last"
+UNWRITABLE = {errno.EACCES: _ELSEWHERE, errno.EPERM: _ELSEWHERE, errno.EROFS: _ELSEWHERE, errno.ENOTDIR: _ELSEWHERE}
+UNWRITABLE |= {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL}
+"""What an error of the file system asks for."""
 
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
@@ -75,7 +83,12 @@ class ImbSAMCLI(LightningCLI):
         if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
             logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
         self._go_on_in: Path | None = None
+        self._restarting = config.get("ckpt_path") == "last"
         self._find_checkpoint()
+        if self.config.subcommand == "fit":
+            self._refuse_another_runs_folder()
+        else:
+            self._log_beside_the_runs()
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
@@ -109,8 +122,8 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        if self._go_on_in is not None:
-            self.save_config_callback = None  # the run's config.yaml stays
+        if self._go_on_in is not None or not logger:
+            self.save_config_callback = None  # the run's config.yaml stays, and without a log there is no folder for it
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Let the signals know of the processes that the trainer starts."""
@@ -137,7 +150,15 @@ class ImbSAMCLI(LightningCLI):
             path = newest_checkpoint(runs, logger.init_args.version)
             if path is None and subcommand != "fit":
                 raise SettingError(f"ckpt_path is last: no run in {runs} has a checkpoint yet")
-            _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
+            newer = newest_run(runs) if path and logger.init_args.version is None else None
+            newer = newer if path and newer != path.parent.parent else None
+            if newer and subcommand == "fit":
+                raise SettingError(
+                    f"ckpt_path is last: the newest run, {newer}, ended before its first checkpoint; start anew without "
+                    f"--ckpt_path, or resume an older run with --ckpt_path {path}"
+                )
+            note = f", since the newer run {newer.name} has none" if newer else ""
+            _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}{note}")
         elif not Path(path).exists():
             raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
         config.ckpt_path = path and str(path)
@@ -158,6 +179,33 @@ class ImbSAMCLI(LightningCLI):
             if logger.class_path.endswith("ResumableCSVLogger"):
                 logger.init_args.resume = True
             self._go_on_in = run
+
+    def _refuse_another_runs_folder(self) -> None:
+        """A training does not write over another one that had its version."""
+        config = self.config[self.config.subcommand]
+        logger = config.trainer.logger
+        is_csv = getattr(logger, "class_path", "").endswith("CSVLogger")
+        if not is_csv or logger.init_args.version is None or config.trainer.fast_dev_run or self._go_on_in:
+            return
+        version = logger.init_args.version
+        run = run_folder(Path(logger.init_args.save_dir) / (logger.init_args.name or ""), version)
+        if not any((run / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            return
+        if self._restarting and not self._other_settings(run):
+            return  # it ended before its first checkpoint
+        mend = "leave it out for the next free number, or resume that run with --ckpt_path last"
+        raise SettingError(f"trainer.logger.init_args.version is {version}: {run} holds another run; {mend}")
+
+    def _log_beside_the_runs(self) -> None:
+        """An evaluation's log has a folder of its own, test_0 beside version_0: a run's folder is the training's."""
+        subcommand = self.config.subcommand
+        loggers = self.config[subcommand].trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            settings = getattr(logger, "init_args", {})
+            if "version" in settings and "save_dir" in settings:
+                runs = Path(settings.save_dir) / (settings.get("name") or "")
+                number = next(n for n in itertools.count() if not (runs / f"{subcommand}_{n}").exists())
+                settings.version = f"{subcommand}_{number}"
 
     def _other_settings(self, run: Path) -> list[str]:
         """The settings of model, data and seed in which this training differs from a run's config.yaml."""
@@ -183,6 +231,18 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class SaveConfigOnce(SaveConfigCallback):
+    """Write ``config.yaml`` unless there is one: some loggers have one folder for all runs, or the current one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, at the first stage."""
+        path = Path(trainer.log_dir or "") / self.config_filename  # every rank takes part in log_dir
+        if not self.already_saved and trainer.strategy.broadcast(path.exists()):
+            rank_zero_warn(f"{path} is there already and stays: the settings of this run are not saved")
+            self.already_saved = True
+        super().setup(trainer, pl_module, stage)
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:
@@ -222,7 +282,7 @@ def main() -> None:
                 },
                 "callbacks": [AccuracyTable(), AnomalyTable(), EvaluationFiles(), Cost(), DiscardRefusedRun()],
             },
-            save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
+            save_config_callback=SaveConfigOnce,
             parser_kwargs={
                 "exit_on_error": False,
                 "epilog": "Beside these: imbsam report RUN [RUN ...] compares finished runs; see imbsam report --help.",
@@ -257,6 +317,8 @@ def _say(line: str) -> None:
 
 def _one_line(error: BaseException | None) -> str | None:
     """What a wrong setting or argument says, or None where the error is a bug and its traceback is wanted."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:  # of the error itself, not of what led to it
+        return f"{error.filename or 'a file'}: {error.strerror}: {UNWRITABLE[error.errno]}"
     while error is not None:
         if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
             return str(error)

@@ -236,7 +236,10 @@ class ResumableCheckpoint(ModelCheckpoint):
                 f"the checkpoint is of {len(found['ranks'])} processes and this run has {trainer.world_size}: random "
                 "numbers and the mean of train/loss go on differently, so the run will not be bit-identical"
             )
-        if found["batch"] > 0 or trainer.max_steps != -1:  # where Lightning takes itself to be amid an epoch
+        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
+        finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
+        # where Lightning takes itself to be in mid-epoch; with a finished run it does not enter the loop
+        if not finished and (found["batch"] > 0 or trainer.max_steps != -1):
             loops = checkpoint["loops"]["fit_loop"]
             # the state in which it neither skips this batch, nor validates again, but counts one step too many
             loops["epoch_loop.batch_progress"]["total"]["ready"] += 1
@@ -246,8 +249,6 @@ class ResumableCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger) and logger.resume and found["log_rows"] is not None:
                 logger.experiment.cut(found["log_rows"])
-        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
-        finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
         print(
             f"imbsam: the run is finished: {found['epoch']} epochs"
             if finished
