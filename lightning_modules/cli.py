@@ -34,10 +34,10 @@ INSTALLED = Path(__file__).parent.parent
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
 """The model's settings that do not belong to its weights."""
 
-_ELSEWHERE = "a run is written to trainer.logger.init_args.save_dir: set it to a folder that can be written"
+_ELSEWHERE = "set trainer.logger.init_args.save_dir, checkpoint.dirpath or predictions.path to a folder for writing"
 _FULL = "free some space, and resume a training with --ckpt_path last"
-UNWRITABLE = {errno.EACCES: _ELSEWHERE, errno.EPERM: _ELSEWHERE, errno.EROFS: _ELSEWHERE, errno.ENOTDIR: _ELSEWHERE}
-UNWRITABLE |= {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL}
+UNWRITABLE = dict.fromkeys((errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS), _ELSEWHERE)
+UNWRITABLE |= dict.fromkeys((errno.EDQUOT, errno.EFBIG, errno.ENOSPC), _FULL)
 """What an error of the file system asks for."""
 
 EXPECTED_WARNINGS = [
