@@ -152,7 +152,7 @@ class PredictionsCSV(BasePredictionWriter):
     Batches ``(inputs, labels, names)``, as those of image files are, add a last column: the name of each row.
 
     Args:
-        path: the file; default ``predictions.csv`` in the run's folder.
+        path: the file; default ``predictions.csv`` in the prediction's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:

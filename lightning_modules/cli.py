@@ -154,11 +154,11 @@ class ImbSAMCLI(LightningCLI):
             newer = newer if path and newer != path.parent.parent else None
             if newer and subcommand == "fit":
                 raise SettingError(
-                    f"ckpt_path is last: the newest run, {newer}, ended before its first checkpoint; start anew without "
-                    f"--ckpt_path, or resume an older run with --ckpt_path {path}"
+                    f"ckpt_path is last: the newest run, {newer}, ended before its first checkpoint; start anew "
+                    f"without --ckpt_path, or resume an older run with --ckpt_path {path}"
                 )
-            note = f", since the newer run {newer.name} has none" if newer else ""
-            _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}{note}")
+            found = f"checkpoint: {path}" + (f", since the newer run {newer.name} has none" if newer else "")
+            _say(found if path else f"no run in {runs} has a checkpoint yet: starting anew")
         elif not Path(path).exists():
             raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
         config.ckpt_path = path and str(path)
@@ -201,7 +201,7 @@ class ImbSAMCLI(LightningCLI):
         subcommand = self.config.subcommand
         loggers = self.config[subcommand].trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
-            settings = getattr(logger, "init_args", {})
+            settings: Any = getattr(logger, "init_args", {})
             if "version" in settings and "save_dir" in settings:
                 runs = Path(settings.save_dir) / (settings.get("name") or "")
                 number = next(n for n in itertools.count() if not (runs / f"{subcommand}_{n}").exists())
@@ -292,7 +292,7 @@ def main() -> None:
         _say(str(interrupted))
         if interrupted.at_once:
             signals.end_launched()
-            if rank_zero_only.rank:  # Lightning kills rank 0 when another has ended with a code: let it end first
+            if getattr(rank_zero_only, "rank", 0):  # let rank 0 end first: Lightning kills it once another has ended
                 time.sleep(AT_ONCE)
         if interrupted.exit_code:
             sys.exit(interrupted.exit_code)

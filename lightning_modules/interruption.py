@@ -295,7 +295,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._writing = self._written - start
 
     def _interrupted(self, trainer: Trainer, stop: int, batch: int) -> Interrupted:
-        after = "resume with --ckpt_path last" if self.keep_last else "nothing was saved (checkpoint.save_last is false)"
+        unsaved = "nothing was saved (checkpoint.save_last is false)"
+        after = "resume with --ckpt_path last" if self.keep_last else unsaved
         name = signal.Signals(stop).name
         message = f"interrupted by {name} after epoch {trainer.current_epoch}, batch {batch}; {after}"
         # a job that is told to end has obeyed; after Ctrl-C a script should not go on with its next line. Rank 0 says

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, sent to the real command as a terminal, a user and a scheduler send them."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -58,10 +59,8 @@ class Command:
             time.sleep(0.5)  # for a child to be gone
             assert not alive(self.process.pid), "a process was left behind"
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         return code, self.out.read_text(), self.err.read_text()
 
 
