@@ -1,6 +1,7 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGUSR1: noted while a training runs, and otherwise the end at once, in one line."""
 
 import _thread
+import contextlib
 import math
 import os
 import select
@@ -151,4 +152,5 @@ def _rank() -> int:
 def _write(line: str) -> None:
     """To stderr, past Python's buffers, which the main thread may hold."""
     if _rank() == 0:
-        os.write(2, f"imbsam: {line}\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"imbsam: {line}\n".encode())

@@ -126,6 +126,33 @@ def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
     assert "Traceback" not in err
 
 
+WAITS = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from lightning_modules import signals
+
+signals.PATIENCE = 1.0
+signals.StopSignals(deferred=True).install()
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print("waiting", flush=True)
+store.wait(["what nobody sets"], timedelta(seconds=60))
+"""
+
+
+def test_sigterm_ends_a_training_that_waits_for_another_process():
+    """In C code, which a Python handler would wait for: two minutes, here one second."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, "-c", WAITS], env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)
+        start = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 10
+        said = "imbsam: ended by SIGTERM, without saving: it was waiting for another process\n"
+        assert process.stderr.read().endswith(said)
+
+
 @pytest.mark.parametrize("moment", ["import torch", "meeting the other process"])
 def test_ctrl_c_during_start_up_is_one_line(tmp_path, moment):
     command = Command(tmp_path, "--trainer.devices=2")
