@@ -33,10 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         unfinished = path.with_name(path.name + ".tmp")
         try:
             with unfinished.open("wb") as file:
-                _save(checkpoint, file)
+                torch.save(checkpoint, file)
+                file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             unfinished.unlink(missing_ok=True)
+            if (cause := _os_error(error)) is not None:
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
         if path.name == LAST and path.exists():
             path.replace(path.with_name(PREVIOUS))
@@ -48,18 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(folder)
 
 
-def _save(checkpoint: dict[str, Any], file: Any) -> None:
-    """torch.save, which hides why a file cannot be written."""
-    try:
-        torch.save(checkpoint, file)
-        file.flush()
-    except (RuntimeError, OSError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise OSError(cause.errno, cause.strerror, file.name) from error
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said: torch.save raises a RuntimeError of its own on top of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = (error.__cause__ or error.__context__) if isinstance(error, RuntimeError) else None
+    return error
 
 
 def check_checkpoint(path: Path) -> None:

@@ -318,7 +318,7 @@ def _say(line: str) -> None:
 def _one_line(error: BaseException | None) -> str | None:
     """What a wrong setting or argument says, or None where the error is a bug and its traceback is wanted."""
     if isinstance(error, OSError) and error.errno in UNWRITABLE:  # of the error itself, not of what led to it
-        return f"{error.filename or 'a file'}: {error.strerror}: {UNWRITABLE[error.errno]}"
+        return f"{error.filename or 'a file of the run'}: {error.strerror}: {UNWRITABLE[error.errno]}"
     while error is not None:
         if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
             return str(error)

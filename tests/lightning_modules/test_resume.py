@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,21 @@ def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path
     with pytest.raises(SettingError, match=r"start anew without --ckpt_path$"):
         check_checkpoint(last)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """The limit is the system's, of this process; the last write is that of `close`, which knows no name."""
+    last, limit = tmp_path / LAST, resource.getrlimit(resource.RLIMIT_FSIZE)
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, last)
+    before = last.read_bytes()
+    for size in (1000, len(before) - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(OSError, match=rf"File too large: '.*/{LAST}'$"):
+                AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1000)}, last)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {LAST: before}
 
 
 def test_the_newest_run_with_a_checkpoint(tmp_path):

@@ -177,5 +177,5 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path):
     assert "Traceback" not in err
     (line,) = lines(err)
     assert line.startswith("imbsam: error: ")
-    assert line.endswith("last.ckpt.tmp: File too large: free some space, and resume a training with --ckpt_path last")
+    assert line.endswith("last.ckpt: File too large: free some space, and resume a training with --ckpt_path last")
     assert not list(tmp_path.rglob("*.ckpt*"))
