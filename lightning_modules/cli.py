@@ -5,7 +5,6 @@ import errno
 import itertools
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lightning_modules.cost import Cost
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import ResumableCheckpoint
 from lightning_modules.sharpness import SharpnessTrainer
-from lightning_modules.signals import AT_ONCE, Interrupted, StopSignals
+from lightning_modules.signals import Interrupted, StopSignals
 from lightning_modules.weights_and_biases import WeightsAndBiases
 
 INSTALLED = Path(__file__).parent.parent
@@ -292,8 +291,6 @@ def main() -> None:
         _say(str(interrupted))
         if interrupted.at_once:
             signals.end_launched()
-            if getattr(rank_zero_only, "rank", 0):  # let rank 0 end first: Lightning kills it once another has ended
-                time.sleep(AT_ONCE)
         if interrupted.exit_code:
             sys.exit(interrupted.exit_code)
     except Exception as error:

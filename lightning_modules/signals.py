@@ -83,9 +83,13 @@ class StopSignals:
         _installed.remove(self)
 
     def end_launched(self) -> None:
-        """End the other processes that this one has started for the run: they would wait for it."""
-        for process in getattr(self.launcher, "procs", []):
-            process.kill()
+        """End the other processes that this one has started for the run: they would wait for it.
+
+        And take them off the list of Lightning's observer, which kills this one when another has ended with a code.
+        """
+        processes: list[Any] = getattr(self.launcher, "procs", [])
+        while processes:
+            processes.pop().kill()
 
     def _give_back(self, wakeup: int) -> None:
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -125,6 +129,8 @@ class StopSignals:
                         _write("stopping after this batch, to save; Ctrl-C again stops at once")
                     pressed = now
                 stop, deadline = number, min(deadline, now + (AT_ONCE if self._raise else PATIENCE))
+            if self._raise:
+                self.end_launched()
 
     def _end(self, number: int) -> None:
         _write(f"ended by {signal.Signals(number).name}, without saving: it was waiting for another process")

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from types import FrameType
 
 
@@ -24,6 +23,4 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """Ctrl-C amid the imports: an exception there would be taken for a broken library, in many lines."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"imbsam: interrupted by SIGINT\n")
-    else:
-        time.sleep(3)  # Lightning kills the first process when another has ended with a code: let it end first
     os._exit(128 + number)
