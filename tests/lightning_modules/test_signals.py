@@ -128,10 +128,12 @@ def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
         time.sleep(0.5)
         command.process.send_signal(signal.SIGINT)
     start = time.monotonic()
-    code, _, err = command.end()
+    code, out, err = command.end()
     assert code == 130
     assert time.monotonic() - start < 10
-    assert lines(err)[1:] == ["imbsam: ended by SIGINT, without saving: it was waiting for another process"]
+    # the first is ended, or comes back from its wait once it has ended the second
+    waited = "imbsam: ended by SIGINT, without saving: it was waiting for another process"
+    assert lines(err)[1:] + lines(out) in ([waited], ["imbsam: interrupted by SIGINT again: nothing was saved"])
     assert "Traceback" not in err
 
 
