@@ -117,6 +117,10 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def setup(self, stage: str) -> None:
         """Learn counts and shape of the data; a trained model brings its own to prediction."""
+        if self.trainer.world_size > 1:
+            raise SettingError(
+                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         counts, features = getattr(data, "class_counts", None), getattr(data, "train_features", None)
         if counts is not None and features is not None:
@@ -153,10 +157,6 @@ class AnomalyDetector(SharpnessAwareModule):
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint."""
         assert self.class_counts is not None
-        if self.trainer.world_size > 1:
-            raise SettingError(
-                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
-            )
         if self.class_counts[1] == 0:
             raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
         if not self._prepared:

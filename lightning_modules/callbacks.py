@@ -154,7 +154,7 @@ class PredictionsCSV(BasePredictionWriter):
     called path, say, is "class path".
 
     Args:
-        path: the file; default ``predictions.csv`` in the run's folder.
+        path: the file; default ``predictions.csv`` in the prediction's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:

@@ -23,6 +23,7 @@ from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights
 from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
 from lightning_modules.class_names import check_class_names
+from lightning_modules.epoch_log import log_epoch
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
 LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
@@ -334,9 +335,8 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
-        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
         if not self.only_updates_batch_norm:
-            self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
+            log_epoch(self, {"train/loss_epoch": self.train_loss.compute()}, prog_bar=True)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -454,8 +454,6 @@ class LongTailedClassifier(SharpnessAwareModule):
     def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
         """Sums over all samples of all ranks, however they are shared."""
         metrics = {"loss": loss.compute(), **accuracy.compute()}
-        # equal on all ranks; sync_dist only tells Lightning that we know
-        several = self.trainer.world_size > 1
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=several)
+        log_epoch(self, {f"{stage}/{name}": value for name, value in metrics.items()})
         loss.reset()
         accuracy.reset()

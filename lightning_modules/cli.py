@@ -1,6 +1,8 @@
 """The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
+import errno
+import itertools
 import logging
 import sys
 import warnings
@@ -10,24 +12,25 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import imbsam
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from lightning_modules.callbacks import AccuracyTable, AnomalyTable, DiscardRefusedRun, PredictionsCSV
-from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
+from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint, newest_run, run_folder
 from lightning_modules.checkpoint_contents import NETWORK_SETTINGS, check_class, read_checkpoint, saved_classes
 from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
 from lightning_modules.data_check import DataCheckTrainer
 from lightning_modules.evaluation_files import EvaluationFiles
-from lightning_modules.interruption import Interrupted, ResumableCheckpoint
+from lightning_modules.interruption import ResumableCheckpoint
 from lightning_modules.seeds import FLAG, apply_seed, fresh_processes, split_seeds
+from lightning_modules.signals import Interrupted, StopSignals
 from lightning_modules.weights_and_biases import WeightsAndBiases
 
 PACKAGE = Path(imbsam.__file__).parent
@@ -35,6 +38,12 @@ PACKAGE = Path(imbsam.__file__).parent
 
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
 """The model's settings that do not belong to its weights: those on the command line win over the checkpoint's."""
+
+_ELSEWHERE = "set trainer.logger.init_args.save_dir, checkpoint.dirpath or predictions.path to a folder for writing"
+_FULL = "free some space, and resume a training with --ckpt_path last"
+UNWRITABLE = dict.fromkeys((errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS), _ELSEWHERE)
+UNWRITABLE |= dict.fromkeys((errno.EDQUOT, errno.EFBIG, errno.ENOSPC), _FULL)
+"""What an error of the file system asks for."""
 
 EXPECTED_WARNINGS = [
     ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
@@ -47,7 +56,17 @@ EXPECTED_WARNINGS = [
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness` and `check`; after `fit` the last epoch's weights are tested once."""
+    """Lightning's commands, `sharpness` and `check`; after `fit` the last epoch's weights are tested once.
+
+    Args:
+        signals: the program's, which are to know the processes that the trainer starts.
+        *args: LightningCLI's.
+        **kwargs: LightningCLI's.
+    """
+
+    def __init__(self, signals: StopSignals, *args: Any, **kwargs: Any) -> None:
+        self._signals = signals
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -81,12 +100,18 @@ class ImbSAMCLI(LightningCLI):
             self._take_over(subcommand, Path(path))
         self._parse(parser, args)
         self._go_on_in: Path | None = None
+        self._restarting = self.config[self.config.subcommand].get("ckpt_path") == "last"
         self._find_checkpoint()
         found = self.config[self.config.subcommand].get("ckpt_path")
         if found and self.config.subcommand != "fit" and self._trained is None:  # it was found by "last" or in a config
             self._take_over(self.config.subcommand, Path(found))
             self._parse(parser, args)
             self.config[self.config.subcommand].ckpt_path = found
+
+        if self.config.subcommand == "fit":
+            self._refuse_another_runs_folder()
+        else:
+            self._log_beside_the_runs()
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -173,8 +198,14 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        if self._go_on_in is not None:
-            self.save_config_callback = None  # the run's config.yaml stays
+        if self._go_on_in is not None or not logger:
+            self.save_config_callback = None  # the run's config.yaml stays, and without a log there is no folder for it
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Let the signals know of the processes that the trainer starts."""
+        trainer = super().instantiate_trainer(**kwargs)
+        self._signals.launcher = trainer.strategy.launcher
+        return trainer
 
     def _find_checkpoint(self) -> None:
         """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
@@ -204,7 +235,15 @@ class ImbSAMCLI(LightningCLI):
                         f"ckpt_path is best: {path.parent.parent} has no best.ckpt, which a training keeps where it "
                         "has a validation set (data.val_share); name another one, or last"
                     )
-            _say(f"no run in {runs} has a checkpoint yet: starting anew" if path is None else f"checkpoint: {path}")
+            newer = newest_run(runs) if path and logger.init_args.version is None else None
+            newer = newer if path and newer != _run_of(path) else None
+            if newer and subcommand == "fit":
+                raise SettingError(
+                    f"ckpt_path is {asked}: the newest run, {newer}, ended before its first checkpoint; start anew "
+                    f"without --ckpt_path, or resume an older run with --ckpt_path {path}"
+                )
+            found = f"checkpoint: {path}" + (f", since the newer run {newer.name} has none" if newer else "")
+            _say(found if path else f"no run in {runs} has a checkpoint yet: starting anew")
         elif subcommand == "fit":
             _existing(Path(path))
         config.ckpt_path = path and str(path)
@@ -226,6 +265,33 @@ class ImbSAMCLI(LightningCLI):
             if logger.class_path.endswith("ResumableCSVLogger"):
                 logger.init_args.resume = True
             self._go_on_in = run
+
+    def _refuse_another_runs_folder(self) -> None:
+        """A training does not write over another one that had its version."""
+        config = self.config[self.config.subcommand]
+        logger = config.trainer.logger
+        is_csv = getattr(logger, "class_path", "").endswith("CSVLogger")
+        if not is_csv or logger.init_args.version is None or config.trainer.fast_dev_run or self._go_on_in:
+            return
+        version = logger.init_args.version
+        run = run_folder(Path(logger.init_args.save_dir) / (logger.init_args.name or ""), version)
+        if not any((run / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            return
+        if self._restarting and not self._other_settings(run):
+            return  # it ended before its first checkpoint
+        mend = "leave it out for the next free number, or resume that run with --ckpt_path last"
+        raise SettingError(f"trainer.logger.init_args.version is {version}: {run} holds another run; {mend}")
+
+    def _log_beside_the_runs(self) -> None:
+        """An evaluation's log has a folder of its own, test_0 beside version_0: a run's folder is the training's."""
+        subcommand = self.config.subcommand
+        loggers = self.config[subcommand].trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            settings: Any = getattr(logger, "init_args", {})
+            if "version" in settings and "save_dir" in settings:
+                runs = Path(settings.save_dir) / (settings.get("name") or "")
+                number = next(n for n in itertools.count() if not (runs / f"{subcommand}_{n}").exists())
+                settings.version = f"{subcommand}_{number}"
 
     def _other_settings(self, run: Path) -> list[str]:
         """The settings of model, data and seed in which this training differs from a run's config.yaml."""
@@ -290,6 +356,18 @@ def _evaluated(args: list[str]) -> tuple[str, str | None]:
     return found, None
 
 
+class SaveConfigOnce(SaveConfigCallback):
+    """Write ``config.yaml`` unless there is one: some loggers have one folder for all runs, or the current one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, at the first stage."""
+        path = Path(trainer.log_dir or "") / self.config_filename  # every rank takes part in log_dir
+        if not self.already_saved and trainer.strategy.broadcast(path.exists()):
+            rank_zero_warn(f"{path} is there already and stays: the settings of this run are not saved")
+            self.already_saved = True
+        super().setup(trainer, pl_module, stage)
+
+
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     if not isinstance(settings, dict):
@@ -311,14 +389,21 @@ def main() -> None:
 
 
 def run() -> None:
-    """Run `sys.argv`. A wrong setting is one line and exit code 2, an interruption one line and 0."""
+    """Run `sys.argv`.
+
+    A wrong setting is one line and exit code 2. A training that SIGTERM or SIGUSR1 ended after a checkpoint is one line
+    and 0, or 130 after SIGINT (Ctrl-C); where a signal ended the program at once, 128 and its number.
+    """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    signals = StopSignals(deferred=False)
+    signals.install()
     try:
         ImbSAMCLI(
+            signals,
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -340,18 +425,26 @@ def run() -> None:
                     DiscardRefusedRun(),
                 ],
             },
-            save_config_kwargs={"overwrite": True},  # loggers other than the CSV log have one folder for all runs
+            save_config_callback=SaveConfigOnce,
             parser_kwargs={"exit_on_error": False},
         )
-    except Interrupted as interrupted:  # a wanted end: the next job goes on
+    except Interrupted as interrupted:
         _say(str(interrupted))
-        sys.exit(0)  # no further seed either
+        if interrupted.at_once:
+            signals.end_launched()
+        sys.exit(interrupted.exit_code)  # with 0 too: no further seed either
     except Exception as error:
+        if signals.received:  # another process stopped at once, and this one has missed it
+            signals.end_launched()
+            sys.exit(128 + signals.received)
         line = _one_line(error)
         if line is None:
             raise
         print(f"imbsam: error: {line}", file=sys.stderr)
+        signals.end_launched()
         sys.exit(2)
+    finally:
+        signals.remove()
 
 
 @rank_zero_only
@@ -361,6 +454,8 @@ def _say(line: str) -> None:
 
 def _one_line(error: BaseException | None) -> str | None:
     """What a wrong setting or argument says, or None where the error is a bug and its traceback is wanted."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:  # of the error itself, not of what led to it
+        return f"{error.filename or 'a file of the run'}: {error.strerror}: {UNWRITABLE[error.errno]}"
     while error is not None:
         if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
             return str(error)

@@ -14,6 +14,7 @@ from torchmetrics import SumMetric
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.class_groups import tail_mask
 from lightning_modules.build_network import BuildNetwork
+from lightning_modules.epoch_log import log_epoch
 from lightning_modules.moved_share import MovedShare
 
 Method = Literal["sgd", "sam", "imbsam", "focal_sam"]
@@ -214,11 +215,10 @@ class SharpnessAwareModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the steps that overflowed, and step the scheduler."""
-        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
         if self._scaler:
-            self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=several)
+            log_epoch(self, {"train/skipped_steps": self.skipped_steps.compute()})
         if self.rho_schedule != "constant":
-            self.log("rho", self.sam.rho, sync_dist=several)
+            log_epoch(self, {"rho": self.sam.rho})
         if self.lr_interval == "epoch":
             self._step_scheduler()
 

@@ -72,6 +72,16 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
     assert next(float(row["test/average_precision"]) for row in logged if row.get("test/average_precision")) > 0.75
 
 
+def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
+    """The threshold's precision would be that of the rows of rank 0."""
+    config = ["--config=configs/anomaly/devnet_sgd.yaml", *SHORT, "--trainer.accelerator=cpu"]
+    assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
+    more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    answer = run_imbsam(tmp_path, "test", *config, *more, processes=2, alarm=120)
+    assert answer["codes"] == [2, 2]
+    assert "trainer.devices makes 2 processes" in answer["err"][0]
+
+
 def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
     config = ["--config", "configs/anomaly/devnet_sgd.yaml", *SHORT, "--data.val_share=0"]
     code, out, _ = imbsam("fit", *config)
