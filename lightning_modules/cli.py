@@ -4,6 +4,7 @@ import argparse
 import errno
 import itertools
 import logging
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -27,8 +28,11 @@ from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
 from lightning_modules.data_check import DataCheckTrainer
+from lightning_modules.divergence import StopOnDivergence
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import ResumableCheckpoint
+from lightning_modules.network_summary import NetworkSummary
+from lightning_modules.parser_messages import did_you_mean, one_line
 from lightning_modules.seeds import FLAG, apply_seed, fresh_processes, split_seeds
 from lightning_modules.signals import Interrupted, StopSignals
 from lightning_modules.weights_and_biases import WeightsAndBiases
@@ -417,6 +421,8 @@ def run() -> None:
                 },
                 "callbacks": [
                     ClassTable(),
+                    NetworkSummary(),
+                    StopOnDivergence(),
                     Convergence(),
                     AccuracyTable(),
                     AnomalyTable(),
@@ -460,18 +466,26 @@ def _one_line(error: BaseException | None) -> str | None:
         if isinstance(error, SettingError):  # jsonargparse wraps what a constructor raises
             return str(error)
         if isinstance(error, MisconfigurationException):
-            return " ".join(str(error).split())
+            return _GPU if "No supported gpu backend" in str(error) else " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+            return _unknown_metric(str(error))
         if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):
-            return _shorten(str(error))
+            return one_line(str(error))
         error = error.__cause__ or error.__context__
     return None
 
 
-def _shorten(message: str) -> str:
-    """Of jsonargparse's report on every type that a value was tried as, the lines that say what is wrong."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if not line.startswith(noise))
+_GPU = (
+    "trainer.accelerator is gpu, and PyTorch finds no GPU here: leave configs/trainer/gpu.yaml out, or set it to auto "
+    "(python -c 'import torch; print(torch.cuda.is_available())' must say True)"
+)
+
+
+def _unknown_metric(message: str) -> str:
+    """What EarlyStopping says of a metric that is not logged."""
+    metric, *known = re.findall("`([^`]+)`", message.replace("`EarlyStopping`", ""))
+    near = did_you_mean(metric, known) or f"; there are {', '.join(known)}"
+    return f"EarlyStopping's monitor is {metric}, which is not logged{near}"
 
 
 def _find_configs(args: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What every LightningModule that trains with the engine shares: engine, optimizer, precision, processes, scheduler."""
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -172,6 +173,14 @@ class SharpnessAwareModule(LightningModule):
             scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is closure.empty):
+            raise SettingError(
+                f"optimizer is {type(optimizer).__name__}, which evaluates the loss itself: choose one that steps by "
+                ".grad, such as torch.optim.SGD or torch.optim.AdamW"
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise SettingError("optimizer is SparseAdam, which takes sparse gradients alone: choose torch.optim.Adam")
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
@@ -283,7 +292,13 @@ class SharpnessAwareModule(LightningModule):
             metrics = self.trainer.callback_metrics
             scheduler.step(metrics.get("val/loss", metrics[self.train_loss_name]))
         elif scheduler is not None:
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ValueError as error:  # OneCycleLR, stepped beyond its end
+                raise SettingError(
+                    f"lr_scheduler is {type(scheduler).__name__}, which steps every {self.lr_interval}: {error}; give "
+                    "it as many steps as the run has"
+                ) from error
 
     def _check_length(self, scheduler: Any) -> None:
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""
