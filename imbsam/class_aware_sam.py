@@ -30,9 +30,10 @@ class ClassAwareSAM:
     the rows take from their classes, :meth:`backward` leaves in ``.grad`` the gradient of
 
     .. math::
-        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right], \qquad
-        e = \rho \frac{g_s(w)}{\|g_s(w)\|}, \qquad
-        g_s(w) = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
+        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right]
+
+    .. math::
+        e = \rho \frac{g_s(w)}{\|g_s(w)\|}, \qquad g_s(w) = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
 
     with e held fixed, which is
 
