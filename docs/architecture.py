@@ -15,6 +15,7 @@ ENGINE = (
     "class_aware_sam",
     "step",
     "batch",
+    "extra_passes",
     "distributed",
     "perturbation",
     "gradients",

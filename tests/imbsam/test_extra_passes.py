@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from imbsam.batch import extra_pass_rows, pass_size
+from imbsam.extra_passes import extra_pass_rows, pass_size
 
 
 def test_pass_sizes_are_few_and_waste_little():
