@@ -1,4 +1,4 @@
-"""Anomaly detection with a few labelled anomalies, trained by SGD's, SAM's or ImbSAM's backward pass."""
+"""Anomaly detection with a few labelled anomalies, trained by a sharpness-aware backward pass."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,10 +10,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import SettingError
+from imbsam import ImbSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
-from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
+from lightning_modules.factories import describe
+from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
 
 
 class _ChooseThreshold(Callback):
@@ -41,15 +42,8 @@ class AnomalyDetector(SharpnessAwareModule):
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
         detector_args: further settings of the detector, for example ``{hidden: [20]}``.
-        method: sgd (plain training, with whatever optimizer), sam or imbsam.
-        rho: length of the perturbation, at `start_epoch` where it has a schedule. 0.05 is the classification paper's;
-            tune it on a validation part.
-        tail_weight: multiplies the loss of the tail, for every method.
-        adaptive: scale the perturbation by the weights (ASAM).
-        context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
-        start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
-        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
-        rho_end: length of the perturbation in the last epoch, where rho has a schedule.
+        sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, or your own. The
+            labelled anomalies are its tail.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
@@ -64,14 +58,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self,
         detector: str | type[Detector] = "devnet",
         detector_args: dict[str, Any] | None = None,
-        method: Literal["sgd", "sam", "imbsam"] = "imbsam",
-        rho: float = 0.05,
-        tail_weight: float = 1.0,
-        adaptive: bool = False,
-        context_rows: int | Literal["auto", "batch"] = "auto",
-        start_epoch: int = 0,
-        rho_schedule: RhoSchedule = "constant",
-        rho_end: float = 0.0,
+        sam: SAMCallable = ImbSAM,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -79,29 +66,19 @@ class AnomalyDetector(SharpnessAwareModule):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         budget: float | None = None,
     ) -> None:
-        if method not in ("sgd", "sam", "imbsam"):
-            raise SettingError(f"method is {method!r}: choose sgd, sam or imbsam")
         super().__init__(
-            method,
-            rho,
-            start_epoch,
+            sam,
             optimizer,
             lr_scheduler,
             lr_interval,
             1,
             gradient_clip_val,
             gradient_clip_algorithm,
-            rho_schedule,
-            rho_end,
         )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam"])
+        self.save_hyperparameters({"sam": describe(self.sam_factory)})
         self.detector_name = detector
         self.detector_args = detector_args or {}
-        self.engine_settings: dict[str, Any] = {
-            "tail_weight": tail_weight,
-            "adaptive": adaptive,
-            "context_rows": context_rows,
-        }
         self.input_shape: tuple[int, ...] | None = None
         self.class_counts: Tensor | None = None
         self.detector: Detector
@@ -136,13 +113,16 @@ class AnomalyDetector(SharpnessAwareModule):
         """Build the detector, once the shape of a sample is known."""
         if not hasattr(self, "detector") and self.input_shape is not None:
             self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
+        if hasattr(self, "detector"):
+            assert self.class_counts is not None
+            self.make_sam(self.detector, self.class_counts, tail_classes=[1])
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
         return [_ChooseThreshold()]
 
     def on_fit_start(self) -> None:
-        """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
+        """Prepare the detector, unless it comes from a checkpoint."""
         assert self.class_counts is not None
         if self.trainer.world_size > 1:
             raise SettingError(
@@ -154,7 +134,7 @@ class AnomalyDetector(SharpnessAwareModule):
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
             self._prepared = True
-        self.sam = self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
+        super().on_fit_start()
 
     def forward(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,)."""

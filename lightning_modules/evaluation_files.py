@@ -79,7 +79,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
 
     Args:
         folder: where to; it exists.
-        model: knows ``class_counts``, ``class_names``, ``settings`` and ``test_accuracy`` (LongTailedClassifier).
+        model: knows ``class_counts``, ``class_names``, ``tail_settings`` and ``test_accuracy`` (LongTailedClassifier).
         target: class indices (N,), int64.
         predicted: class indices (N,), int64.
         confidence: probability of the predicted class (N,), in [0, 1].
@@ -87,7 +87,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
     names, counts = model.class_names, model.class_counts
     groups = _groups(model)
     group_of = {int(c): name for name in groups if name != "all" for c in groups[name].nonzero()}
-    tail = tail_mask(counts, model.settings.eta, model.settings.tail_classes).int().tolist()
+    tail = tail_mask(counts, *model.tail_settings).int().tolist()
     correct = predicted == target
     samples = target.bincount(minlength=len(names)).tolist()
     hits = target[correct].bincount(minlength=len(names)).tolist()

@@ -1,6 +1,6 @@
 """What every LightningModule that trains with the engine shares: engine, optimizer, precision, processes, scheduler."""
 
-import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,34 +11,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
-from imbsam.class_groups import tail_mask
+from imbsam import ClassAwareSAM, SettingError
+from lightning_modules.factories import called, restore
 from lightning_modules.moved_share import MovedShare
 
-Method = Literal["sgd", "sam", "imbsam", "focal_sam"]
-RhoSchedule = Literal["constant", "linear", "cosine"]
+SAMCallable = Callable[[nn.Module, Tensor], ClassAwareSAM]
+"""What makes the backward pass of a module and its class counts: a method's class, or a partial of one."""
 
 
 class SharpnessAwareModule(LightningModule):
     """Manual optimization with the engine in the place of ``loss.backward()``.
 
-    A subclass makes :attr:`sam` by :meth:`engine` in its ``on_fit_start``, and in its ``training_step`` calls
-    ``self.sam.backward`` and then :meth:`step_optimizer`. Logs ``rho`` once an epoch where it has a schedule.
+    A subclass calls :meth:`make_sam` at the end of its ``configure_model``, and in its ``training_step``
+    ``self.sam.backward`` and then :meth:`step_optimizer`.
 
     Args:
-        method: sgd (plain training), sam, imbsam or focal_sam.
-        rho: length of the perturbation, at `start_epoch` where it has a schedule.
-        start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
+        sam: the method: a class of ``(module, class_counts)``, such as ``Plain``, ``SAM``, ``ImbSAM``, ``FocalSAM`` or
+            one of your own, or a partial of it. Callbacks may change its ``rho`` and ``class_weight`` between steps.
         optimizer: any torch optimizer that steps without a closure.
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
         accumulate_grad_batches: batches that make up one step.
         gradient_clip_val: clip the (unscaled) gradient at this value.
         gradient_clip_algorithm: clip by norm or by value.
-        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch, linear in the epoch or by
-            half a cosine. With a cosine learning rate, cosine is the schedule of GSAM, whose rho falls with the
-            learning rate (Zhuang et al., ICLR 2022, arXiv 2203.08065).
-        rho_end: length of the perturbation in the last epoch, where rho has a schedule; it may be above rho.
     """
 
     train_loss_name = "train/loss"
@@ -46,42 +41,23 @@ class SharpnessAwareModule(LightningModule):
 
     def __init__(
         self,
-        method: Method,
-        rho: float,
-        start_epoch: int,
+        sam: SAMCallable,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         lr_interval: Literal["epoch", "step"],
         accumulate_grad_batches: int,
         gradient_clip_val: float | None,
         gradient_clip_algorithm: Literal["norm", "value"],
-        rho_schedule: RhoSchedule = "constant",
-        rho_end: float = 0.0,
     ) -> None:
         super().__init__()
-        if start_epoch < 0:
-            raise SettingError(f"start_epoch is {start_epoch}: give a number from 0")
         if accumulate_grad_batches < 1:
             raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise SettingError(
                 f"gradient_clip_val is {gradient_clip_val}: give a number above 0, or null for no clipping"
             )
-        if method not in ("sgd", "sam", "imbsam", "focal_sam"):
-            raise SettingError(f"method is {method!r}: choose sgd, sam, imbsam or focal_sam")
-        if rho_schedule not in ("constant", "linear", "cosine"):
-            raise SettingError(f"rho_schedule is {rho_schedule!r}: choose constant, linear or cosine")
-        if not 0 <= rho_end < math.inf:
-            raise SettingError(f"rho_end is {rho_end}: give a finite number from 0")
-        if rho_schedule == "constant" and rho_end != 0:
-            raise SettingError(
-                f"rho_end is {rho_end} and rho_schedule constant: choose linear or cosine, or leave it out"
-            )
         self.automatic_optimization = False
-        self.method = method
-        self.rho, self.rho_end = (0.0, 0.0) if method == "sgd" else (float(rho), float(rho_end))
-        self.rho_schedule = rho_schedule
-        self.start_epoch = start_epoch
+        self.sam_factory: SAMCallable = restore(sam)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -94,61 +70,36 @@ class SharpnessAwareModule(LightningModule):
         self._loss_scale = 0.0
         self._half: torch.dtype | None = None
 
-    def engine(
-        self,
-        module: nn.Module,
-        class_counts: Tensor,
-        *,
-        eta: float = 20,
-        tail_classes: list[int] | None = None,
-        tail_weight: float = 1.0,
-        focal_lambda: float = 0.8,
-        focal_gamma: float = 3.0,
-        **settings: Any,
-    ) -> ClassAwareSAM:
-        """The backward pass of ``method`` for the parameters of ``module``.
+    @property
+    def method(self) -> str:
+        """The name of the method's class."""
+        return getattr(called(self.sam_factory), "__name__", "")
+
+    def make_sam(self, module: nn.Module, class_counts: Tensor, **settings: Any) -> None:
+        """Make :attr:`sam`, the backward pass of ``module``, where a training begins.
+
+        It is made before anything is printed or written, so that a wrong setting ends the run at once.
 
         Args:
             module: what is perturbed.
             class_counts: training samples per class (C,).
-            eta: classes with fewer than eta training samples are tail classes.
-            tail_classes: the tail classes by index, in place of eta.
-            tail_weight: multiplies the loss of the tail classes, for every method.
-            focal_lambda: focal_sam's weight of the sharpness term.
-            focal_gamma: how much less common classes count in focal_sam.
-            **settings: further settings of :class:`ClassAwareSAM`.
+            **settings: what the model itself knows, such as ``tail_classes``.
         """
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.sam = self.sam_factory(module, class_counts, **settings)
+
+    def on_fit_start(self) -> None:
+        """Join the other processes."""
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise SettingError(
                 "the strategy has a ddp_comm_hook, which would see none of the passes: the gradients are averaged by "
                 "the engine, in at most two all-reduces; leave the hook out"
             )
-        if self.rho_schedule != "constant" and self._max_epochs is None:
-            raise SettingError(
-                f"rho_schedule is {self.rho_schedule} and trainer.max_epochs {self.trainer.max_epochs}: the schedule "
-                "ends with the last epoch, so say how many there are"
-            )
         if self.trainer.world_size > 1:
-            settings["no_sync"] = strategy.block_backward_sync
-            settings["process_group"] = torch.distributed.group.WORLD
-        if tail_weight != 1:
-            settings["class_weight"] = torch.where(tail_mask(class_counts, eta, tail_classes), tail_weight, 1.0)
-        self._watch_precision(module)
-        if self.method == "imbsam":
-            return ImbSAM(module, class_counts, eta=eta, tail_classes=tail_classes, rho=self.rho, **settings)
-        if self.method == "focal_sam":
-            return FocalSAM(
-                module,
-                class_counts,
-                rho=self.rho,
-                focal_lambda=focal_lambda,
-                focal_gamma=focal_gamma,
-                **settings,
-            )
-        if self.method == "sam":
-            return SAM(module, rho=self.rho, **settings)
-        return Plain(module, **settings)
+            self.sam.no_sync = strategy.block_backward_sync
+            self.sam.process_group = torch.distributed.group.WORLD
+        self._watch_precision(self.sam.module)
 
     def configure_optimizers(self) -> Any:
         """One optimizer, and a scheduler where there is one."""
@@ -165,15 +116,13 @@ class SharpnessAwareModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
     def on_train_start(self) -> None:
-        """Start with the perturbation and the loss scale of this moment: a run may go on amid an epoch."""
-        self._start_epoch()
+        """Start with the loss scale of this moment: a run may go on amid an epoch."""
         self._loss_scale = self._scaler.get_scale() if self._scaler else 0.0
         if schedulers := self.lr_schedulers():
             self._check_length(schedulers)  # by now that of the checkpoint
 
     def on_train_epoch_start(self) -> None:
-        """Perturb from `start_epoch` on."""
-        self._start_epoch()
+        """Count the epoch's steps that overflow."""
         self.skipped_steps.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -203,8 +152,6 @@ class SharpnessAwareModule(LightningModule):
         several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
         if self._scaler:
             self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=several)
-        if self.rho_schedule != "constant":
-            self.log("rho", self.sam.rho, sync_dist=several)
         if self.lr_interval == "epoch":
             self._step_scheduler()
 
@@ -219,38 +166,17 @@ class SharpnessAwareModule(LightningModule):
 
     def moved_share(self, module: nn.Module) -> MovedShare | None:
         """Watches how many weights the perturbation moves, where they are in half precision."""
-        return MovedShare(module) if self._half is not None and max(self.rho, self.rho_end) > 0 else None
+        return MovedShare(module) if self._half is not None and self.sam.rho > 0 else None
 
     @property
     def _scaler(self) -> Any:
         """The GradScaler of 16-mixed, which skips steps that overflowed, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
-    @property
-    def _max_epochs(self) -> int | None:
-        """The run's epochs, or None where only steps or time end it."""
-        epochs = self.trainer.max_epochs
-        return epochs if epochs is not None and epochs >= 0 else None
-
-    def _start_epoch(self) -> None:
-        """Set what goes by the epoch, from the epoch alone: a run may go on amid one."""
-        self.sam.rho = self._rho_of(self.current_epoch)
-
-    def _rho_of(self, epoch: int) -> float:
-        if epoch < self.start_epoch:
-            return 0.0
-        if self.rho_schedule == "constant":
-            return self.rho
-        assert self._max_epochs is not None
-        done = (epoch - self.start_epoch) / max(1, self._max_epochs - 1 - self.start_epoch)
-        if self.rho_schedule == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return self.rho + (self.rho_end - self.rho) * done
-
     def _watch_precision(self, module: nn.Module) -> None:
         half = (torch.bfloat16, torch.float16)
         self._half = next((p.dtype for p in module.parameters() if p.dtype in half), None)
-        rho = max(self.rho, self.rho_end)
+        rho = self.sam.rho
         if self._half is not None and rho > 0:
             rank_zero_warn(
                 f"trainer.precision is {self.trainer.precision}: with weights in {self._half} a perturbation of length "

@@ -1,6 +1,6 @@
 """Run `imbsam fit` once for every seed, in one process; the seed is the run's and the data's.
 
-python scripts/run_seeds.py 0 1 2 3 4 -- --config configs/digits_lt/imbsam.yaml --model.rho 0.1
+python scripts/run_seeds.py 0 1 2 3 4 -- --config configs/digits_lt/imbsam.yaml --model.sam.rho 0.1
 imbsam report logs/digits_lt/imbsam --format md
 """
 

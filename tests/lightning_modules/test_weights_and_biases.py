@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max", "--checkpoint.save_top_k=1"]
         two = ["--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"]
         run_command(patch, *FIT, *SHORT, *two, *best)
-        run_command(patch, *FIT, *SHORT, "--model.rho=0.1", "--wandb.tags=[mine]", "--wandb.checkpoints=false")
+        run_command(patch, *FIT, *SHORT, "--model.sam.rho=0.1", "--wandb.tags=[mine]", "--wandb.checkpoints=false")
     return root / "logs/digits_lt/imbsam"
 
 
@@ -95,8 +95,8 @@ def test_name_group_tags_and_settings(first, second):
     config = merged(first, "config")
     settings = {
         "model": "LongTailedClassifier",
-        "model.rho": 0.05,
-        "model.eta": 20,
+        "model.sam.rho": 0.05,
+        "model.sam.eta": 20,
         "model.backbone_args.width": 16,
         "model.optimizer": "SGD",
         "model.optimizer.lr": 0.05,
@@ -109,7 +109,7 @@ def test_name_group_tags_and_settings(first, second):
     assert {key: config.get(key) for key in settings} == settings
     assert "rho" not in config, "the model's settings are logged once"
     assert second["run"][0]["tags"] == ["mine"]
-    assert merged(second, "config")["model.rho"] == 0.1
+    assert merged(second, "config")["model.sam.rho"] == 0.1
     assert second["run"][0]["run_id"] != run["run_id"]
 
 
