@@ -3,12 +3,13 @@
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.max_norm import MaxNorm
-from lightning_modules.schedules import DeferredReweighting, RhoSchedule
+from lightning_modules.schedules import CosineToEnd, DeferredReweighting, RhoSchedule
 from lightning_modules.second_stage import SecondStageClassifier
 from lightning_modules.sharpness import SharpnessOfGroups
 
 __all__ = [
     "AnomalyDetector",
+    "CosineToEnd",
     "DeferredReweighting",
     "LongTailedClassifier",
     "MaxNorm",

@@ -111,6 +111,12 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_model(self) -> None:
         """Build the detector, once the shape of a sample is known."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self.input_shape is None and getattr(data, "train_features", None) is not None:
+            self.class_counts, self.input_shape = (
+                torch.as_tensor(data.class_counts),
+                tuple(data.train_features.shape[1:]),
+            )
         if not hasattr(self, "detector") and self.input_shape is not None:
             self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
         if hasattr(self, "detector"):
@@ -119,7 +125,7 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
-        return [_ChooseThreshold()]
+        return [*super().configure_callbacks(), _ChooseThreshold()]
 
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint."""
@@ -146,7 +152,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self._loss = self._loss.to(self.device)
         self.threshold.fill_(math.nan)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One backward pass, one optimizer step."""
         x, labels = batch
         in_tail = labels.amax(dim=1) if labels.dim() == 2 else labels  # a pair with an anomaly in it
@@ -156,10 +162,12 @@ class AnomalyDetector(SharpnessAwareModule):
         self._loss += loss
         self._batches += 1
         self.step_optimizer()
+        return loss
 
     def on_train_epoch_end(self) -> None:
         """Log once an epoch: logging every step would cost as much as the step."""
         self.log("train/loss", self._loss / self._batches, prog_bar=True)
+        self.check_loss(self._loss)
         self._loss, self._batches = torch.zeros((), device=self.device), 0
         super().on_train_epoch_end()
 

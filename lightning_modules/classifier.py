@@ -23,7 +23,7 @@ from lightning_modules.backbones.weights import load_weights
 from lightning_modules.factories import called, describe, restore, takes
 from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
 
-LossCallable = Callable[[Tensor], nn.Module]
+LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
 """What makes a loss: a class, or a partial of one. It is given ``class_counts`` where it takes them."""
 
 
@@ -33,8 +33,8 @@ class LongTailedClassifier(SharpnessAwareModule):
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
     are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
     ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
-    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by the method's class weights;
-    those of validation and test are not.
+    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by the method's class
+    weights; those of validation and test are not.
 
     Args:
         backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, a torchvision classifier's name, or timm/
@@ -118,22 +118,26 @@ class LongTailedClassifier(SharpnessAwareModule):
     def setup(self, stage: str) -> None:
         """Learn the classes from the DataModule."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        counts = getattr(data, "class_counts", None)
-        if counts is None or getattr(data, "class_names", None) is None:
+        if not _knows_classes(data):
             raise SettingError(
                 f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
                 "with class_counts (training samples per class) and class_names"
             )
-        if self.class_counts is not None and len(self.class_counts) != len(counts):
+        if self.class_counts is not None and len(self.class_counts) != len(data.class_counts):
             raise SettingError(
-                f"the model has {len(self.class_counts)} classes and data {len(counts)}: use the data it was trained on"
+                f"the model has {len(self.class_counts)} classes and data {len(data.class_counts)}: use the data it "
+                "was trained on"
             )
         # a trained model keeps the counts, and so the groups, of its training
         if self.class_counts is None or stage == "fit":
-            self._learn_classes(torch.as_tensor(counts), list(data.class_names))
+            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
 
     def configure_model(self) -> None:
-        """Build the backbone, once the number of classes is known, and the backward pass."""
+        """Build the backbone, once the number of classes is known, and the backward pass.
+
+        Lightning's callbacks may call it before :meth:`setup`; the data are set up by then.
+        """
+        self._learn_from_data()
         if not hasattr(self, "backbone") and self.class_counts is not None:
             self.backbone = self._create_backbone(len(self.class_counts))
             if self.settings.channels_last:
@@ -230,16 +234,20 @@ class LongTailedClassifier(SharpnessAwareModule):
             check_labels(targets.tolist(), len(self.class_counts))
         return batch
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
         images, targets = batch
         # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
         on_host, self._host_targets = self._host_targets, None
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
+        if self.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's last epoch, for BatchNorm's statistics
+            with torch.no_grad():
+                self.train_loss.update(self.loss(self(images), targets))
+            return None
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
-            return
+            return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
         moved = self.moved_share(self.backbone)
@@ -254,11 +262,14 @@ class LongTailedClassifier(SharpnessAwareModule):
         if moved is not None:
             self.log("train/moved_share", moved.share)
         self.step_optimizer()
+        return loss  # for callbacks, such as the learning rate finder
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
         several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
-        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
+        loss = self.train_loss.compute()
+        self.log("train/loss_epoch", loss, prog_bar=True, batch_size=1, sync_dist=several)
+        self.check_loss(loss)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -306,6 +317,12 @@ class LongTailedClassifier(SharpnessAwareModule):
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
         self._weights_missing = False
+
+    def _learn_from_data(self) -> None:
+        """Learn the classes, where they are not known yet and the data are set up."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self.class_counts is None and _knows_classes(data):
+            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
@@ -360,3 +377,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=several)
         loss.reset()
         accuracy.reset()
+
+
+def _knows_classes(data: Any) -> bool:
+    return getattr(data, "class_counts", None) is not None and getattr(data, "class_names", None) is not None

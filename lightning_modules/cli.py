@@ -1,7 +1,11 @@
 """The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
+import difflib
+import importlib
+import inspect
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -229,7 +233,9 @@ def _one_line(error: BaseException | None) -> str | None:
         if isinstance(error, MisconfigurationException):
             return " ".join(str(error).split())
         if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):
-            return _shorten(str(error))
+            return _shorten(str(error)) + _did_you_mean(str(error))
+        if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+            return " ".join(str(error).split())
         error = error.__cause__ or error.__context__
     return None
 
@@ -239,6 +245,18 @@ def _shorten(message: str) -> str:
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line for line in lines if not line.startswith(noise))
+
+
+def _did_you_mean(message: str) -> str:
+    """The setting that was misspelt, by the parameters of the class that refused it."""
+    found = re.search(r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'", message)
+    if found is None:
+        return ""
+    module, _, name = found[2].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    known = {p for c in getattr(kind, "__mro__", ()) for p in inspect.signature(c.__init__).parameters}
+    closest = difflib.get_close_matches(found[1].split(".")[0], known - {"self", "args", "kwargs"}, n=1)
+    return f": did you mean {closest[0]}?" if closest else ""
 
 
 def _find_configs(args: list[str]) -> list[str]:

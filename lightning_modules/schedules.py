@@ -6,11 +6,31 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.errors import SettingError
 
-__all__ = ["DeferredReweighting", "RhoSchedule"]
+__all__ = ["CosineToEnd", "DeferredReweighting", "RhoSchedule"]
+
+
+class CosineToEnd(CosineAnnealingLR):
+    """PyTorch's cosine, which ends with the run: `T_max` is the run's epochs, or steps, where it is not given.
+
+    Args:
+        optimizer: whose learning rate it is.
+        T_max: epochs, or steps, to the least learning rate.
+        eta_min: least learning rate.
+        last_epoch: as PyTorch's.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, T_max: int | None = None, eta_min: float = 0.0, last_epoch: int = -1
+    ) -> None:
+        if T_max is None:
+            raise SettingError("T_max is None: outside of our modules, which fill it in, say how long the cosine is")
+        super().__init__(optimizer, T_max, eta_min, last_epoch)
 
 
 class _ByEpoch(Callback):

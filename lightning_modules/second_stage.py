@@ -118,7 +118,9 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_model(self) -> None:
         """Build the backbone: that of a checkpoint of our own, or else the first stage's, with its weights."""
+        self._learn_from_data()
         if hasattr(self, "backbone") or self.class_counts is None:
+            super().configure_model()
             return
         first = None
         if self.architecture is None:
@@ -133,7 +135,10 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """MaxNorm, where the stage has it."""
-        return [self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else []
+        others = [*super().configure_callbacks()]
+        return (
+            [*others, self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else others
+        )
 
     def configure_optimizers(self) -> Any:
         """Refuse a training whose first stage is nowhere, else as ever."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -12,11 +12,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
 from imbsam import ClassAwareSAM, SettingError
-from lightning_modules.factories import called, restore
+from lightning_modules.factories import called, describe, restore, takes
 from lightning_modules.moved_share import MovedShare
 
 SAMCallable = Callable[[nn.Module, Tensor], ClassAwareSAM]
 """What makes the backward pass of a module and its class counts: a method's class, or a partial of one."""
+
+
+class _BuildModel(Callback):
+    """Comes first: BackboneFinetuning freezes the layers in its ``setup``, ModelPruning looks them up there."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Build the layers; the data are set up by now."""
+        pl_module.configure_model()
 
 
 class SharpnessAwareModule(LightningModule):
@@ -61,12 +69,15 @@ class SharpnessAwareModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        self.lr: float | None = None
+        """Learning rate in place of the optimizer's own: Lightning's lr_find sets it."""
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.sam: ClassAwareSAM
         # a metric, so that a run that goes on amid an epoch goes on counting; every rank skips the same steps
         self.skipped_steps = SumMetric(sync_on_compute=False)
+        self._follows = False
         self._loss_scale = 0.0
         self._half: torch.dtype | None = None
 
@@ -88,6 +99,12 @@ class SharpnessAwareModule(LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.sam = self.sam_factory(module, class_counts, **settings)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Build the layers before any callback's ``setup``, which comes before the module's."""
+        if not any(isinstance(callback, _BuildModel) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.trainer.callbacks.insert(0, _BuildModel())  # type: ignore[attr-defined]
+        return []
+
     def on_fit_start(self) -> None:
         """Join the other processes."""
         strategy: Any = self.trainer.strategy
@@ -105,9 +122,18 @@ class SharpnessAwareModule(LightningModule):
         """One optimizer, and a scheduler where there is one."""
         try:
             optimizer = self.optimizer(self.parameters())
-            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+            if self.lr is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr
+            scheduler = self._scheduler(optimizer)
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise SettingError(
+                "optimizer is LBFGS: it evaluates the loss several times a step, by a closure; choose SGD or AdamW"
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise SettingError("optimizer is SparseAdam: the gradients here are dense; choose Adam")
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
@@ -155,6 +181,19 @@ class SharpnessAwareModule(LightningModule):
         if self.lr_interval == "epoch":
             self._step_scheduler()
 
+    def check_loss(self, loss: Tensor) -> None:
+        """End a run whose weights are lost: a mean loss that is not finite never comes back.
+
+        Args:
+            loss: mean training loss of an epoch, alike on all ranks.
+        """
+        if self._scaler is None and not bool(torch.isfinite(loss)):
+            optimizer: Any = self.optimizers()
+            raise SettingError(
+                f"the training loss is {float(loss)} in epoch {self.current_epoch + 1}, at a learning rate of "
+                f"{optimizer.param_groups[0]['lr']:g}: lower it, or set model.gradient_clip_val"
+            )
+
     def on_validation_start(self) -> None:
         """What is validated must not differ from rank to rank."""
         if self.trainer.state.fn == "fit":
@@ -190,20 +229,49 @@ class SharpnessAwareModule(LightningModule):
             metrics = self.trainer.callback_metrics
             scheduler.step(metrics.get("val/loss", metrics[self.train_loss_name]))
         elif scheduler is not None:
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ValueError as error:  # OneCycleLR after its last step
+                raise SettingError(
+                    f"lr_scheduler {type(scheduler).__name__} cannot step after step {self.trainer.global_step}: "
+                    f"{' '.join(str(error).split())}; the run has {self._length()} {self.lr_interval}s"
+                ) from error
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The scheduler; a T_max that nobody gave is the length of the run."""
+        factory: Any = self.lr_scheduler
+        if factory is None:
+            return None
+        given = describe(factory)["init_args"].get("T_max") if takes(factory, "T_max") else 0
+        self._follows = given is None and getattr(called(factory), "__name__", "") not in ("", "<lambda>")
+        return factory(optimizer, T_max=self._length() or 1) if self._follows else factory(optimizer)
+
+    def _length(self) -> int | None:
+        """How often the scheduler steps in this run, or None where only time ends it."""
+        run, limited = self.trainer, self.trainer.max_steps is not None and self.trainer.max_steps > 0
+        epochs = run.max_epochs if run.max_epochs is not None and run.max_epochs >= 0 else None
+        if self.lr_interval == "epoch":
+            return epochs
+        if limited and epochs is None:
+            return int(run.max_steps)
+        if epochs is None:
+            return None
+        steps = int(run.estimated_stepping_batches)  # knows the number of batches, but not that we accumulate them
+        if self.accumulate_grad_batches > 1:
+            steps = epochs * -(-int(run.num_training_batches) // self.accumulate_grad_batches)
+        return steps
 
     def _check_length(self, scheduler: Any) -> None:
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""
         end, run = getattr(scheduler, "T_max", None), self.trainer
         if end is None or getattr(run, "fast_dev_run", False) or not run.max_epochs or run.max_epochs < 0:
             return
-        steps = run.max_epochs
-        if self.lr_interval == "step":
-            steps = int(run.estimated_stepping_batches)  # knows the number of batches, but not that we accumulate them
-            if self.accumulate_grad_batches > 1:
-                steps = run.max_epochs * -(-int(run.num_training_batches) // self.accumulate_grad_batches)
-        if end != steps:
+        steps = self._length()
+        if self._follows:
+            scheduler.T_max = steps
+        elif end != steps:
             rank_zero_warn(
                 f"the scheduler's T_max is {end} and the run has {steps} {self.lr_interval}s: "
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
+                + (", in a run of its own: this one keeps the cosine that it began with" if run.ckpt_path else "")
             )

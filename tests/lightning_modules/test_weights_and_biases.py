@@ -91,7 +91,7 @@ def test_name_group_tags_and_settings(first, second):
     assert (run["display_name"], run["run_group"], run["project"], run["job_type"]) == (
         *("digits_lt/imbsam/version_0", "digits_lt/imbsam", "imbsam", "fit"),
     )
-    assert run["tags"] == ["imbsam", "DigitsLT", "small_cnn"]
+    assert run["tags"] == ["ImbSAM", "DigitsLT", "small_cnn"]
     config = merged(first, "config")
     settings = {
         "model": "LongTailedClassifier",
@@ -175,7 +175,10 @@ def test_checkpoints_and_files_are_complete(folder, first, second):
 
 def test_every_run_keeps_its_config(folder):
     rho = [
-        yaml.safe_load((folder / f"version_{n}/config.yaml").read_text())["model"]["init_args"]["rho"] for n in (0, 1)
+        yaml.safe_load((folder / f"version_{n}/config.yaml").read_text())["model"]["init_args"]["sam"]["init_args"][
+            "rho"
+        ]
+        for n in (0, 1)
     ]
     assert rho == [0.05, 0.1]
     assert not list(folder.parents[1].glob("*.yaml"))

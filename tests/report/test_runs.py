@@ -87,7 +87,7 @@ def test_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch, capsys):
     (run,) = runs
     assert run.place == "digits_lt/imbsam"
     assert f"{100 * run.final['test/all']:.1f} │" in out
-    assert (run.settings["method"], run.settings["rho"], run.seeds) == ("imbsam", 0.05, (0, 0))
+    assert (run.settings["sam.rho"], run.seeds) == (0.05, (0, 0))
     assert [epoch for epoch, _ in run.curves["train/loss_epoch"]] == [0, 1]
     assert len(run.curves["train/seconds"]) == 2
     assert "CPU" in run.hardware["device"]
