@@ -119,9 +119,7 @@ def fit(
     turns = TakeTurns(bare_loop(data, lr), window, clock)
     module = LongTailedClassifier(
         backbone="cifar_resnet20",
-        method="imbsam",
-        eta=20,
-        rho=0.05,
+        sam=functools.partial(ImbSAM, eta=20, rho=0.05),
         optimizer=functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ class ClassAwareSAM:
         adaptive: bool = False,
         context_rows: ContextRows = "auto",
         perturbation: Literal["global", "per_rank"] = "global",
-        no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(module, nn.Module):
@@ -122,9 +122,9 @@ class ClassAwareSAM:
         # wrapped by Fabric or torch.compile, it may lie deeper
         ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
         if ddp is not None:
-            no_sync = ddp.no_sync if no_sync is contextlib.nullcontext else no_sync
+            no_sync = ddp.no_sync if no_sync is None else no_sync
             process_group = ddp.process_group if process_group is None else process_group
-        self.no_sync = no_sync
+        self.no_sync = no_sync or contextlib.nullcontext
         self.process_group = process_group
 
     @property

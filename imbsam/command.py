@@ -26,11 +26,11 @@ COMMANDS = {
 CONFIG = ("--config FILE", "settings from a file, such as configs/digits_lt/imbsam.yaml; the last one wins")
 
 SETTINGS = {
-    "--model.method": ("imbsam", "sgd (plain training), sam, imbsam or focal_sam"),
-    "--model.rho": ("0.05", "length of the perturbation; choose it on a validation split"),
-    "--model.eta": ("20", "classes with fewer training samples than eta are the tail"),
-    "--model.tail_weight": ("2", "multiply the loss of the tail classes, for every method"),
-    "--model.context_rows": ("auto", "samples in the extra passes beside the tail's: auto, batch or a number"),
+    "--model.sam": ("ImbSAM", "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, or a class of your own"),
+    "--model.sam.rho": ("0.05", "length of the perturbation; choose it on a validation split"),
+    "--model.sam.eta": ("20", "classes with fewer training samples than eta are the tail"),
+    "--model.sam.tail_weight": ("2", "multiply the loss of the tail classes, for every method"),
+    "--model.sam.context_rows": ("auto", "samples in the extra passes beside the tail's: auto, batch or a number"),
     "--model.optimizer.lr": ("0.05", "learning rate"),
     "--data.batch_size": ("32", "samples of a training batch"),
     "--data.val_share": ("0.2", "share of the training samples to hold out for validation"),

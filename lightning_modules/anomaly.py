@@ -1,4 +1,4 @@
-"""Anomaly detection with a few labelled anomalies, trained by SGD's, SAM's or ImbSAM's backward pass."""
+"""Anomaly detection with a few labelled anomalies, trained by a sharpness-aware backward pass."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import ClassAwareSAM, SettingError
+from imbsam import ImbSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
-from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
+from lightning_modules.factories import describe
+from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
 
 
 class _ChooseThreshold(Callback):
@@ -44,15 +45,8 @@ class AnomalyDetector(SharpnessAwareModule):
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
         detector_args: further settings of the detector, for example ``{hidden: [20]}``.
-        method: sgd (plain training, with whatever optimizer), sam or imbsam.
-        rho: length of the perturbation, at `start_epoch` where it has a schedule. 0.05 is the classification paper's;
-            tune it on a validation part.
-        tail_weight: multiplies the loss of the tail, for every method.
-        adaptive: scale the perturbation by the weights (ASAM).
-        context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
-        start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
-        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
-        rho_end: length of the perturbation in the last epoch, where rho has a schedule.
+        sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, or your own. The
+            labelled anomalies are its tail.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
@@ -67,14 +61,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self,
         detector: str | type[Detector] = "devnet",
         detector_args: dict[str, Any] | None = None,
-        method: Literal["sgd", "sam", "imbsam"] = "imbsam",
-        rho: float = 0.05,
-        tail_weight: float = 1.0,
-        adaptive: bool = False,
-        context_rows: int | Literal["auto", "batch"] = "auto",
-        start_epoch: int = 0,
-        rho_schedule: RhoSchedule = "constant",
-        rho_end: float = 0.0,
+        sam: SAMCallable = ImbSAM,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -82,29 +69,19 @@ class AnomalyDetector(SharpnessAwareModule):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         budget: float | None = None,
     ) -> None:
-        if method not in ("sgd", "sam", "imbsam"):
-            raise SettingError(f"method is {method!r}: choose sgd, sam or imbsam")
         super().__init__(
-            method,
-            rho,
-            start_epoch,
+            sam,
             optimizer,
             lr_scheduler,
             lr_interval,
             1,
             gradient_clip_val,
             gradient_clip_algorithm,
-            rho_schedule,
-            rho_end,
         )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam"])
+        self.save_hyperparameters({"sam": describe(self.sam_factory)})
         self.detector_name = detector
         self.detector_args = detector_args or {}
-        self.engine_settings: dict[str, Any] = {
-            "tail_weight": tail_weight,
-            "adaptive": adaptive,
-            "context_rows": context_rows,
-        }
         self.input_shape: tuple[int, ...] | None = None
         self.class_counts: Tensor | None = None
         self.detector: Detector
@@ -142,17 +119,21 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_model(self) -> None:
         """Build the detector, once the shape of a sample is known."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self.input_shape is None and getattr(data, "train_features", None) is not None:
+            self.class_counts, self.input_shape = (
+                torch.as_tensor(data.class_counts),
+                tuple(data.train_features.shape[1:]),
+            )
         if not hasattr(self, "detector") and self.input_shape is not None:
             self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
+        if hasattr(self, "detector"):
+            assert self.class_counts is not None
+            self.make_sam(self.detector, self.class_counts, tail_classes=[1])
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
         return [*super().configure_callbacks(), _ChooseThreshold()]
-
-    def create_engine(self) -> ClassAwareSAM:
-        """The backward pass of the method, for the labelled anomalies as the tail."""
-        assert self.class_counts is not None
-        return self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint."""
@@ -163,6 +144,7 @@ class AnomalyDetector(SharpnessAwareModule):
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
             self._prepared = True
+        super().on_fit_start()
 
     def forward(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,)."""
@@ -174,7 +156,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self._loss = self._loss.to(self.device)
         self.threshold.fill_(math.nan)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One backward pass, one optimizer step."""
         x, labels = batch
         loss = self.sam.backward(
@@ -183,10 +165,12 @@ class AnomalyDetector(SharpnessAwareModule):
         self._loss += loss
         self._batches += 1
         self.step_optimizer()
+        return loss
 
     def on_train_epoch_end(self) -> None:
         """Log once an epoch: logging every step would cost as much as the step."""
         self.log("train/loss", self._loss / self._batches, prog_bar=True)
+        self.check_loss(self._loss)
         self._loss, self._batches = torch.zeros((), device=self.device), 0
         super().on_train_epoch_end()
 
@@ -280,7 +264,8 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def _tail_weight(self, labels: Tensor) -> Tensor:
         """What the loss of each row, or pair, is multiplied by."""
-        return torch.where(_in_tail(labels) == 1, float(self.engine_settings["tail_weight"]), 1.0)
+        weight = float(describe(self.sam_factory)["init_args"].get("tail_weight", 1.0))
+        return torch.where(_in_tail(labels) == 1, weight, 1.0)
 
     def _check_sampling(self, data: Any) -> None:
         """Pairs for detectors of pairs, rows for the others."""

@@ -48,7 +48,7 @@ class AccuracyTable(Callback):
         table.add_column("method")
         for group in GROUPS:
             table.add_column(f"{group}\n({sizes[group]} classes)", justify="right")
-        names = [pl_module.hparams.get(name) for name in ("stage", "method")]
+        names = [pl_module.hparams.get("stage"), getattr(pl_module, "method", None)]
         table.add_row(", ".join(str(name) for name in names if name), *_percent(metrics, "test/"))
         if "test/ece_all" in metrics:
             table.add_row("calibration error", *_percent(metrics, "test/ece_"))
@@ -120,7 +120,7 @@ class AnomalyTable(Callback):
             "F1, threshold from validation": "f1",
         }
         table = Table()
-        table.add_column(f"test rows, {hparams.get('detector')}, {hparams.get('method')}")
+        table.add_column(f"test rows, {hparams.get('detector')}, {getattr(pl_module, 'method', '')}")
         table.add_column("%", justify="right")
         for title, name in names.items():
             if f"test/{name}" in metrics:  # the last three only where a threshold was chosen

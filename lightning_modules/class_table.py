@@ -35,7 +35,7 @@ class ClassRow:
 
 def tail_classes(model: Any) -> Tensor:
     """The tail classes of a :class:`~lightning_modules.LongTailedClassifier` that knows its data, bool (C,)."""
-    return tail_mask(model.class_counts, model.settings.eta, model.settings.tail_classes)
+    return tail_mask(model.class_counts, *model.tail_settings)
 
 
 def class_rows(model: Any) -> list[ClassRow]:

@@ -1,4 +1,4 @@
-"""A long-tailed classifier whose backward pass is SGD's, SAM's, ImbSAM's or Focal-SAM's."""
+"""A long-tailed classifier whose backward pass is a sharpness-aware method's."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
-from imbsam import ClassAwareSAM, SettingError
+from imbsam import ImbSAM, SettingError
 from imbsam.class_groups import tail_mask
-from imbsam.class_weights import check_beta, effective_number_weights
-from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
+from imbsam.losses import LDAM, CrossEntropy
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones import create_backbone
@@ -24,16 +23,11 @@ from lightning_modules.backbones.weights import load_weights
 from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
-from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
+from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
 
-LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
-    "cross_entropy": (CrossEntropy, False),
-    "focal": (Focal, False),
-    "ldam": (LDAM, True),
-    "logit_adjusted": (LogitAdjusted, True),
-    "vector_scaling": (VectorScaling, True),
-}
-"""The classes of the losses, and whether they take the class counts."""
+LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
+"""What makes a loss: a class, or a partial of one. It is given ``class_counts`` where it takes them."""
 
 
 class LongTailedClassifier(SharpnessAwareModule):
@@ -42,8 +36,8 @@ class LongTailedClassifier(SharpnessAwareModule):
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
     are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
     ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
-    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by `tail_weight` and
-    `class_balanced_beta` where these weigh; those of validation and test are not.
+    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by the method's class
+    weights; those of validation and test are not.
 
     Args:
         backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, a torchvision classifier's name, or timm/
@@ -53,27 +47,13 @@ class LongTailedClassifier(SharpnessAwareModule):
         head_args: further arguments of the head: ``{scale: 30}`` for cosine.
         backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
             a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
-        method: sgd (plain training), sam, imbsam or focal_sam.
-        rho: length of the perturbation, at `start_epoch` where it has a schedule.
-        eta: classes with fewer than eta training samples are tail classes.
-        tail_classes: the tail classes by index, in place of eta.
-        tail_weight: multiplies the loss of the tail classes, for every method (the published ImbSAM code uses 2).
-        adaptive: scale the perturbation by the weights (ASAM).
-        focal_lambda: focal_sam's weight of the sharpness term.
-        focal_gamma: how much less common classes count in focal_sam.
-        context_rows: rows of the batch that the extra passes see beside the sharp ones: a number, batch, or auto.
-        perturbation: with several processes, along the mean of their tail gradients (global: as one process with the
-            joint batch) or each along its own (per_rank: one all-reduce a step less).
-        start_epoch: first epoch, from 0, with a perturbation; before it training is plain.
-        rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
-        rho_end: length of the perturbation in the last epoch, where rho has a schedule.
-        loss: cross_entropy, focal (Lin et al. 2017), ldam (Cao et al. 2019), logit_adjusted (Menon et al. 2021;
-            balanced softmax at tau 1) or vector_scaling (Kini et al. 2021).
-        loss_args: further arguments of the loss, for example ``{label_smoothing: 0.1}`` or ``{tau: 1.0}``.
-        class_balanced_beta: weigh the classes' losses by their effective number of samples (Cui et al. 2019) with this
-            beta, 0.9999 for instance, whatever the loss; the mean weight of the training samples is 1. The weights
-            multiply `tail_weight`, and enter the perturbation's direction too. null: no re-weighting.
-        drw_start_epoch: first epoch, from 0, with these weights: deferred re-weighting, 160 of 200 in LDAM-DRW.
+        sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, FocalSAM, or
+            your own. Its rho and its class weights may be changed in the course of the training by
+            :class:`~lightning_modules.schedules.RhoSchedule` and
+            :class:`~lightning_modules.schedules.DeferredReweighting`.
+        loss: the loss of every row, a class or a partial of one, which is given ``class_counts`` where it takes them:
+            CrossEntropy, Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your own, which
+            returns one loss for each row.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
@@ -99,23 +79,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         head: Head = "linear",
         head_args: dict[str, Any] | None = None,
         backbone_weights: str | None = None,
-        method: Literal["sgd", "sam", "imbsam", "focal_sam"] = "imbsam",
-        rho: float = 0.05,
-        eta: float = 20,
-        tail_classes: list[int] | None = None,
-        tail_weight: float = 1.0,
-        adaptive: bool = False,
-        focal_lambda: float = 0.8,
-        focal_gamma: float = 3.0,
-        context_rows: int | Literal["auto", "batch"] = "auto",
-        perturbation: Literal["global", "per_rank"] = "global",
-        start_epoch: int = 0,
-        rho_schedule: RhoSchedule = "constant",
-        rho_end: float = 0.0,
-        loss: Literal["cross_entropy", "focal", "ldam", "logit_adjusted", "vector_scaling"] = "cross_entropy",
-        loss_args: dict[str, Any] | None = None,
-        class_balanced_beta: float | None = None,
-        drw_start_epoch: int = 0,
+        sam: SAMCallable = ImbSAM,
+        loss: LossCallable = CrossEntropy,  # type: ignore[assignment]
         optimizer: OptimizerCallable = torch.optim.SGD,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -129,30 +94,17 @@ class LongTailedClassifier(SharpnessAwareModule):
         flip_tta: bool = False,
     ) -> None:
         super().__init__(
-            method,
-            rho,
-            start_epoch,
+            sam,
             optimizer,
             lr_scheduler,
             lr_interval,
             accumulate_grad_batches,
             gradient_clip_val,
             gradient_clip_algorithm,
-            rho_schedule,
-            rho_end,
         )
-        if loss not in LOSSES:
-            raise SettingError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
-        if drw_start_epoch < 0:
-            raise SettingError(f"drw_start_epoch is {drw_start_epoch}: give a number from 0")
-        if class_balanced_beta is not None:
-            check_beta("class_balanced_beta", class_balanced_beta)
-        if drw_start_epoch > 0 and class_balanced_beta is None:
-            raise SettingError(
-                f"drw_start_epoch is {drw_start_epoch} and there are no weights to begin with then: set "
-                "class_balanced_beta (0.9999 is usual), or leave drw_start_epoch out"
-            )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam", "loss"])
+        self.loss_factory: LossCallable = restore(loss)
+        self.save_hyperparameters({"sam": describe(self.sam_factory), "loss": describe(self.loss_factory)})
         if "num_classes" in (backbone_args or {}):
             raise SettingError("backbone_args sets num_classes: leave it out, the data says how many classes there are")
         self.settings: Any = self.hparams
@@ -163,17 +115,15 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
-        self._balance: Tensor
         self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
         """Learn the classes from the DataModule; to predict, a checkpoint knows them."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        counts = getattr(data, "class_counts", None)
-        if counts is None and stage == "predict":
+        if stage == "predict" and getattr(data, "class_counts", None) is None:
             return
-        if counts is None or getattr(data, "class_names", None) is None:
+        if not _knows_classes(data):
             raise SettingError(
                 f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
                 "with class_counts (training samples per class) and class_names"
@@ -181,13 +131,15 @@ class LongTailedClassifier(SharpnessAwareModule):
         if self.class_counts is not None:
             check_class_names(self.class_names, data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
-        counts, names = torch.as_tensor(counts), list(data.class_names)
-        known = self.class_counts is not None and torch.equal(counts, self.class_counts) and names == self.class_names
-        if self.class_counts is None or (stage == "fit" and not known):
-            self._learn_classes(counts, names)
+        if self.class_counts is None or stage == "fit":
+            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
 
     def configure_model(self) -> None:
-        """Build the backbone, once the number of classes is known."""
+        """Build the backbone, once the number of classes is known, and the backward pass.
+
+        Lightning's callbacks may call it before :meth:`setup`; the data are set up by then.
+        """
+        self._learn_from_data()
         if not hasattr(self, "backbone") and self.class_counts is not None:
             self.backbone = self._create_backbone(len(self.class_counts))
             if self.settings.channels_last:
@@ -201,6 +153,9 @@ class LongTailedClassifier(SharpnessAwareModule):
                     if next(child.parameters(), None) is not None:
                         fully_shard(child, mesh=mesh)
                 fully_shard(self.backbone, mesh=mesh)
+        if hasattr(self, "backbone"):
+            assert self.class_counts is not None
+            self.make_sam(self.backbone, self.class_counts)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         hp = self.settings
@@ -213,48 +168,23 @@ class LongTailedClassifier(SharpnessAwareModule):
                 load_weights(backbone, hp.backbone_weights)
         return backbone
 
-    def create_engine(self) -> ClassAwareSAM:
-        """The backward pass of the method."""
-        hp = self.settings
-        assert self.class_counts is not None
-        if hp.class_balanced_beta is not None:
-            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
-        return self.engine(
-            self.backbone,
-            self.class_counts,
-            eta=hp.eta,
-            tail_classes=hp.tail_classes,
-            tail_weight=hp.tail_weight,
-            focal_lambda=hp.focal_lambda,
-            focal_gamma=hp.focal_gamma,
-            adaptive=hp.adaptive,
-            context_rows=hp.context_rows,
-            perturbation=hp.perturbation,
-        )
-
     def on_fit_start(self) -> None:
-        """Say what settings will not do together."""
-        hp = self.settings
+        """Warn of a loss and a head that do not go together."""
+        super().on_fit_start()
         assert self.class_counts is not None
         self._watch_sampling(self.class_counts)
-        if hp.class_balanced_beta is not None:
-            epochs = self._max_epochs
-            if epochs is not None and hp.drw_start_epoch >= epochs and not getattr(self.trainer, "fast_dev_run", False):
-                rank_zero_warn(
-                    f"drw_start_epoch is {hp.drw_start_epoch} and the run has {epochs} epochs: no loss is ever "
-                    "re-weighted; begin earlier (LDAM-DRW: after 0.8 of the epochs)"
-                )
-        if hp.loss == "ldam" and hp.head != "cosine":
+        hp = self.settings
+        if isinstance(self.loss, LDAM) and hp.head != "cosine":
             rank_zero_warn(
-                "loss is ldam and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
+                "loss is LDAM and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
                 "and mean nothing fixed for logits that may grow at will; set head to cosine"
             )
         if isinstance(self.loss, LDAM) and hp.head == "cosine":
             scale = next(m.scale for m in self.backbone.modules() if isinstance(m, CosineClassifier))
             if scale != self.loss.scale:
                 rank_zero_warn(
-                    f"ldam's scale is {self.loss.scale:g} and the cosine head's {scale:g}, so that the margins are not "
-                    f"max_margin of the cosine; set loss_args to {{scale: {scale:g}}}"
+                    f"LDAM's scale is {self.loss.scale:g} and the cosine head's {scale:g}, so that the margins are not "
+                    f"max_margin of the cosine; set model.loss.scale to {scale:g}"
                 )
 
     def on_train_start(self) -> None:
@@ -287,6 +217,12 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.train_loss.reset()
 
     @property
+    def tail_settings(self) -> tuple[float, Any]:
+        """The method's eta and tail_classes, which the logs count tail rows by, whatever the method."""
+        settings = describe(self.sam_factory)["init_args"]
+        return settings.get("eta", 20), settings.get("tail_classes")
+
+    @property
     def between_steps(self) -> bool:
         """Whether no batch is waiting for others to make up a step: the moments at which a run can be interrupted."""
         return not self._micro_batches
@@ -307,13 +243,14 @@ class LongTailedClassifier(SharpnessAwareModule):
             The loss, detached; None while batches are collected.
         """
         images, targets = batch
-        if self.only_updates_batch_norm:
-            self(images)
-            return None
         # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
         on_host, self._host_targets = self._host_targets, None
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
+        if self.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's last epoch, for BatchNorm's statistics
+            with torch.no_grad():
+                self.train_loss.update(self.loss(self(images), targets))
+            return None
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return None
@@ -331,12 +268,13 @@ class LongTailedClassifier(SharpnessAwareModule):
         if moved is not None:
             self.log("train/moved_share", moved.share)
         self.step_optimizer()
-        return loss
+        return loss  # for callbacks, such as the learning rate finder
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
-        if not self.only_updates_batch_norm:
-            log_epoch(self, {"train/loss_epoch": self.train_loss.compute()}, prog_bar=True)
+        loss = self.train_loss.compute()
+        log_epoch(self, {"train/loss_epoch": loss}, prog_bar=True)
+        self.check_loss(loss)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -399,44 +337,43 @@ class LongTailedClassifier(SharpnessAwareModule):
         check_weights(self, checkpoint)
         self._weights_missing = False
 
+    def _learn_from_data(self) -> None:
+        """Learn the classes, where they are not known yet and the data are set up."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self.class_counts is None and _knows_classes(data):
+            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
+
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
         hp = self.settings
         self.class_counts, self.class_names = class_counts, class_names
-        self._tail = tail_mask(class_counts, hp.eta, hp.tail_classes)
+        self._tail = tail_mask(class_counts, *self.tail_settings)
         self.loss = self._loss(class_counts).to(self.device)
         self.val_accuracy, self.test_accuracy = (
             ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
         )
 
     def _loss(self, class_counts: Tensor) -> nn.Module:
-        args = self.settings.loss_args or {}
         try:
-            loss, takes_counts = LOSSES[self.settings.loss]
-            return loss(class_counts, **args) if takes_counts else loss(**args)
+            takes_counts = takes(self.loss_factory, "class_counts")
+            return self.loss_factory(class_counts=class_counts) if takes_counts else self.loss_factory()  # type: ignore[call-arg]
         except TypeError as error:
-            raise SettingError(f"loss_args is {args}: {error}") from error
+            raise SettingError(f"loss is {getattr(called(self.loss_factory), '__name__', '')}: {error}") from error
 
     def _watch_sampling(self, class_counts: Tensor) -> None:
         """ImbSAM is for tail rows that are rare in the batches too."""
         data: Any = getattr(self.trainer, "datamodule", None)
         sampler, shares = getattr(data, "sampler", "instance_balanced"), getattr(data, "drawn_shares", None)
-        hp = self.settings
-        if hp.method == "imbsam" and hp.tail_classes is None and shares is not None and sampler != "instance_balanced":
+        eta, tail_classes = self.tail_settings
+        imbsam = isinstance(self.sam, ImbSAM) and tail_classes is None
+        if imbsam and shares is not None and sampler != "instance_balanced":
             drawn = 100 * float(shares[self._tail].sum())
             there = 100 * float(class_counts[self._tail].sum() / class_counts.sum())
             rank_zero_warn(
-                f"data.sampler is {sampler}, while model.eta={hp.eta:g} goes by the class counts: tail classes are "
+                f"data.sampler is {sampler}, while model.sam.eta={eta:g} goes by the class counts: tail classes are "
                 f"{there:.1f} % of the training samples and {drawn:.1f} % of the drawn rows, all of which ImbSAM "
-                "perturbs, at a cost to match; set model.tail_classes where that is meant"
+                "perturbs, at a cost to match; set model.sam.tail_classes where that is meant"
             )
-
-    def _start_epoch(self) -> None:
-        super()._start_epoch()
-        hp = self.settings
-        if hp.class_balanced_beta is not None:
-            weight = torch.where(self._tail, float(hp.tail_weight), 1.0).double()
-            self.sam.class_weight = weight * self._balance if self.current_epoch >= hp.drw_start_epoch else weight
 
     def _tail_rows(self, targets: Tensor) -> float:
         targets = targets.cpu()
@@ -457,3 +394,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         log_epoch(self, {f"{stage}/{name}": value for name, value in metrics.items()})
         loss.reset()
         accuracy.reset()
+
+
+def _knows_classes(data: Any) -> bool:
+    return getattr(data, "class_counts", None) is not None and getattr(data, "class_names", None) is not None

@@ -28,7 +28,6 @@ from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
 from lightning_modules.data_check import DataCheckTrainer
-from lightning_modules.divergence import StopOnDivergence
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import ResumableCheckpoint
 from lightning_modules.network_summary import NetworkSummary
@@ -422,7 +421,6 @@ def run() -> None:
                 "callbacks": [
                     ClassTable(),
                     NetworkSummary(),
-                    StopOnDivergence(),
                     Convergence(),
                     AccuracyTable(),
                     AnomalyTable(),

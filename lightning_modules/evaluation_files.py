@@ -79,7 +79,7 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
 
     Args:
         folder: where to; it exists.
-        model: knows ``class_counts``, ``class_names``, ``settings`` and ``test_accuracy`` (LongTailedClassifier).
+        model: knows ``class_counts``, ``class_names``, ``tail_settings`` and ``test_accuracy`` (LongTailedClassifier).
         target: class indices (N,), int64.
         predicted: class indices (N,), int64.
         confidence: probability of the predicted class (N,), in [0, 1].

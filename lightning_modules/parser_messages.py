@@ -62,7 +62,11 @@ def _unknown_setting(message: str) -> str | None:
         owner = inner[1] if inner else outer[-1] if outer else ""
         known = settings_of(owner) if owner else []
         name = owner.rpartition(".")[2] or "the class"
-        return f"{_key(message)}.{match[1]} is no setting of {name}{did_you_mean(match[1], known)}"
+        meant = did_you_mean(match[1], known)
+        if not meant and "sam" in known:  # rho, eta and the like are the method's
+            inside = difflib.get_close_matches(match[1], settings_of("imbsam.ImbSAM"), n=1, cutoff=0.6)
+            meant = f"; did you mean {_key(message)}.sam.{inside[0]}?" if inside else ""
+        return f"{_key(message)}.{match[1]} is no setting of {name}{meant}"
     pattern = r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)"
     if match := re.search(pattern, message):
         name = match[1] or match[2]

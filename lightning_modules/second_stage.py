@@ -43,7 +43,8 @@ class SecondStageClassifier(LongTailedClassifier):
       w_c / \|w_c\|^\tau`, without bias. `tau` is the given one, or the best of 0, 0.1, ..., 2 by ``val/all``. ``fit``
       does it, keeps last.ckpt, and tests, as for the others.
     * ``weight_balancing`` (Alshammari et al.): the first stage's classifier is trained on with the class-balanced loss
-      (`class_balanced_beta`), weight decay, and :class:`~lightning_modules.max_norm.MaxNorm`. The first stage is plain
+      (:class:`~lightning_modules.schedules.DeferredReweighting`), weight decay, and
+      :class:`~lightning_modules.max_norm.MaxNorm`. The first stage is plain
       cross-entropy with tuned weight decay. Published code for CIFAR-100-LT 100: both stages SGD 0.01, momentum 0.9,
       cosine to 0, batch 64; first stage 320 epochs, weight decay 5e-3; second stage weight and bias of the last
       layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. Three things are other there: its loss
@@ -87,7 +88,7 @@ class SecondStageClassifier(LongTailedClassifier):
         super().__init__(
             backbone="", backbone_args=None, head="linear", head_args=None, backbone_weights=None, **settings
         )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone_weights", *_BACKBONE])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone_weights", "sam", "loss", *_BACKBONE])
         if stage not in get_args(Stage):
             raise SettingError(f"stage is {stage!r}: choose one of {', '.join(get_args(Stage))}")
         if tau is not None and not tau >= 0:
@@ -118,7 +119,9 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_model(self) -> None:
         """Build the backbone: that of a checkpoint of our own, or else the first stage's, with its weights."""
+        self._learn_from_data()
         if hasattr(self, "backbone") or self.class_counts is None:
+            super().configure_model()
             return
         first = None
         if self.architecture is None:
@@ -133,11 +136,9 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """MaxNorm, where the stage has it."""
-        callbacks = super().configure_callbacks()
+        others = [*super().configure_callbacks()]
         return (
-            [*callbacks, self._max_norm]
-            if self.settings.stage == "weight_balancing" and self.trainer.training
-            else callbacks
+            [*others, self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else others
         )
 
     def configure_optimizers(self) -> Any:

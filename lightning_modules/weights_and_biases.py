@@ -31,7 +31,7 @@ class WeightsAndBiases(Callback):
     """Log to Weights & Biases what the run's folder holds; W&B's files lie in its ``wandb/``.
 
     From the first batch to the end of the test that follows there is one W&B run, also under DDP. It has all that the
-    other loggers get, the settings as its config (``model.rho``, ``data.ratio``, ...), and after the test:
+    other loggers get, the settings as its config (``model.sam.rho``, ``data.ratio``, ...), and after the test:
 
     * ``test/classes``: a table with the rows of ``per_class.csv``;
     * ``test/accuracy_by_count``: a chart of it, accuracy against the logarithm of the training samples;
@@ -104,7 +104,7 @@ class WeightsAndBiases(Callback):
         trainer.loggers.append(self._logger)
 
     def _detach(self, trainer: Trainer) -> None:
-        """Between training and test Lightning would log the model's settings again, as rho and not as model.rho."""
+        """Between training and test Lightning would log the model's settings again, as sam.rho, not model.sam.rho."""
         if self._logger in trainer.loggers:
             trainer.loggers.remove(self._logger)
 
@@ -161,7 +161,7 @@ class WeightsAndBiases(Callback):
 
 def _tags(trainer: Trainer, pl_module: LightningModule) -> list[str]:
     data = type(getattr(trainer, "datamodule", None)).__name__.removesuffix("DataModule")
-    found = [pl_module.hparams.get("method"), data, pl_module.hparams.get("backbone")]
+    found = [getattr(pl_module, "method", None), data, pl_module.hparams.get("backbone")]
     return [str(tag) for tag in found if tag and tag != "NoneType"]
 
 

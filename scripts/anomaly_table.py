@@ -108,6 +108,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     from lightning.pytorch import Trainer, seed_everything
 
     from datamodules import AnomalyDataModule
+    from imbsam import SAM, ImbSAM, Plain
     from lightning_modules import AnomalyDetector, RestoringEarlyStopping
 
     recipe = RECIPES[fit.detector, fit.sampling]
@@ -123,11 +124,11 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
         max_rows=10000,
         seed=fit.seed,
     )
+    method = {"sgd": Plain, "sam": SAM, "imbsam": ImbSAM}[fit.method]
     detector = AnomalyDetector(
         fit.detector,
         recipe.args,
-        fit.method,  # type: ignore[arg-type]
-        rho=fit.rho,
+        functools.partial(method, tail_weight=recipe.tail_weight, **({} if method is Plain else {"rho": fit.rho})),
         optimizer=functools.partial(torch.optim.Adam, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True),
     )
     trainer = Trainer(

@@ -53,7 +53,7 @@ class Row:
     published: Published = NOTHING
 
 
-DOUBLED = ("--model.tail_weight=2",)
+DOUBLED = ("--model.sam.tail_weight=2",)
 
 
 def paper_table(folder: str, published: dict[str, Published], overlay: tuple[str, ...] = ()) -> list[Row]:
@@ -97,12 +97,12 @@ BENCHMARKS: dict[str, list[Row]] = {
                 "ldam_drw",
                 (
                     "--model.head=cosine",
-                    "--model.loss=ldam",
-                    "--model.class_balanced_beta=0.9999",
-                    "--model.drw_start_epoch=24",
+                    "--model.loss=LDAM",
+                    "--trainer.callbacks+=DeferredReweighting",
+                    "--trainer.callbacks.start_epoch=24",
                 ),
             ),
-            ("balanced softmax", "balanced_softmax", ("--model.loss=logit_adjusted",)),
+            ("balanced softmax", "balanced_softmax", ("--model.loss=LogitAdjusted",)),
         )
         for method_title, method in (("SGD", "sgd"), ("ImbSAM", "imbsam"))
     ],

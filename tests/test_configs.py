@@ -26,8 +26,13 @@ OF_FILES = ("imagenet_lt", "places_lt", "inaturalist2018", "image_folder")
 FILES = [path for name in SETS for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))]
 OVERLAYS = [path for path in FILES if path.stem.startswith("ratio_")]
 CONFIGS = [path for path in FILES if path not in OVERLAYS]
+METHODS = {"Plain": "sgd", "SAM": "sam", "ImbSAM": "imbsam", "FocalSAM": "focal_sam"}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 SMALL = ["--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0"]
+
+
+def eta_of(config, default):
+    return config["model"]["init_args"]["sam"]["init_args"]["eta"] if "model" in config else default
 
 
 def name(path):
@@ -90,9 +95,11 @@ def test_config_is_consistent(path):
     assert text.startswith("#"), "a head comment says where the settings come from"
     config = yaml.safe_load(text)
     model = config["model"]["init_args"]
-    assert path.stem == model["method"] or path.stem.startswith((f"{model['method']}_",))
+    method = METHODS[model["sam"]["class_path"]]
+    assert path.stem == method or path.stem.startswith(f"{method}_")
     assert model["lr_scheduler"]["init_args"]["T_max"] == config["trainer"]["max_epochs"]
-    assert model.get("drw_start_epoch", 0) < config["trainer"]["max_epochs"]
+    for callback in config["trainer"].get("callbacks", []):
+        assert callback["init_args"].get("start_epoch", 0) < config["trainer"]["max_epochs"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -113,11 +120,9 @@ def test_ratio_overlays_go_over_a_config(path, monkeypatch, capsys):
             main()
         assert done.value.code == 0
         merged = yaml.safe_load(capsys.readouterr().out)
-        eta = yaml.safe_load(config.read_text())["model"]["init_args"]["eta"]
+        eta = yaml.safe_load(config.read_text())["model"]["init_args"]["sam"]["init_args"]["eta"]
         assert merged["data"]["init_args"]["ratio"] == overlay["data"]["init_args"]["ratio"]
-        assert (
-            merged["model"]["init_args"]["eta"] == overlay.get("model", {"init_args": {"eta": eta}})["init_args"]["eta"]
-        )
+        assert merged["model"]["init_args"]["sam"]["init_args"]["eta"] == eta_of(overlay, eta)
 
 
 def test_eta_of_every_config_leaves_a_tail_and_a_head():
@@ -129,6 +134,6 @@ def test_eta_of_every_config_leaves_a_tail_and_a_head():
             config = yaml.safe_load(path.read_text())
             ratio = config["data"]["init_args"]["ratio"]
             counts = imbalanced_class_counts(*largest[path.parent.name], ratio, "exponential")
-            eta = config.get("model", {"init_args": {"eta": 20}})["init_args"]["eta"]
+            eta = eta_of(config, 20)
             tail = torch.tensor(counts) < eta
             assert 0 < tail.sum() < len(counts), path

@@ -28,7 +28,7 @@ def test_sweep_chooses_on_a_validation_split(path):
     config = yaml.safe_load(path.read_text())
     assert config["metric"] == {"name": "val/all", "goal": "maximize"}
     assert float(next(c for c in config["command"] if "val_share" in c).partition("=")[2]) > 0
-    assert {"model.rho", "model.eta"} <= config["parameters"].keys()
+    assert {"model.sam.rho", "model.sam.eta"} <= config["parameters"].keys()
     assert config["command"][-1] == "${args}"
     sizes = [len(parameter["values"]) for parameter in config["parameters"].values()]
     runs = len(list(itertools.product(*map(range, sizes))))
@@ -52,7 +52,7 @@ def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
         patch.chdir(tmp_path)
         agent = Agent(api=None, queue=None)
         agent._sweep_command = [*python, *command, *short]
-        values = {"model.rho": 0.1, "model.eta": 10, "seed_everything": 2}
+        values = {"model.sam.rho": 0.1, "model.sam.eta": 10, "seed_everything": 2}
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
     process = agent._run_processes["abcd1234"]
     try:

@@ -3,6 +3,7 @@
 import csv
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.metrics import average_precision_score
 
 from datamodules import AnomalyDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, Plain, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.csv_logger import ResumableCSVLogger
@@ -34,7 +35,8 @@ def rows(path):
 def test_fit_test_predict(name, imbsam, tmp_path):
     """Both carry something from the training rows: a centre, references."""
     config = ["--config", f"configs/anomaly/{name}_imbsam.yaml", *SHORT]
-    code, out, _ = imbsam("fit", *config, "--model.rho=0.05", "--model.rho_schedule=linear", "--model.rho_end=0.1")
+    schedule = ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.end=0.1"]
+    code, out, _ = imbsam("fit", *config, "--model.sam.rho=0.05", *schedule)
     assert code == 0
     for text in ("AUROC", "average", "F1", name, "imbsam", "checkpoint: logs/anomaly/"):
         assert text in out
@@ -99,7 +101,7 @@ def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
         ("prenet_sgd", ["--data.sampling=natural"], "set it to pairs or natural_pairs"),
         ("devnet_sgd", ["--model.detector=devnett"], "did you mean devnet"),
         ("devnet_sgd", ["--model.budget=2.5"], "budget is 2.5"),
-        ("devnet_sgd", ["--model.start_epoch=-1"], "start_epoch is -1"),
+        ("devnet_sgd", ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.start_epoch=-1"], "start_epoch is -1"),
     ],
 )
 def test_wrong_setting_is_one_line(config, settings, message, imbsam):
@@ -113,13 +115,13 @@ def attached(name, method, rho, **settings):
     """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
     torch.manual_seed(0)
     x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
-    module = AnomalyDetector(name, method=method, rho=rho, **settings)
+    module = AnomalyDetector(name, sam=partial(ImbSAM, rho=rho, **settings))
     module.class_counts, module.input_shape = labels.bincount(), (5,)
     module.configure_model()
     module.detector.prepare(x.float(), labels)
     module.double()
     module._trainer = SimpleNamespace(strategy=None, world_size=1)
-    engine = module.engine(module.detector, module.class_counts, tail_classes=[1], **module.engine_settings)
+    engine = module.sam_factory(module.detector, module.class_counts, tail_classes=[1])
     return module, engine, x, labels
 
 
@@ -166,7 +168,7 @@ def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
 def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
     data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
-    module = AnomalyDetector("devnet", method="sgd")
+    module = AnomalyDetector("devnet", sam=Plain)
     trainer = Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -195,7 +197,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
 )
 def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
     data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
-    module = AnomalyDetector(detector, method="sgd", tail_weight=3.0)
+    module = AnomalyDetector(detector, sam=partial(Plain, tail_weight=3.0))
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
@@ -229,7 +231,7 @@ def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_p
         )
         data = AnomalyDataModule(sampling=sampling, batch_size=128, batches_per_epoch=4, val_share=0.3)
         path = folder / "version_0/checkpoints/last.ckpt" if resume else None
-        trainer.fit(AnomalyDetector(detector, rho=0.2), datamodule=data, ckpt_path=path)
+        trainer.fit(AnomalyDetector(detector, sam=partial(ImbSAM, rho=0.2)), datamodule=data, ckpt_path=path)
 
     fit(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):

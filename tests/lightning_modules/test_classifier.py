@@ -1,6 +1,7 @@
 """LongTailedClassifier: the same steps as a plain loop around the engine, and what Lightning adds to them."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from datamodules import DigitsLTDataModule
-from imbsam import SettingError
+from imbsam import SAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam.losses import LDAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone
 from lightning_modules.evaluation_files import EvaluationFiles
@@ -49,9 +51,13 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("method", ["sgd", "sam", "imbsam", "focal_sam"])
+@pytest.mark.parametrize(
+    "method",
+    [Plain, partial(SAM, rho=0.1), partial(ImbSAM, rho=0.1), partial(FocalSAM, rho=0.1)],
+    ids=["plain", "sam", "imbsam", "focal_sam"],
+)
 def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
-    model, run = fit(tmp_path, method=method, optimizer=sgd, rho=0.1, tail_weight=2.0)
+    model, run = fit(tmp_path, sam=partial(method, tail_weight=2.0), optimizer=sgd)
 
     seed_everything(0)
     data = DigitsLTDataModule()
@@ -60,7 +66,7 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
-    engine = model.create_engine()
+    engine = model.sam_factory(plain, data.class_counts)
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:
@@ -75,8 +81,10 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
 
 def test_methods_differ(tmp_path):
     weights = {}
-    for method in ("sgd", "sam", "imbsam", "focal_sam"):
-        model, _ = fit(tmp_path, method=method, optimizer=sgd, rho=0.5)
+    methods = {"sgd": Plain, "sam": partial(SAM, rho=0.5), "imbsam": partial(ImbSAM, rho=0.5)}
+    methods["focal_sam"] = partial(FocalSAM, rho=0.5)
+    for method, sam in methods.items():
+        model, _ = fit(tmp_path, sam=sam, optimizer=sgd)
         weights[method] = torch.cat([p.detach().flatten() for p in model.backbone.parameters()])
     for method in ("sam", "imbsam", "focal_sam"):
         assert (weights[method] - weights["sgd"]).norm() > 1e-3
@@ -86,7 +94,7 @@ def test_methods_differ(tmp_path):
 def test_tail_weight_is_for_every_method(tmp_path):
     losses = []
     for weight in (1.0, 2.0):
-        _, run = fit(tmp_path, method="sgd", tail_weight=weight, trainer_settings={"max_steps": 1})
+        _, run = fit(tmp_path, sam=partial(Plain, tail_weight=weight), trainer_settings={"max_steps": 1})
         losses.append(float(run.callback_metrics["train/loss_step"]))
     assert losses[1] > losses[0]
 
@@ -112,7 +120,7 @@ def test_logs(tmp_path):
 
 def test_tail_rows_are_the_rows_of_tail_classes(tmp_path):
     data = DigitsLTDataModule(batch_size=10_000)
-    _, run = fit(tmp_path, data=data, eta=20, trainer_settings={"max_epochs": 1})
+    _, run = fit(tmp_path, data=data, sam=partial(ImbSAM, eta=20), trainer_settings={"max_epochs": 1})
     assert run.callback_metrics["train/tail_rows"] == data.class_counts[data.class_counts < 20].sum()
 
 
@@ -129,7 +137,9 @@ def test_accumulated_batches_count_as_one(tmp_path):
         data.setup()
         x, y = next(iter(DigitsLTDataModule.train_dataloader(DigitsLTDataModuleWith(batch_size=70))))
         data.rows = (x.double(), y)
-        model = LongTailedClassifier(**SMALL, accumulate_grad_batches=accumulate, optimizer=sgd, rho=0.5)
+        model = LongTailedClassifier(
+            **SMALL, accumulate_grad_batches=accumulate, optimizer=sgd, sam=partial(ImbSAM, rho=0.5)
+        )
         seed_everything(0)
         run = trainer(tmp_path, precision="64-true", max_epochs=1)
         run.fit(model, datamodule=data)
@@ -234,7 +244,7 @@ def test_an_interrupted_step_leaves_no_batches_behind(tmp_path):
             return super().forward(images)
 
     seed_everything(0)
-    model = Interrupted(**SMALL, method="sgd", optimizer=sgd)
+    model = Interrupted(**SMALL, sam=Plain, optimizer=sgd)
     with pytest.raises(ValueError, match="stopped"):
         trainer(tmp_path).fit(model, datamodule=DigitsLTDataModule())
     rows.clear()
@@ -258,7 +268,7 @@ def test_a_fit_stopped_amid_accumulation_leaves_no_batches_behind(tmp_path):
             return super().forward(images)
 
     seed_everything(0)
-    model = Stopped(**SMALL, method="sgd", optimizer=sgd, accumulate_grad_batches=4)
+    model = Stopped(**SMALL, sam=Plain, optimizer=sgd, accumulate_grad_batches=4)
     with pytest.raises(ValueError, match="stopped"):
         trainer(tmp_path).fit(model, datamodule=DigitsLTDataModule())
     model.stop = False
@@ -282,22 +292,10 @@ def test_data_may_transform_batches_in_lightnings_hooks(tmp_path, hooks):
             return -images, targets
 
     data = (Mixing if hooks == "after" else Negative)(batch_size=10_000)
-    _, run = fit(tmp_path, data=data, eta=20, trainer_settings={"max_epochs": 1})
+    _, run = fit(tmp_path, data=data, sam=partial(ImbSAM, eta=20), trainer_settings={"max_epochs": 1})
     tail = data.class_counts < 20
     expected = 0.8 * data.class_counts[tail].sum() + 0.02 * tail.sum() * data.class_counts.sum()
     assert float(run.callback_metrics["train/tail_rows"]) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_perturbs_from_start_epoch_on(tmp_path):
-    rhos = []
-
-    class Watch(LongTailedClassifier):
-        def on_before_optimizer_step(self, optimizer):
-            rhos.append(self.sam.rho)
-
-    seed_everything(0)
-    trainer(tmp_path, max_epochs=3).fit(Watch(**SMALL, start_epoch=1, rho=0.1), datamodule=DigitsLTDataModule())
-    assert rhos == [0.0] * 11 + [0.1] * 22
 
 
 def test_checkpoint_brings_its_classes(tmp_path):
@@ -324,34 +322,34 @@ def test_checkpoint_brings_its_classes(tmp_path):
     assert torch.equal(loaded.test_accuracy.class_counts, other.class_counts)
 
 
-class Plain(LightningDataModule):
+class Unnamed(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), self.labels), batch_size=4)
 
 
-@pytest.mark.parametrize("method", ["imbsam", "sam", "sgd"])
+@pytest.mark.parametrize("method", [partial(ImbSAM, eta=4), SAM, Plain], ids=["imbsam", "sam", "plain"])
 @pytest.mark.parametrize(
     ("counts", "labels", "message"),
     [
-        (None, [0, 1] * 4, r"the data \(Plain\) has no class_counts"),
+        (None, [0, 1] * 4, r"the data \(Unnamed\) has no class_counts"),
         ([5, 3], [0, 1, 2, 1] * 2, "targets holds the label 2: with 2 classes"),
         ([5, 3], [0, 1, -1, 1] * 2, "targets holds the label -1"),
     ],
 )
 def test_data_that_does_not_fit(tmp_path, counts, labels, message, method):
-    data = Plain()
+    data = Unnamed()
     data.labels = torch.tensor(labels)
     if counts:
         data.class_counts, data.class_names = torch.tensor(counts), ["a", "b"]
     with pytest.raises(SettingError, match=message):
-        trainer(tmp_path).fit(LongTailedClassifier(**SMALL, eta=4, method=method), datamodule=data)
+        trainer(tmp_path).fit(LongTailedClassifier(**SMALL, sam=method), datamodule=data)
 
 
 def test_model_of_other_classes(tmp_path):
     _, run = fit(tmp_path)
     run.save_checkpoint(tmp_path / "model.ckpt")
     loaded = LongTailedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
-    data = Plain()
+    data = Unnamed()
     data.labels, data.class_counts, data.class_names = torch.tensor([0, 1] * 4), torch.tensor([4, 4]), ["a", "b"]
     with pytest.raises(SettingError, match=r"the model knows 0, 1, 2, 3, 4, \.\.\. \(10 in all\), which the data lack"):
         trainer(tmp_path).fit(loaded, datamodule=data)
@@ -360,16 +358,15 @@ def test_model_of_other_classes(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rho": -1.0}, "rho is -1.0"),
-        ({"rho": float("nan")}, "rho is nan"),
+        ({"sam": partial(ImbSAM, rho=-1.0)}, "rho is -1.0"),
+        ({"sam": partial(ImbSAM, rho=float("nan"))}, "rho is nan"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0"),
         ({"backbone_args": {"num_classes": 5}}, "backbone_args sets num_classes"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, "Invalid learning rate"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
-        ({"start_epoch": -1}, "start_epoch is -1"),
-        ({"loss_args": {"tauu": 1}}, "loss_args is {'tauu': 1}"),
+        ({"loss": partial(LDAM, tauu=1)}, "loss is LDAM: .*tauu"),
         ({"backbone": "resnet9000"}, "resnet9000"),
-        ({"tail_classes": [10]}, "tail_classes"),
+        ({"sam": partial(ImbSAM, tail_classes=[10])}, "tail_classes"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, settings, message):
@@ -380,11 +377,13 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
 @pytest.mark.parametrize(("eta", "message"), [(1, "leaves no tail class"), (1000, "makes every class a tail class")])
 def test_eta_that_leaves_nothing_of_imbsam_warns(tmp_path, eta, message):
     with pytest.warns(UserWarning, match=message):
-        fit(tmp_path, eta=eta, trainer_settings={"max_steps": 1})
+        fit(tmp_path, sam=partial(ImbSAM, eta=eta), trainer_settings={"max_steps": 1})
 
 
 def test_channels_last_takes_the_same_steps(tmp_path):
-    plain, last = (fit(tmp_path, optimizer=sgd, channels_last=c, rho=0.1)[0] for c in (False, True))
+    plain, last = (
+        fit(tmp_path, optimizer=sgd, channels_last=c, sam=partial(ImbSAM, rho=0.1))[0] for c in (False, True)
+    )
     weight = last.backbone.get_parameter("features.3.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
@@ -400,7 +399,7 @@ def test_a_balanced_sampler_beside_eta_is_warned_of(tmp_path):
     sampled = DigitsLTDataModule(sampler="class_balanced")
     with pytest.warns(UserWarning, match=r"data\.sampler is class_balanced.*% of the training samples and 50\.0 %"):
         fit(tmp_path, sampled, {"max_epochs": 1}, optimizer=sgd)
-    for settings in ({"method": "sgd"}, {"tail_classes": [3]}):
+    for settings in ({"sam": Plain}, {"sam": partial(ImbSAM, tail_classes=[3])}):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "data.sampler")
             fit(tmp_path, DigitsLTDataModule(sampler="class_balanced"), {"max_epochs": 1}, optimizer=sgd, **settings)

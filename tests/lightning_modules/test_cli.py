@@ -27,12 +27,14 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     code, out, _ = imbsam("fit", *SHORT)
     assert code == 0
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
-    for text in ("many", "medium", "few", "all", "imbsam", "checkpoint: logs/digits_lt/imbsam/version_0", "log: logs/"):
+    for text in ("many", "medium", "few", "all", "ImbSAM", "checkpoint: logs/digits_lt/imbsam/version_0", "log: logs/"):
         assert text in out
     logged = rows(run / "metrics.csv")
     accuracy = next(row["test/all"] for row in logged if row.get("test/all"))
     assert f"{100 * float(accuracy):.1f}" in out
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["method"] == "imbsam"
+    assert (
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["sam"]["class_path"] == "imbsam.ImbSAM"
+    )
 
     last = run / "checkpoints/last.ckpt"
     assert last.exists()
@@ -97,11 +99,11 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
     assert "the run is finished: 1 epochs" in out
     assert "test accuracy" in out
     assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
-    code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.rho=0.3")
+    code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3")
     assert code == 2
-    assert "version_0 was trained with model.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
+    assert "version_0 was trained with model.init_args.sam.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
     other = "--trainer.logger.init_args.version=other"
-    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.rho=0.3", other)
+    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3", other)
     assert (code, "starting anew" in out) == (0, True)
     assert "rho: 0.3" in (run.parent / "other/config.yaml").read_text()
     code, _, err = imbsam("test", *SHORT, "--ckpt_path=last", "--trainer.logger.init_args.version=nowhere")
@@ -212,7 +214,7 @@ def test_loads_without_the_command_line(imbsam, tmp_path):
         tmp_path / "logs/digits_lt/imbsam/version_0/checkpoints/last.ckpt"
     )
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert model.hparams.method == "imbsam"
+    assert model.method == "ImbSAM"
 
 
 def test_predict_takes_one_device_of_a_machine_with_several(imbsam):
@@ -223,13 +225,13 @@ def test_predict_takes_one_device_of_a_machine_with_several(imbsam):
 
 def test_short_names_print_config_and_overlays(imbsam, tmp_path):
     Path("overlay.yaml").write_text("trainer:\n  max_epochs: 7\n")
-    short = ["--model=LongTailedClassifier", "--data=DigitsLTDataModule", "--model.method=sam"]
+    short = ["--model=LongTailedClassifier", "--data=DigitsLTDataModule", "--model.sam=SAM"]
     code, out, _ = imbsam("fit", *short, "--config=overlay.yaml", "--print_config")
     assert code == 0
     config = yaml.safe_load(out)
     assert config["trainer"]["max_epochs"] == 7
     assert config["model"]["class_path"].endswith("LongTailedClassifier")
-    assert config["model"]["init_args"]["method"] == "sam"
+    assert config["model"]["init_args"]["sam"]["class_path"] == "imbsam.SAM"
     code, out, _ = imbsam("fit", *DIGITS, "--config", "overlay.yaml", "--print_config")
     assert yaml.safe_load(out)["trainer"]["max_epochs"] == 7
 
@@ -239,13 +241,13 @@ def test_short_names_print_config_and_overlays(imbsam, tmp_path):
     [
         (["--model.rhoo=0.1"], "'rhoo' is not accepted"),
         (["--modell.rho=0.1"], "unrecognized arguments: --modell.rho"),
-        (["--model.method=samm"], "samm"),
-        (["--model.rho=-1"], "rho is -1.0"),
-        (["--model.rho=.nan"], "rho is nan"),
+        (["--model.sam=SAMM"], "SAMM"),
+        (["--model.sam.rho=-1"], "rho is -1.0"),
+        (["--model.sam.rho=.nan"], "rho is nan"),
         (["--model.backbone=resnet9000"], "resnet9000"),
         (["--data.ratio=0.01"], "ratio"),
         (["--config=configs/nope.yaml"], "nope.yaml"),
-        (["--model.tail_classes=[10]"], "tail_classes"),
+        (["--model.sam.tail_classes=[10]"], "tail_classes"),
         (["--trainer.accumulate_grad_batches=4"], "set model.accumulate_grad_batches"),
         (["--trainer.enable_checkpointing=false"], "set checkpoint.save_last to false"),
         (["--trainer.gradient_clip_val=1"], "set model.gradient_clip_val"),
@@ -300,7 +302,7 @@ def test_missing_data_and_no_network(imbsam, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("eta", "message"), [(1, "this is plain training"), (1000, "this is SAM")])
 def test_eta_without_effect_warns_and_trains(imbsam, eta, message):
     with pytest.warns(UserWarning, match=message):
-        code, _, _ = imbsam("fit", *SHORT, f"--model.eta={eta}", "--trainer.limit_train_batches=1")
+        code, _, _ = imbsam("fit", *SHORT, f"--model.sam.eta={eta}", "--trainer.limit_train_batches=1")
     assert code == 0
 
 

@@ -71,9 +71,9 @@ def test_seconds_and_device_are_logged(run):
 
 def fake_model(counts):
     accuracy = ClassGroupAccuracy(counts)
-    settings = SimpleNamespace(eta=20, tail_classes=None)
+    settings = (20, None)
     names = [f"class {i}" for i in range(len(counts))]
-    return SimpleNamespace(class_counts=counts, class_names=names, settings=settings, test_accuracy=accuracy)
+    return SimpleNamespace(class_counts=counts, class_names=names, tail_settings=settings, test_accuracy=accuracy)
 
 
 def test_confusion_is_scikit_learns_and_a_class_without_test_samples_has_no_accuracy(tmp_path):

@@ -9,7 +9,8 @@ from lightning_modules import cli
     ("args", "line"),
     [
         (["--model.optimizer.lr=0.1x"], "model.optimizer.lr is 0.1x: give a number"),
-        (["--model.etaa=1"], "model.etaa is no setting of LongTailedClassifier; did you mean eta?"),
+        (["--model.eta=1"], "model.eta is no setting of LongTailedClassifier; did you mean model.sam.eta?"),
+        (["--model.sam.etaa=1"], "model.sam.etaa is no setting of ImbSAM; did you mean eta?"),
         (["--data.ratioo=3"], "data.ratioo is no setting of DigitsLTDataModule; did you mean ratio?"),
         (["--data.ratio=x"], "data.ratio is x: give a number"),
         (["--trainer.max_epochz=3"], "trainer.max_epochz is no setting; did you mean trainer.max_epochs?"),
@@ -34,7 +35,7 @@ def test_command_line(args, line, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("{model: {class_path: LongTailedClassifier, init_args: {etaa: 1}}}", "did you mean eta?"),
+        ("{model: {class_path: LongTailedClassifier, init_args: {fewer: 1}}}", "did you mean few?"),
         ("{trainer: {max_epochz: 1}}", "trainer.max_epochz is no setting; did you mean trainer.max_epochs?"),
         ("{modell: {class_path: LongTailedClassifier}}", "modell.class_path is no setting; did you mean model?"),
         (

@@ -1,6 +1,7 @@
 """Precision: fp16 with a GradScaler that skips steps, bf16 autocast, and weights in bf16."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules import DigitsLTDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, SettingError
 from lightning_modules import LongTailedClassifier
 
 
@@ -83,7 +84,8 @@ def test_perturbation_reaches_the_low_precision_passes(tmp_path, precision):
     change = {}
     for name, settings in (("low", low), ("32", {})):
         runs = [
-            weights(fit(tmp_path / name / str(rho), {"rho": rho}, max_epochs=1, **settings)) for rho in (0.001, 0.5)
+            weights(fit(tmp_path / name / str(rho), {"sam": partial(ImbSAM, rho=rho)}, max_epochs=1, **settings))
+            for rho in (0.001, 0.5)
         ]
         change[name] = runs[1] - runs[0]
     assert torch.cosine_similarity(change["low"], change["32"], dim=0) > 0.8
@@ -91,9 +93,9 @@ def test_perturbation_reaches_the_low_precision_passes(tmp_path, precision):
 
 def test_bf16_weights_warn_and_log_the_share_that_moved(tmp_path):
     with pytest.warns(UserWarning, match="precision is bf16-true.*moves only some of them"):
-        fit(tmp_path / "small", {"rho": 0.05}, precision="bf16-true", max_epochs=1)
+        fit(tmp_path / "small", {"sam": partial(ImbSAM, rho=0.05)}, precision="bf16-true", max_epochs=1)
     with pytest.warns(UserWarning, match="precision is bf16-true"):
-        fit(tmp_path / "large", {"rho": 5.0}, precision="bf16-true", max_epochs=1)
+        fit(tmp_path / "large", {"sam": partial(ImbSAM, rho=5.0)}, precision="bf16-true", max_epochs=1)
     small, large = (max(logged(tmp_path / size, "train/moved_share")) for size in ("small", "large"))
     assert 0 < small < large < 1
 

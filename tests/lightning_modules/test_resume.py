@@ -4,6 +4,8 @@ import gc
 import os
 import resource
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from datamodules import DigitsLTDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.checkpoint import LAST, PREVIOUS, AtomicCheckpointIO, check_checkpoint, newest_checkpoint
 from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.interruption import ResumableCheckpoint
+from lightning_modules.schedules import DeferredReweighting, RhoSchedule
 from lightning_modules.signals import STOP_SIGNALS, Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,6 +65,7 @@ def fit(
     every_seconds: float = 0,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    schedules: Callable[[], list[Callback]] = list,
     **settings: Any,
 ) -> Trainer:
     seed_everything(3, workers=True)
@@ -71,7 +75,7 @@ def fit(
             "backbone_args": {"width": 4, "dropout": 0.3, "norm": "batch"},
             "many": 50,
             "few": 10,
-            "rho": 0.5,
+            "sam": partial(ImbSAM, rho=0.5),
             "optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
             "lr_scheduler": lambda o: StepLR(o, 1, 0.7),
             **(model or {}),
@@ -88,7 +92,7 @@ def fit(
     trainer = Trainer(
         **{**defaults, **settings},
         logger=ResumableCSVLogger(folder, version=0, resume=resume),
-        callbacks=[*callbacks, ResumableCheckpoint(every_seconds=every_seconds)],
+        callbacks=[*schedules(), *callbacks, ResumableCheckpoint(every_seconds=every_seconds)],
     )
     path = newest_checkpoint(folder) if resume else None
     datamodule = DigitsLTDataModule(**{"batch_size": 64, "val_share": 0.3, **(data or {})})
@@ -123,9 +127,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "by step, by plateau": {
-        "model": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5), "start_epoch": 2}
-    },
+    "by step, by plateau": {"model": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5)}},
     "max_steps, cosine by step": {
         "max_epochs": -1,
         "max_steps": 11,
@@ -138,7 +140,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)},
     },
     "class weights and rho by the epoch": {
-        "model": {"class_balanced_beta": 0.999, "drw_start_epoch": 1, "rho_schedule": "linear", "rho_end": 0.2}
+        "schedules": lambda: [
+            DeferredReweighting(0.999, start_epoch=1),
+            RhoSchedule(start_epoch=1, end=0.2, every_n_steps=2),
+        ]
     },
     "max_steps, validation amid the epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
 }

@@ -1,18 +1,20 @@
 """What changes with the epoch: class weights (deferred re-weighting) and rho."""
 
 import math
-from typing import Any, get_args, get_type_hints
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from datamodules import DigitsLTDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, Plain, SettingError
 from imbsam.class_weights import effective_number_weights
+from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from lightning_modules import LongTailedClassifier
-from lightning_modules.classifier import LOSSES
 from lightning_modules.csv_logger import ResumableCSVLogger
+from lightning_modules.schedules import DeferredReweighting, RhoSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -79,7 +81,7 @@ def fit(
 def test_deferred_weights_are_switched_at_their_epoch(tmp_path):
     engine = Engine()
     _, run = fit(
-        tmp_path, (engine,), method="sgd", loss="ldam", tail_weight=2.0, class_balanced_beta=0.999, drw_start_epoch=2
+        tmp_path, (DeferredReweighting(0.999, start_epoch=2), engine), sam=partial(Plain, tail_weight=2.0), loss=LDAM
     )
     counts = run.datamodule.class_counts
     tail = torch.where(counts < 20, 2.0, 1.0).double()
@@ -91,14 +93,14 @@ def test_deferred_weights_are_switched_at_their_epoch(tmp_path):
 
 def test_without_them_the_engine_keeps_its_weights(tmp_path):
     engine = Engine()
-    fit(tmp_path, (engine,), method="sgd", trainer={"max_steps": 1})
+    fit(tmp_path, (engine,), sam=Plain, trainer={"max_steps": 1})
     assert [weight for _, _, weight in engine.seen] == [None]
 
 
 def test_the_logged_loss_is_the_weighted_one(tmp_path):
     losses = []
-    for beta in (None, 0.999):
-        _, run = fit(tmp_path, method="sgd", class_balanced_beta=beta, trainer={"max_steps": 1})
+    for callbacks in ((), (DeferredReweighting(0.999),)):
+        _, run = fit(tmp_path, callbacks, sam=Plain, trainer={"max_steps": 1})
         losses.append(float(run.callback_metrics["train/loss_step"]))
     assert losses[0] != losses[1]
 
@@ -106,22 +108,20 @@ def test_the_logged_loss_is_the_weighted_one(tmp_path):
 @pytest.mark.parametrize("steps", [4, 8])  # amid epoch 1, amid epoch 2, the first with the weights
 def test_a_resumed_run_switches_at_the_same_step(tmp_path, steps):
     """See test_resume.py for checkpoints at the end of an epoch."""
-    settings = {
-        "rho": 0.5,
-        "class_balanced_beta": 0.999,
-        "drw_start_epoch": 2,
-        "rho_schedule": "cosine",
-        "start_epoch": 1,
-    }
+
+    def schedules():
+        return DeferredReweighting(0.999, start_epoch=2), RhoSchedule(1, end=0.0, shape="cosine", every_n_steps=2)
+
+    sam = partial(ImbSAM, rho=0.5)
     whole, rest = Engine(), Engine()
-    uninterrupted, _ = fit(tmp_path / "whole", (whole,), **settings)
+    uninterrupted, _ = fit(tmp_path / "whole", (*schedules(), whole), sam=sam)
     with pytest.raises(RuntimeError, match="stopped"):
-        fit(tmp_path / "cut", (StopAfter(steps, tmp_path / "cut.ckpt"),), **settings)
-    resumed, _ = fit(tmp_path / "cut", (rest,), resume=tmp_path / "cut.ckpt", **settings)
+        fit(tmp_path / "cut", (*schedules(), StopAfter(steps, tmp_path / "cut.ckpt")), sam=sam)
+    resumed, _ = fit(tmp_path / "cut", (*schedules(), rest), resume=tmp_path / "cut.ckpt", sam=sam)
     assert len(rest.seen) == 12 - steps
     for (epoch, rho, weight), (epoch_, rho_, weight_) in zip(rest.seen, whole.seen[steps:], strict=True):
         assert (epoch, rho) == (epoch_, rho_)
-        assert torch.equal(weight, weight_)
+        assert weight is weight_ is None or torch.equal(weight, weight_)
     for found, wanted in zip(resumed.parameters(), uninterrupted.parameters(), strict=True):
         assert torch.equal(found, wanted)
 
@@ -129,21 +129,22 @@ def test_a_resumed_run_switches_at_the_same_step(tmp_path, steps):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"rho_schedule": "linear"}, [0.6, 0.4, 0.2, 0.0]),
-        ({"rho_schedule": "linear", "rho_end": 0.9}, [0.6, 0.7, 0.8, 0.9]),
-        ({"rho_schedule": "cosine"}, [0.3 + 0.3 * math.cos(math.pi * i / 3) for i in range(4)]),
-        ({"rho_schedule": "linear", "start_epoch": 1, "rho_end": 0.2}, [0.0, 0.6, 0.4, 0.2]),
-        ({"rho_schedule": "cosine", "start_epoch": 3, "rho_end": 0.2}, [0.0, 0.0, 0.0, 0.6]),
-        ({"rho_schedule": "linear", "method": "sgd", "rho_end": 0.2}, [0.0] * 4),
-        ({}, [0.6] * 4),
+        ({"end": 0.0}, [0.6, 0.4, 0.2, 0.0]),
+        ({"end": 0.9}, [0.6, 0.7, 0.8, 0.9]),
+        ({"shape": "cosine", "end": 0.0}, [0.3 + 0.3 * math.cos(math.pi * i / 3) for i in range(4)]),
+        ({"start_epoch": 1, "end": 0.2}, [0.0, 0.6, 0.4, 0.2]),
+        ({"start_epoch": 2}, [0.0, 0.0, 0.6, 0.6]),
+        ({"shape": "cosine", "start_epoch": 3, "end": 0.2}, [0.0, 0.0, 0.0, 0.6]),
+        (None, [0.6] * 4),
     ],
 )
 def test_rho_goes_by_the_epoch(tmp_path, settings, expected):
     engine = Engine()
-    fit(tmp_path, (engine,), rho=0.6, trainer={"limit_train_batches": 1}, **settings)
+    callbacks = (engine,) if settings is None else (RhoSchedule(**settings), engine)
+    fit(tmp_path, callbacks, sam=partial(ImbSAM, rho=0.6), trainer={"limit_train_batches": 1})
     assert [rho for _, rho, _ in engine.seen] == pytest.approx(expected, abs=1e-12)
     header, *rows = (tmp_path / "version_0/metrics.csv").read_text().splitlines()
-    if not settings:
+    if settings is None:
         assert "rho" not in header.split(",")
     else:
         column = header.split(",").index("rho")
@@ -151,20 +152,42 @@ def test_rho_goes_by_the_epoch(tmp_path, settings, expected):
         assert logged == pytest.approx(expected, abs=1e-6)
 
 
+def test_only_every_third_step_is_perturbed(tmp_path):
+    engine = Engine()
+    schedule = RhoSchedule(start_epoch=1, every_n_steps=3)
+    fit(tmp_path, (schedule, engine), sam=partial(ImbSAM, rho=0.6), data=DigitsLTDataModule(batch_size=48))
+    steps = len(engine.seen) // 4
+    assert steps % 3 != 0
+    assert [rho for _, rho, _ in engine.seen] == [
+        0.6 if step >= steps and step % 3 == 0 else 0.0 for step in range(4 * steps)
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "hinge"}, "loss is 'hinge': choose one of cross_entropy, focal"),
-        ({"class_balanced_beta": 1.0}, r"class_balanced_beta=1.0 is outside \[0, 1\)"),
-        ({"class_balanced_beta": 1.0, "drw_start_epoch": 3}, r"class_balanced_beta=1.0 is outside \[0, 1\)"),
-        ({"drw_start_epoch": 3}, "drw_start_epoch is 3 and there are no weights"),
-        ({"drw_start_epoch": -1, "class_balanced_beta": 0.9}, "drw_start_epoch is -1"),
-        ({"rho_schedule": "step"}, "rho_schedule is 'step'"),
-        ({"rho_schedule": "linear", "rho_end": -1.0}, "rho_end is -1.0"),
-        ({"rho_end": 0.1}, "rho_end is 0.1 and rho_schedule constant"),
-        ({"rho_schedule": "linear", "trainer": {"max_epochs": -1, "max_steps": 3}}, "trainer.max_epochs -1"),
-        ({"loss": "focal", "loss_args": {"gamma": -1}}, "gamma=-1"),
-        ({"loss": "focal", "loss_args": {"tau": 1}}, "loss_args is {'tau': 1}"),
+        (lambda: DeferredReweighting(1.0), r"beta=1.0 is outside \[0, 1\)"),
+        (lambda: DeferredReweighting(0.9, start_epoch=-1), "start_epoch is -1"),
+        (lambda: RhoSchedule(start_epoch=-1), "start_epoch is -1"),
+        (lambda: RhoSchedule(shape="step"), "shape is 'step'"),
+        (lambda: RhoSchedule(end=-1.0), "end is -1.0"),
+        (lambda: RhoSchedule(every_n_steps=0), "every_n_steps is 0"),
+    ],
+)
+def test_schedules_that_cannot_work(settings, message):
+    with pytest.raises(SettingError, match=message):
+        settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"callbacks": (RhoSchedule(end=0.1),), "trainer": {"max_epochs": -1, "max_steps": 3}},
+            "trainer.max_epochs -1",
+        ),
+        ({"loss": partial(Focal, gamma=-1)}, "gamma=-1"),
+        ({"loss": partial(Focal, tau=1)}, "loss is Focal: .*tau"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, settings, message):
@@ -173,8 +196,8 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
 
 
 def test_weights_that_never_come_warn(tmp_path):
-    with pytest.warns(UserWarning, match="drw_start_epoch is 9 and the run has 1 epochs"):
-        fit(tmp_path, class_balanced_beta=0.9, drw_start_epoch=9, trainer={"max_epochs": 1, "limit_train_batches": 1})
+    with pytest.warns(UserWarning, match="start_epoch is 9 and the run has 1 epochs"):
+        fit(tmp_path, (DeferredReweighting(0.9, 9),), trainer={"max_epochs": 1, "limit_train_batches": 1})
 
 
 class Mixup(DigitsLTDataModule):
@@ -189,25 +212,23 @@ class Mixup(DigitsLTDataModule):
 
 
 @pytest.mark.parametrize("data", [DigitsLTDataModule, Mixup])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [CrossEntropy, Focal, LDAM, LogitAdjusted, VectorScaling, partial(torch.nn.CrossEntropyLoss, reduction="none")],
+)
 def test_every_loss_trains(tmp_path, loss, data):
-    model, run = fit(
-        tmp_path, loss=loss, class_balanced_beta=0.999, data=data(batch_size=128), trainer={"max_epochs": 1}
-    )
-    assert type(model.loss) is LOSSES[loss][0]
+    callbacks = (DeferredReweighting(0.999),)
+    model, run = fit(tmp_path, callbacks, loss=loss, data=data(batch_size=128), trainer={"max_epochs": 1})
+    assert type(model.loss) is getattr(loss, "func", loss)
     assert 0 < float(run.callback_metrics["train/loss_epoch"]) < math.inf
 
 
-def test_the_command_line_offers_every_loss():
-    assert list(get_args(get_type_hints(LongTailedClassifier.__init__)["loss"])) == list(LOSSES)
-
-
 def test_ldam_without_a_cosine_head_warns(tmp_path):
-    with pytest.warns(UserWarning, match="loss is ldam and the head is not a cosine one"):
-        fit(tmp_path, loss="ldam", trainer={"max_steps": 1})
+    with pytest.warns(UserWarning, match="loss is LDAM and the head is not a cosine one"):
+        fit(tmp_path, loss=LDAM, trainer={"max_steps": 1})
 
 
 def test_ldam_with_another_scale_than_its_head_warns(tmp_path):
-    settings = {"loss": "ldam", "head": "cosine", "head_args": {"scale": 16}}
-    with pytest.warns(UserWarning, match=r"ldam's scale is 30 and the cosine head's 16"):
+    settings = {"loss": LDAM, "head": "cosine", "head_args": {"scale": 16}}
+    with pytest.warns(UserWarning, match=r"LDAM's scale is 30 and the cosine head's 16"):
         fit(tmp_path, **settings, trainer={"max_steps": 1})

@@ -1,6 +1,7 @@
 """The second stage: what is trained, what stays, and that it stands on its own afterwards."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torch.testing import assert_close
 
 from datamodules import DigitsLTDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
 
 NET: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8, "norm": "batch"}}
@@ -36,7 +37,7 @@ def first(tmp_path_factory):
     """A first stage of ten epochs: its model and checkpoint."""
     folder = tmp_path_factory.mktemp("first")
     seed_everything(0)
-    model = LongTailedClassifier(**NET, **GROUPS, method="sgd", optimizer=sgd)
+    model = LongTailedClassifier(**NET, **GROUPS, sam=Plain, optimizer=sgd)
     run = trainer(folder, max_epochs=10, limit_val_batches=0)
     run.fit(model, datamodule=data())
     run.save_checkpoint(folder / "first.ckpt")
@@ -45,7 +46,7 @@ def first(tmp_path_factory):
 
 def second(tmp_path, first, data=data, max_epochs=1, **settings):
     seed_everything(1)
-    model = SecondStageClassifier(str(first[1]), **{**GROUPS, "method": "sgd", "optimizer": sgd, **settings})
+    model = SecondStageClassifier(str(first[1]), **{**GROUPS, "sam": Plain, "optimizer": sgd, **settings})
     run = trainer(tmp_path, max_epochs=max_epochs)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*sampler.*")
@@ -60,14 +61,14 @@ def state(model):
 @pytest.mark.parametrize(
     ("stage", "method", "trained"),
     [
-        ("crt", "imbsam", {"fc.weight", "fc.bias"}),
-        ("lws", "sgd", {"fc.scale"}),
-        ("tau_norm", "sgd", set()),
-        ("weight_balancing", "sgd", {"fc.weight", "fc.bias"}),
+        ("crt", partial(ImbSAM, rho=0.5), {"fc.weight", "fc.bias"}),
+        ("lws", Plain, {"fc.scale"}),
+        ("tau_norm", Plain, set()),
+        ("weight_balancing", Plain, {"fc.weight", "fc.bias"}),
     ],
 )
 def test_only_the_classifier_is_trained(tmp_path, first, stage, trained, method):
-    model, _ = second(tmp_path, first, stage=stage, method=method, rho=0.5)
+    model, _ = second(tmp_path, first, stage=stage, sam=method)
     before, after = state(first[0]), state(model)
     assert {n for n, p in model.backbone.named_parameters() if p.requires_grad} == trained
     assert all(p.grad is None for p in model.backbone.parameters() if not p.requires_grad)
@@ -80,18 +81,18 @@ def test_only_the_classifier_is_trained(tmp_path, first, stage, trained, method)
 
 def test_the_engine_perturbs_what_is_trained_and_takes_rows_as_independent(tmp_path, first):
     plain, _ = second(tmp_path, first, stage="crt")
-    model, _ = second(tmp_path, first, stage="crt", method="imbsam", rho=0.5)
+    model, _ = second(tmp_path, first, stage="crt", sam=partial(ImbSAM, rho=0.5))
     assert (model.backbone.fc.weight - plain.backbone.fc.weight).norm() > 1e-3
     model.train()
-    assert model.sam._context_rows(32) == 0
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
 
 
 def test_fine_tuning_trains_all(tmp_path, first):
-    model, _ = second(tmp_path, first, stage="crt", method="imbsam", freeze_backbone=False)
+    model, _ = second(tmp_path, first, stage="crt", sam=ImbSAM, freeze_backbone=False)
     before = state(first[0])
     assert all(not torch.equal(tensor, before[name]) for name, tensor in state(model).items())
     model.train()
-    assert model.sam._context_rows(32) == 32  # BatchNorm is in training mode
+    assert any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
 
 
 def test_crt_starts_anew_and_weight_balancing_does_not(tmp_path, first):
@@ -160,7 +161,7 @@ def test_its_own_checkpoint_needs_no_first_stage(tmp_path, first, stage):
     gone.unlink()
 
     def again():
-        return SecondStageClassifier(str(gone), stage=stage, method="sgd", optimizer=sgd, **GROUPS)
+        return SecondStageClassifier(str(gone), stage=stage, sam=Plain, optimizer=sgd, **GROUPS)
 
     tested = trainer(tmp_path)
     tested.test(again(), datamodule=data(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
@@ -192,7 +193,7 @@ def test_from_crt_to_tau_norm_and_not_from_lws(tmp_path, first):
 
 def test_a_cosine_head(tmp_path):
     seed_everything(0)
-    model = LongTailedClassifier(**NET, head="cosine", head_args={"scale": 16}, method="sgd", optimizer=sgd)
+    model = LongTailedClassifier(**NET, head="cosine", head_args={"scale": 16}, sam=Plain, optimizer=sgd)
     run = trainer(tmp_path)
     run.fit(model, datamodule=data())
     run.save_checkpoint(tmp_path / "cosine.ckpt")

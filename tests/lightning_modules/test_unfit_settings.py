@@ -27,9 +27,9 @@ SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
                 "--model.lr_scheduler.total_steps=5",
                 "--model.lr_interval=step",
             ],
-            "lr_scheduler is OneCycleLR, which steps every step: Tried to step 6 times",
+            "lr_scheduler OneCycleLR cannot step after step 6: Tried to step 6 times",
         ),
-        (["--model.optimizer.lr=1e10"], "the training diverged in epoch 1: weights are infinite or not numbers"),
+        (["--model.optimizer.lr=1e10"], "the training loss is nan in epoch 1, at a learning rate of 1e+10: lower it"),
         (["--trainer.accelerator=gpu"], "trainer.accelerator is gpu, and PyTorch finds no GPU here"),
     ],
 )

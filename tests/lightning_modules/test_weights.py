@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import DigitsLTDataModule
-from imbsam.errors import SettingError
+from imbsam import Plain, SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
@@ -104,7 +104,7 @@ def test_training_starts_from_the_file_and_a_checkpoint_does_not_need_it(tmp_pat
     path = tmp_path / "weights.pth"
     wanted = create_backbone("small_cnn", 5, width=4).state_dict()
     torch.save(wanted, path)
-    settings = {"backbone": "small_cnn", "backbone_args": {"width": 4}, "backbone_weights": str(path), "method": "sgd"}
+    settings = {"backbone": "small_cnn", "backbone_args": {"width": 4}, "backbone_weights": str(path), "sam": Plain}
 
     def model():
         seed_everything(0)

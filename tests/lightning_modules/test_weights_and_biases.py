@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max", "--checkpoint.save_top_k=1"]
         two = ["--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"]
         run_command(patch, *FIT, *SHORT, *two, *best)
-        run_command(patch, *FIT, *SHORT, "--model.rho=0.1", "--wandb.tags=[mine]", "--wandb.checkpoints=false")
+        run_command(patch, *FIT, *SHORT, "--model.sam.rho=0.1", "--wandb.tags=[mine]", "--wandb.checkpoints=false")
     return root / "logs/digits_lt/imbsam"
 
 
@@ -91,12 +91,12 @@ def test_name_group_tags_and_settings(first, second):
     assert (run["display_name"], run["run_group"], run["project"], run["job_type"]) == (
         *("digits_lt/imbsam/version_0", "digits_lt/imbsam", "imbsam", "fit"),
     )
-    assert run["tags"] == ["imbsam", "DigitsLT", "small_cnn"]
+    assert run["tags"] == ["ImbSAM", "DigitsLT", "small_cnn"]
     config = merged(first, "config")
     settings = {
         "model": "LongTailedClassifier",
-        "model.rho": 0.05,
-        "model.eta": 20,
+        "model.sam.rho": 0.05,
+        "model.sam.eta": 20,
         "model.backbone_args.width": 16,
         "model.optimizer": "SGD",
         "model.optimizer.lr": 0.05,
@@ -109,7 +109,7 @@ def test_name_group_tags_and_settings(first, second):
     assert {key: config.get(key) for key in settings} == settings
     assert "rho" not in config, "the model's settings are logged once"
     assert second["run"][0]["tags"] == ["mine"]
-    assert merged(second, "config")["model.rho"] == 0.1
+    assert merged(second, "config")["model.sam.rho"] == 0.1
     assert second["run"][0]["run_id"] != run["run_id"]
 
 
@@ -175,7 +175,10 @@ def test_checkpoints_and_files_are_complete(folder, first, second):
 
 def test_every_run_keeps_its_config(folder):
     rho = [
-        yaml.safe_load((folder / f"version_{n}/config.yaml").read_text())["model"]["init_args"]["rho"] for n in (0, 1)
+        yaml.safe_load((folder / f"version_{n}/config.yaml").read_text())["model"]["init_args"]["sam"]["init_args"][
+            "rho"
+        ]
+        for n in (0, 1)
     ]
     assert rho == [0.05, 0.1]
     assert not list(folder.parents[1].glob("*.yaml"))
