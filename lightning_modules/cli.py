@@ -1,6 +1,7 @@
 """The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
+import importlib.util
 import logging
 import sys
 import warnings
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
@@ -23,11 +26,12 @@ from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
 from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
+from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.data_check import DataCheckTrainer
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
 from lightning_modules.seeds import FLAG, apply_seed, fresh_processes, split_seeds
-from lightning_modules.weights_and_biases import WeightsAndBiases
+from lightning_modules.weights_and_biases import WandbResults
 
 PACKAGE = Path(imbsam.__file__).parent
 """`configs/` is inside the package in an installation, and beside it in a checkout."""
@@ -58,7 +62,6 @@ class ImbSAMCLI(LightningCLI):
         """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
-        parser.add_lightning_class_args(WeightsAndBiases, "wandb")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -67,9 +70,13 @@ class ImbSAMCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         apply_seed(config)
         files = [Path(path.relative) for path in config.get("config") or []]
-        logger = config.trainer.logger
-        if files and getattr(logger, "class_path", "").endswith("CSVLogger") and logger.init_args.name == "":
-            logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
+        folder = str(Path(files[0].parent.name) / files[0].stem) if files else ""
+        self._give_wandb_a_run_folder()
+        for logger in self._loggers("CSVLogger"):
+            logger.init_args.name = folder if logger.init_args.name == "" else logger.init_args.name
+            for wandb in self._loggers("WandbLogger"):
+                wandb.init_args.name = wandb.init_args.name or logger.init_args.name or None
+                wandb.init_args.group = wandb.init_args.group or logger.init_args.name or None
         self._go_on_in: Path | None = None
         self._find_checkpoint()
 
@@ -90,7 +97,6 @@ class ImbSAMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would only trip over."""
         config = self.config[self.subcommand]
-        logger = config.trainer.logger
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False
         if self.subcommand == "test":
@@ -101,26 +107,48 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
-        if "WandbLogger" in str(logger):
-            raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
+        if self._loggers("WandbLogger") and importlib.util.find_spec("wandb") is None:
+            raise SettingError('trainer.logger is WandbLogger, but wandb is not installed: pip install "wandb>=0.31"')
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         if self._go_on_in is not None:
             self.save_config_callback = None  # the run's config.yaml stays
+
+    def _loggers(self, name: str) -> list[Any]:
+        """The settings of the loggers whose class name ends so."""
+        loggers = self.config[self.config.subcommand].trainer.logger
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        return [logger for logger in loggers if getattr(logger, "class_path", "").endswith(name)]
+
+    def _give_wandb_a_run_folder(self) -> None:
+        """Beside a WandbLogger there is a CSV log, and it comes first: its folder is the run's."""
+        if not (wandb := self._loggers("WandbLogger")):
+            return
+        trainer = self.config[self.config.subcommand].trainer
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        logs = self._loggers("CSVLogger")
+        if not logs:
+            settings = wandb[0].init_args
+            save_dir = "logs" if settings.save_dir in (None, ".") else settings.save_dir  # Lightning's default is "."
+            init_args = Namespace(save_dir=save_dir, name=settings.name or "", version=None)
+            logs = [Namespace(class_path=f"{ResumableCSVLogger.__module__}.ResumableCSVLogger", init_args=init_args)]
+        trainer.logger = [*logs, *(logger for logger in loggers if logger not in logs)]
+        for logger in wandb:
+            # jsonargparse passes the default of wandb.init in place of WandbLogger's
+            logger.init_args.resume = logger.init_args.resume or "allow"
 
     def _find_checkpoint(self) -> None:
         """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         asked = path = config.get("ckpt_path")
-        logger = config.trainer.logger
+        logger: Any = next(iter(self._loggers("CSVLogger")), None)
         if path is None and subcommand not in ("fit", "check"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if path in (None, "best"):
             return
-        a_csv_log = getattr(logger, "class_path", "").endswith("CSVLogger")
-        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
+        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if logger else None
         if path == "last":
             if runs is None:
                 raise SettingError("ckpt_path is last: runs are looked up in the folder of a CSV log; name the file")
@@ -147,6 +175,9 @@ class ImbSAMCLI(LightningCLI):
             logger.init_args.version = int(version) if version.isdigit() else run.name
             if logger.class_path.endswith("ResumableCSVLogger"):
                 logger.init_args.resume = True
+            for wandb in self._loggers("WandbLogger"):
+                earlier = load_hparams_from_yaml(run / "hparams.yaml").get("wandb_id")
+                wandb.init_args.id = wandb.init_args.version or wandb.init_args.id or earlier
             self._go_on_in = run
 
     def _other_settings(self, run: Path) -> list[str]:
@@ -222,6 +253,7 @@ def run() -> None:
                     AnomalyTable(),
                     EvaluationFiles(),
                     Cost(),
+                    WandbResults(),
                     DiscardRefusedRun(),
                 ],
             },
@@ -251,6 +283,8 @@ def _one_line(error: BaseException | None) -> str | None:
             return str(error)
         if isinstance(error, MisconfigurationException):
             return " ".join(str(error).split())
+        if isinstance(error, getattr(sys.modules.get("wandb"), "Error", ())):
+            return f"trainer.logger is WandbLogger: {' '.join(str(error).split())} (offline: true needs no account)"
         if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):
             return _shorten(str(error))
         error = error.__cause__ or error.__context__

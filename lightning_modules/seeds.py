@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,11 +55,13 @@ def apply_seed(config: Any) -> None:
 
 @contextmanager
 def fresh_processes() -> Iterator[None]:
-    """Leave nothing of a training's processes to the next: its group, and the variables that Lightning sets."""
+    """Leave nothing of a training to the next: its group of processes, its W&B run, the variables Lightning sets."""
     environment = dict(os.environ)
     try:
         yield
     finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         os.environ.clear()

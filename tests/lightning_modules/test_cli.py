@@ -161,7 +161,6 @@ def test_short_names_print_config_and_overlays(imbsam, tmp_path):
         (["--trainer.accumulate_grad_batches=4"], "set model.accumulate_grad_batches"),
         (["--trainer.enable_checkpointing=false"], "set checkpoint.save_last to false"),
         (["--trainer.gradient_clip_val=1"], "set model.gradient_clip_val"),
-        (["--trainer.logger=WandbLogger"], "set wandb.mode to offline or online"),
         (["--ckpt_path=nope.ckpt"], "ckpt_path is nope.ckpt"),
         (
             ["--ckpt_path=last", "--trainer.logger=false"],
