@@ -134,6 +134,11 @@ class ImbSAMCLI(LightningCLI):
             logs = [Namespace(class_path=f"{ResumableCSVLogger.__module__}.ResumableCSVLogger", init_args=init_args)]
         trainer.logger = [*logs, *(logger for logger in loggers if logger not in logs)]
         for logger in wandb:
+            if logger.init_args.offline and logger.init_args.log_model:
+                raise SettingError(
+                    f"trainer.logger.init_args.log_model is {logger.init_args.log_model}: Lightning logs no checkpoints "
+                    "offline; set it to false, or offline to false"
+                )
             # jsonargparse passes the default of wandb.init in place of WandbLogger's
             logger.init_args.resume = logger.init_args.resume or "allow"
 

@@ -75,9 +75,10 @@ def _log_settings(trainer: Trainer) -> None:
     path = Path(trainer.log_dir or "") / "config.yaml"  # every rank takes part in log_dir
     run = _run(trainer)
     if run and path.exists():
-        settings = {key: value for key, value in flatten(yaml.safe_load(path.read_text())).items() if value is not None}
-        # a sweep's own settings are locked: W&B warns of them, though they are the same
-        run.config.update({k: v for k, v in settings.items() if k not in run.config}, allow_val_change=True)
+        settings = flatten(yaml.safe_load(path.read_text()))
+        # what a sweep has set is locked, and W&B warns of an update even where it changes nothing
+        left_out = {"trainer.logger", "trainer.callbacks", *run.config.keys()}
+        run.config.update({k: v for k, v in settings.items() if v is not None and k not in left_out})
 
 
 def _results(folder: Path) -> dict[str, Any]:
