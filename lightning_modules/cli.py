@@ -206,9 +206,11 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:
-        """Test the last epoch's weights, of a run that was finished before too."""
+        """Test the last epoch's weights, of a run that was finished before too; with it the W&B run ends."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if "wandb" in sys.modules:  # Lightning leaves it to the end of the program, where the next seed would log to it
+            sys.modules["wandb"].finish()
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

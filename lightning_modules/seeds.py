@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +45,7 @@ def apply_seed(config: Any) -> None:
     if not config.get("seeds"):
         return
     if len(config.seeds) > 1:
-        raise SettingError(f"seeds is {config.seeds}: give several on the command line, for example --seeds 0 1 2")
+        raise SettingError(f"seeds is {config.seeds}: only imbsam fit, on its command line, takes more than one")
     (config.seed_everything,) = config.seeds
     if "seed" in config.data.get("init_args", {}):
         config.data.init_args.seed = config.seed_everything
@@ -55,13 +54,11 @@ def apply_seed(config: Any) -> None:
 
 @contextmanager
 def fresh_processes() -> Iterator[None]:
-    """Leave nothing of a training to the next: its group of processes, its W&B run, the variables Lightning sets."""
+    """Leave nothing of a training's processes to the next: its group, and the variables that Lightning sets."""
     environment = dict(os.environ)
     try:
         yield
     finally:
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         os.environ.clear()

@@ -40,7 +40,11 @@ def test_what_the_agent_starts_trains(tmp_path, read_wandb):
     program, *command = yaml.safe_load((REPOSITORY / "configs/sweeps/digits_lt_rho_eta.yaml").read_text())["command"]
     assert program == "imbsam"
     python = [sys.executable, "-m", "lightning_modules.cli"]  # `imbsam`, installed or not
-    short = ["--trainer.logger.init_args.offline=true", "--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
+    short = [
+        "--trainer.logger.init_args.offline=true",
+        "--trainer.max_epochs=1",
+        "--model.lr_scheduler.init_args.T_max=1",
+    ]
     here = {"WANDB_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep123", "PYTHONPATH": str(REPOSITORY)}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them

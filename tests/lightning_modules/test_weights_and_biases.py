@@ -4,21 +4,13 @@ import base64
 import csv
 import hashlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from lightning_modules import LongTailedClassifier
-from lightning_modules.cli import main
+pytest.importorskip("wandb")
 
-wandb = pytest.importorskip("wandb")
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 SHORT = [
     *("fit", "--config=configs/digits_lt/imbsam.yaml", "--data.val_share=0.2", "--trainer.max_epochs=1"),
     *("--model.lr_scheduler.init_args.T_max=1", "--trainer.log_every_n_steps=1"),
@@ -26,32 +18,26 @@ SHORT = [
 OFFLINE = [*SHORT, "--config=configs/logger/wandb.yaml"]
 
 
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["imbsam", *map(str, arguments)])
-    main()
-
-
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory):
-    """Two seeds with the shortest command, then the second one resumed for an epoch, with the overlay's settings."""
+def logs(tmp_path_factory, run_imbsam):
+    """Two seeds in one command; a third that is interrupted and resumed."""
     root = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("HOME", str(root / "home"))
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("WANDB_MODE", "offline")
-        wandb_logger = ["--trainer.logger=WandbLogger", "--trainer.logger.init_args.log_model=true"]
-        run_command(patch, *SHORT, "--seeds", 0, 1, *wandb_logger)
-        resumed = ["--data.seed=1", "--seed_everything=1", "--trainer.max_epochs=2", "--ckpt_path=last"]
-        run_command(patch, *OFFLINE, *resumed)
-        wandb.teardown()  # its service too, whose current folder is this one
+    env = {"HOME": str(root / "home"), "WANDB_SILENT": "true"}
+    checkpoints = ["--trainer.logger=WandbLogger", "--trainer.logger.init_args.log_model=true"]
+    third = [*OFFLINE, "--data.seed=2", "--seed_everything=2"]
+    for answer in (
+        run_imbsam(root, *SHORT, "--seeds", "0", "1", *checkpoints, env={**env, "WANDB_MODE": "offline"}),
+        run_imbsam(root, *third, env=env, signal=["SIGTERM", 5]),
+        run_imbsam(root, *third, "--ckpt_path=last", env=env),
+    ):
+        assert answer["codes"] == [0], answer["err"]
     return root / "logs"
 
 
 @pytest.fixture(scope="module")
 def wandb_runs(logs):
     """Their folders, in the order in which they were begun."""
-    return sorted(logs.glob("wandb/offline-run-*"), key=lambda folder: (folder / "files").stat().st_ctime_ns)
+    return sorted(logs.glob("wandb/offline-run-*"), key=lambda folder: next(folder.glob("*.wandb")).stat().st_mtime_ns)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +61,16 @@ def table(folder, summary, key):
 
 def test_the_run_folder_is_as_without_wandb(logs):
     assert {path.name for path in logs.iterdir()} == {"digits_lt", "wandb"}
-    assert {path.name for path in (logs / "digits_lt/imbsam").iterdir()} == {"version_0", "version_1"}
-    for version, seed, epochs in ((0, 0, 1), (1, 1, 2)):
-        run = logs / f"digits_lt/imbsam/version_{version}"
+    runs = sorted((logs / "digits_lt/imbsam").iterdir())
+    assert [run.name for run in runs] == ["version_0", "version_1", "version_2"]
+    for seed, run in enumerate(runs):
         assert {path.name for path in run.iterdir()} == {
             *("checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"),
             *("per_class.csv", "confusion.csv", "calibration.csv"),
         }
         assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == seed
-        assert len([row for row in rows(run / "metrics.csv") if row["train/loss_epoch"]]) == epochs
+        logged = rows(run / "metrics.csv")
+        assert [int(row["step"]) for row in logged if row["train/tail_rows"]] == list(range(9))
 
 
 def test_name_group_and_settings(first):
@@ -154,120 +141,76 @@ def test_log_model_logs_the_best_and_the_last_checkpoint(logs, first):
     models = [artifact for artifact in first["artifact"] if artifact["type"] == "model"]
     digests = [artifact["manifest"]["contents"][0]["digest"] for artifact in models]
     assert digests == [md5("best.ckpt"), md5("last.ckpt")]
-    assert [artifact["aliases"] for artifact in models] == [["latest", "best"], ["latest"]]
+    assert [sorted(artifact["aliases"]) for artifact in models] == [["best", "latest"], ["latest"]]
 
 
-def test_a_resumed_run_keeps_its_id(logs, wandb_runs, read_wandb):
+def test_an_interrupted_run_is_resumed_under_its_id(logs, wandb_runs, read_wandb):
     ids = [folder.name.rpartition("-")[2] for folder in wandb_runs]
-    assert ids[0] != ids[1] == ids[2]
-    hparams = [yaml.safe_load((logs / f"digits_lt/imbsam/version_{n}/hparams.yaml").read_text()) for n in (0, 1)]
-    assert [found["wandb_id"] for found in hparams] == ids[:2]
-    run = read_wandb(wandb_runs[2])["run"][-1]
-    assert (run["display_name"], run["project"]) == ("digits_lt/imbsam/version_1", "imbsam")
-    assert run["resume"]
+    assert len(set(ids[:3])) == 3, "each seed has its own run"
+    assert ids[3] == ids[2]
+    for version, wandb_id in enumerate(ids[:3]):
+        hparams = yaml.safe_load((logs / f"digits_lt/imbsam/version_{version}/hparams.yaml").read_text())
+        assert hparams["wandb_id"] == wandb_id
+    interrupted, resumed = (read_wandb(folder) for folder in wandb_runs[2:])
+    for records, exit_code in ((interrupted, 1), (resumed, 0)):
+        run = records["run"][-1]
+        assert (run["display_name"], run["project"], run["resume"]) == ("digits_lt/imbsam/version_2", "imbsam", True)
+        assert [record["exit_code"] for record in records["exit"]] == [exit_code]
+    assert "test/classes.path" in merged(resumed, "summary")
 
 
-@pytest.fixture
-def quiet(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "")  # an offline WandbLogger sets it
-    monkeypatch.delenv("WANDB_MODE")
-    yield monkeypatch
-    wandb.teardown()
-
-
-def test_a_refused_run_leaves_nothing(tmp_path, quiet, capsys):
-    with pytest.raises(SystemExit):
-        run_command(quiet, *OFFLINE, "--model.tail_classes=[10]")  # known once the data is there, and W&B's run began
-    assert capsys.readouterr().err.splitlines()[-1].startswith("imbsam: error: tail_classes holds 10")
-    assert wandb.run is None
+def test_a_refused_run_leaves_nothing(tmp_path, tmp_path_factory, run_imbsam):
+    """Refused once the data are loaded, when W&B's run has begun."""
+    env = {"HOME": str(tmp_path_factory.mktemp("home"))}
+    answer = run_imbsam(tmp_path, *OFFLINE, "--model.tail_classes=[10]", env=env)
+    (err,) = answer["err"]
+    assert "Run data is saved locally in" in err
+    assert err.splitlines()[-1].startswith("imbsam: error: tail_classes holds 10")
+    assert answer["codes"] == [2]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("offline-run")]
-
-
-def test_a_run_that_fails_in_its_first_step_leaves_nothing(tmp_path, quiet):
-    def broken(self, batch, batch_idx):
-        assert wandb.run is not None
-        raise ValueError("a bug")
-
-    quiet.setattr(LongTailedClassifier, "training_step", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        run_command(quiet, *OFFLINE)
-    assert wandb.run is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("offline-run")]
-
-
-def test_a_run_that_fails_later_is_kept_as_failed(tmp_path, quiet, read_wandb):
-    def broken(self, batch, batch_idx):
-        raise ValueError("a bug")
-
-    quiet.setattr(LongTailedClassifier, "validation_step", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        run_command(quiet, *OFFLINE, "--trainer.num_sanity_val_steps=0")
-    (folder,) = tmp_path.glob("logs/wandb/offline-run-*")
-    assert [record["exit_code"] for record in read_wandb(folder)["exit"]] == [1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.logger.init_args.offline=false"], "No API key configured"),
-        (["--trainer.logger.init_args.log_model=true"], "log_model is True: Lightning logs no checkpoints offline"),
+        (["--trainer.logger.init_args.offline=false"], "trainer.logger is WandbLogger: No API key configured"),
+        (["--trainer.logger.init_args.log_model=true"], "trainer.logger.init_args.log_model is True: Lightning"),
     ],
 )
-def test_what_wandb_refuses_is_one_line(tmp_path, quiet, capsys, arguments, message):
-    quiet.setenv("NETRC", str(tmp_path / "netrc"))
-    quiet.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        run_command(quiet, *OFFLINE, *arguments)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("imbsam: error: ")
-    assert message in line
+def test_what_wandb_refuses_is_one_line(tmp_path, run_imbsam, arguments, message):
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
+    answer = run_imbsam(tmp_path, *OFFLINE, *arguments, env=env)
+    assert answer["codes"] == [2]
+    assert answer["err"][0].splitlines()[-1].startswith(f"imbsam: error: {message}")
     assert not list(tmp_path.rglob("version_*"))
 
 
-def test_without_wandb_the_line_says_how_to_install_it(tmp_path, quiet, capsys):
-    quiet.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit) as stop:
-        run_command(quiet, *OFFLINE)
-    assert stop.value.code == 2
-    assert 'pip install "wandb>=0.31"' in capsys.readouterr().err.splitlines()[-1]
-    quiet.undo()
+def test_without_wandb_the_line_says_how_to_install_it(imbsam, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = imbsam(*OFFLINE)
+    assert code == 2
+    assert 'pip install "wandb>=0.31"' in err.splitlines()[-1]
 
 
-def test_two_processes_are_one_run_and_loggers_may_be_listed(tmp_path, read_wandb):
+def test_two_processes_are_one_run_and_loggers_may_be_listed(tmp_path, run_imbsam, read_wandb):
     """With the WandbLogger before the CSV log, as a user may list them."""
+    csv_logger = "lightning_modules.csv_logger.ResumableCSVLogger"
     loggers = [
         {"class_path": "WandbLogger", "init_args": {"offline": True, "name": "mine"}},
-        {
-            "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
-            "init_args": {"save_dir": "runs", "name": "two"},
-        },
+        {"class_path": csv_logger, "init_args": {"save_dir": "runs", "name": "two"}},
     ]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "lightning_modules.cli", *SHORT, f"--trainer.logger={json.dumps(loggers)}"),
-            *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
-            "--trainer.enable_progress_bar=false",
-        ],
-        cwd=tmp_path,
-        env={
-            **{name: value for name, value in os.environ.items() if name not in RANKS},
-            **{"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    two = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    answer = run_imbsam(
+        tmp_path,
+        *(*SHORT, *two, f"--trainer.logger={json.dumps(loggers)}", "--trainer.enable_progress_bar=false"),
+        **{"processes": 2, "alarm": 120, "env": {"WANDB_SILENT": "true"}},
     )
-    assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.glob("logs/wandb/offline-run-*")
+    assert answer["codes"] == [0, 0], answer["err"]
+    (folder,) = tmp_path.rglob("offline-run-*")
     records = read_wandb(folder)
     assert records["run"][-1]["display_name"] == "mine"
     assert merged(records, "config")["processes"] == 2
-    assert len(records["exit"]) == 1
     assert "test/classes.path" in merged(records, "summary")
+    assert [record["exit_code"] for record in records["exit"]] == [0]
     run = tmp_path / "runs/two/version_0"
     assert {"config.yaml", "metrics.csv", "per_class.csv", "checkpoints"} <= {path.name for path in run.iterdir()}
