@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +26,6 @@ from lightning_modules.checkpoint import check_checkpoint, newest_checkpoint
 from lightning_modules.class_table import ClassTable
 from lightning_modules.convergence import Convergence
 from lightning_modules.cost import Cost
-from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.data_check import DataCheckTrainer
 from lightning_modules.evaluation_files import EvaluationFiles
 from lightning_modules.interruption import Interrupted, ResumableCheckpoint
@@ -35,6 +34,8 @@ from lightning_modules.weights_and_biases import WandbResults
 
 PACKAGE = Path(imbsam.__file__).parent
 """`configs/` is inside the package in an installation, and beside it in a checkout."""
+
+CSV_LOGGER = "lightning_modules.csv_logger.ResumableCSVLogger"
 
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile")
 """The model's settings that do not belong to its weights."""
@@ -107,8 +108,6 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
-        if self._loggers("WandbLogger") and importlib.util.find_spec("wandb") is None:
-            raise SettingError('trainer.logger is WandbLogger, but wandb is not installed: pip install "wandb>=0.31"')
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
         if self._go_on_in is not None:
@@ -122,22 +121,24 @@ class ImbSAMCLI(LightningCLI):
 
     def _give_wandb_a_run_folder(self) -> None:
         """Beside a WandbLogger there is a CSV log, and it comes first: its folder is the run's."""
-        if not (wandb := self._loggers("WandbLogger")):
+        wandb, csv = self._loggers("WandbLogger"), self._loggers("CSVLogger")
+        if not wandb:
             return
-        trainer = self.config[self.config.subcommand].trainer
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        logs = self._loggers("CSVLogger")
-        if not logs:
+        if importlib.util.find_spec("wandb") is None:
+            raise SettingError('trainer.logger is WandbLogger, but wandb is not installed: pip install "wandb>=0.31"')
+        if not csv:
             settings = wandb[0].init_args
             save_dir = "logs" if settings.save_dir in (None, ".") else settings.save_dir  # Lightning's default is "."
-            init_args = Namespace(save_dir=save_dir, name=settings.name or "", version=None)
-            logs = [Namespace(class_path=f"{ResumableCSVLogger.__module__}.ResumableCSVLogger", init_args=init_args)]
-        trainer.logger = [*logs, *(logger for logger in loggers if logger not in logs)]
+            init_args = {"save_dir": save_dir, "name": settings.name or "", "version": None}
+            csv = [dict_to_namespace({"class_path": CSV_LOGGER, "init_args": init_args})]
+        trainer = self.config[self.config.subcommand].trainer
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        trainer.logger = [*csv, *(logger for logger in loggers if logger not in csv)]
         for logger in wandb:
             if logger.init_args.offline and logger.init_args.log_model:
                 raise SettingError(
-                    f"trainer.logger.init_args.log_model is {logger.init_args.log_model}: Lightning logs no checkpoints "
-                    "offline; set it to false, or offline to false"
+                    f"trainer.logger.init_args.log_model is {logger.init_args.log_model}: Lightning uploads no "
+                    "checkpoints offline; set it to false, or offline to false"
                 )
             # jsonargparse passes the default of wandb.init in place of WandbLogger's
             logger.init_args.resume = logger.init_args.resume or "allow"
@@ -250,7 +251,7 @@ def run() -> None:
             trainer_class=DataCheckTrainer,
             trainer_defaults={
                 "logger": {
-                    "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
+                    "class_path": CSV_LOGGER,
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
                 "callbacks": [

@@ -86,9 +86,8 @@ def _results(folder: Path) -> dict[str, Any]:
     import wandb
 
     classes = _rows(folder / "per_class.csv")
-    columns = ["class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"]
     names = [row["class_name"] for row in classes]
-    cells = [tuple(map(int, row.values())) for row in _rows(folder / "confusion.csv")]
+    cells = [tuple(row.values()) for row in _rows(folder / "confusion.csv")]  # target, predicted, count
     frequent = sorted(cells, key=lambda cell: -cell[2])[:MOST_ROWS]
     x = "log10 of training samples"  # a linear axis would squeeze the tail into a corner
     points = [
@@ -98,7 +97,7 @@ def _results(folder: Path) -> dict[str, Any]:
     ]
     accuracies = wandb.Table(columns=[x, "accuracy", "class_name", "group"], data=points)
     results = {
-        "test/classes": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in classes]),
+        "test/classes": wandb.Table(columns=list(classes[0]), data=[list(row.values()) for row in classes]),
         "test/accuracy_by_count": wandb.plot.scatter(accuracies, x, "accuracy", title="test accuracy of each class"),
         "test/confusion_pairs": wandb.Table(
             columns=["target", "predicted", "count"],

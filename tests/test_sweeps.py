@@ -40,11 +40,8 @@ def test_what_the_agent_starts_trains(tmp_path, read_wandb):
     program, *command = yaml.safe_load((REPOSITORY / "configs/sweeps/digits_lt_rho_eta.yaml").read_text())["command"]
     assert program == "imbsam"
     python = [sys.executable, "-m", "lightning_modules.cli"]  # `imbsam`, installed or not
-    short = [
-        "--trainer.logger.init_args.offline=true",
-        "--trainer.max_epochs=1",
-        "--model.lr_scheduler.init_args.T_max=1",
-    ]
+    short = ["--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
+    offline = "--trainer.logger.init_args.offline=true"
     here = {"WANDB_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep123", "PYTHONPATH": str(REPOSITORY)}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them
@@ -53,7 +50,7 @@ def test_what_the_agent_starts_trains(tmp_path, read_wandb):
             patch.setenv(name, value)
         patch.chdir(tmp_path)
         agent = Agent(api=None, queue=None)
-        agent._sweep_command = [*python, *command, *short]
+        agent._sweep_command = [*python, *command, *short, offline]
         values = {"model.rho": 0.1, "model.eta": 10, "seed_everything": 2}
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
     process = agent._run_processes["abcd1234"]
