@@ -21,7 +21,7 @@ run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of
 test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: install  ## torch.compile
+test-slow: install  ## torch.compile, SIGTERM to two processes
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/test_kill.py
 
 test-kill: install  ## 20 runs killed and resumed; ends with their table

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.anomaly_base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly_batches import BatchLoader, Sampling, in_order
 from datamodules.anomaly_split import split_rows
-from datamodules.table_encoding import TableEncoder
+from datamodules.table_encoding import Scaling, TableEncoder
 from datamodules.tables import Table, anomaly_labels, listed, read_table
 from imbsam.errors import SettingError
 
@@ -20,8 +20,8 @@ from imbsam.errors import SettingError
 class AnomalyDataModule(SemiSupervisedDataModule):
     """A table in which some rows are anomalies, and the labels of some of those are known.
 
-    For prediction every row of ``path`` is scored, in the order of the file, and no label column is needed; the scaling
-    is the training file's and comes from the checkpoint.
+    For prediction every row of ``predict`` (or of ``path``) is scored, in the order of the file, and no label column is
+    needed; the scaling is the training file's and comes from the checkpoint.
 
     Attributes:
         num_features: Features d of a row.
@@ -29,22 +29,26 @@ class AnomalyDataModule(SemiSupervisedDataModule):
 
     Args:
         path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
-            a 0 is an anomaly.
+            a 0 is an anomaly. A CSV file may be separated by commas, semicolons or tabs.
         label: Column that says which rows are anomalies; null is ``y`` of an npz file.
         anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
         drop_columns: Columns to leave out, for example identifiers.
         labelled_share: Share of the training anomalies that the detector is told of, in (0, 1]; the others hide among
-            the unlabelled rows. Null is 1 for CSV and Parquet, and 0.1 for the benchmarks, npz and digits.
+            the unlabelled rows. As many of the validation anomalies are known to the validation loss. Null is 1 for CSV
+            and Parquet, and 0.1 for the benchmarks, npz and digits.
         test_share: Share of the rows to test on, in (0, 1).
         val_share: Share of the training part to hold out for validation, in [0, 1).
         min_rows: Resample a smaller table with replacement to this many rows (ADBench: 1000; the same row may then be
             in training and in test); 0 for never.
         max_rows: Cut a larger table to this many rows (ADBench: 10000); null for never.
+        scaling: How columns of numbers are scaled, see :class:`~datamodules.table_encoding.TableEncoder`: standard,
+            robust, quantile, min_max or none.
         sampling: How training rows are drawn: natural, balanced, pairs or natural_pairs.
         batch_size: Rows, or pairs, of a training batch.
         batches_per_epoch: Training batches of an epoch, or null for as many as the training rows fill.
         eval_batch_size: Rows of a validation, test or prediction batch.
         seed: Seed of every draw.
+        predict: A new file to predict, of the same kinds; null for ``path`` itself.
 
     Raises:
         SettingError: A setting is outside its range, or the file cannot be used; the message names the column.
@@ -64,16 +68,19 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         val_share: float = 0.0,
         min_rows: int = 0,
         max_rows: int | None = None,
+        scaling: Scaling = "standard",
         sampling: Sampling = "natural",
         batch_size: int = 512,
         batches_per_epoch: int | None = None,
         eval_batch_size: int = 8192,
         seed: int = 0,
+        predict: str | Path | None = None,
     ) -> None:
-        path = None if path is None else os.fspath(path)  # checkpoints refuse a Path
+        path, predict = (None if p is None else os.fspath(p) for p in (path, predict))  # checkpoints refuse a Path
         drop_columns = list(drop_columns)
         super().__init__(sampling, batch_size, batches_per_epoch, eval_batch_size, val_share, seed)
         self.path = None if path is None else Path(path).expanduser()
+        self.predict = None if predict is None else Path(predict).expanduser()
         if labelled_share is None:
             labelled_share = 1.0 if self.path and self.path.suffix.lower() != ".npz" else 0.1
         check_share("labelled_share", labelled_share)
@@ -84,6 +91,9 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             raise SettingError(
                 f"min_rows={min_rows}, max_rows={max_rows}: pass 0 and null, or 1000 and 10000 for ADBench"
             )
+        if scaling not in get_args(Scaling):
+            raise SettingError(f"scaling is {scaling!r}: choose one of {', '.join(get_args(Scaling))}")
+        self.scaling = scaling
         self.label = label
         self.anomaly_value = anomaly_value
         self.drop_columns = drop_columns
@@ -92,6 +102,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self.min_rows = min_rows
         self.max_rows = max_rows
         self._encoder: TableEncoder | None = None
+        self._marked_by: str | None = None
         self._parts: dict[str, Table] = {}
         self._true_labels: dict[str, Tensor] = {}
 
@@ -104,9 +115,10 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         """
         if stage == "predict" or self._parts:
             return
-        table = self._read()
+        table = self._read(self.path)
         column = self.label or "y"
         anomalous, value = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
+        self._marked_by = value
         split = split_rows(
             anomalous,
             table.source,
@@ -121,8 +133,9 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             if len(rows):
                 self._parts[name] = table.take(rows)
                 self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
+        self._val_known = torch.from_numpy(split.val_labelled).long()
         self._learn_labels(torch.from_numpy(split.labelled))
-        self._encode(TableEncoder(self._parts["train"]))
+        self._encode(TableEncoder(self._parts["train"], self.scaling))
         assert self._encoder is not None
         unlabelled, labelled = self.class_counts.tolist()
         hidden = int(self.train_true_labels.sum()) - labelled
@@ -150,18 +163,30 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             raise SettingError(
                 "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
             )
-        table = self._read(self._encoder.columns)
+        table = self._read(self.predict or self.path, self._encoder.columns)
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
             rank_zero_info(f"{table.source}: values that training did not see in: {listed(unseen)}")
         return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The fitted scaling, plain data; Lightning keeps it in the checkpoint."""
-        return {} if self._encoder is None else {"encoder": self._encoder.state_dict()}
+        """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""
+        return (
+            {} if self._encoder is None else {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Scale as the checkpoint's training did, whatever file this is."""
+        """Scale as the checkpoint's training did, whatever file this is.
+
+        Raises:
+            SettingError: This file lacks a column that the model was trained on, or other labels are its anomalies.
+        """
+        value = state_dict.get("anomaly_value")
+        if None not in (value, self._marked_by) and value != self._marked_by and self.anomaly_value is None:
+            raise SettingError(
+                f"label {self.label or 'y'}: the checkpoint's anomalies are marked by {value}, and in {self.path} "
+                f"{self._marked_by} is the rarer value: set data.anomaly_value"
+            )
         if "encoder" in state_dict:
             self._encode(TableEncoder.from_state_dict(state_dict["encoder"]))
 
@@ -175,12 +200,11 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             return
         self.train_features = features["train"]
         self._test = features["test"], self._true_labels["test"]
-        self._val = (features["val"], self._true_labels["val"]) if "val" in features else None
+        if "val" in features:
+            self._val = features["val"], self._true_labels["val"], self._val_known
 
-    def _read(self, only: Collection[str] | None = None) -> Table:
-        if self.path is None:
-            return _digits()
-        return read_table(self.path, self.label, self.drop_columns, only)
+    def _read(self, path: Path | None, only: Collection[str] | None = None) -> Table:
+        return _digits() if path is None else read_table(path, self.label, self.drop_columns, only)
 
 
 def _digits() -> Table:

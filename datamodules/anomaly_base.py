@@ -1,14 +1,21 @@
 """The settings, the labels and the loaders that all anomaly detection data shares."""
 
 from abc import ABC
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.anomaly_batches import BatchLoader, EpochRows, Sampling, TrainBatchLoader, in_order
+from datamodules.anomaly_batches import (
+    BatchLoader,
+    EpochRows,
+    Sampling,
+    TrainBatchLoader,
+    in_order,
+    validation_rows,
+)
 from datamodules.long_tail import check_val_share
 from imbsam.errors import SettingError
 
@@ -18,7 +25,8 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
 
     Training batches are ``(x, labels)``: x float32 (B, ...), labels int64 (B,), 0 for unlabelled rows (hidden anomalies
     among them), 1 for labelled anomalies; for pairs x is (B, 2, ...) and labels (B, 2). Validation and test batches are
-    ``(x, labels)`` with the true labels, prediction batches x alone.
+    ``(x, labels)`` with the true labels, prediction batches x alone. A second validation loader has the validation rows
+    drawn and labelled as in training, for the validation loss: the same share of the anomalies is labelled there.
 
     Attributes:
         train_features: The training rows, float32 (N, ...); known after ``setup``, like all that follows.
@@ -75,7 +83,7 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         self.val_share = val_share
         self.seed = seed
         self.class_names = ["unlabelled", "anomaly"]
-        self._val: tuple[Tensor, Tensor] | None = None
+        self._val: tuple[Tensor, Tensor, Tensor] | None = None  # features, true labels, labels that are known
         self._test: tuple[Tensor, Tensor] | None = None
 
     def train_dataloader(self) -> TrainBatchLoader:
@@ -84,10 +92,21 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         rows = EpochRows(self.train_labels, self.sampling, self.batch_size, self.batches_per_epoch, self.seed)
         return TrainBatchLoader(self.train_features, self.train_labels, rows)
 
-    def val_dataloader(self) -> BatchLoader | list[Any]:
-        """The validation batches, or an empty list where ``val_share`` is 0."""
+    def val_dataloader(self) -> list[BatchLoader]:
+        """The validation rows in order with their true labels; and drawn as in training, with the labels known there.
+
+        The second loader has the same draws every time, and is left out where no validation anomaly is labelled: its
+        loss would say nothing. An empty list where ``val_share`` is 0.
+        """
         self._check_set_up()
-        return in_order(*self._val, self.eval_batch_size) if self._val is not None else []
+        if self._val is None:
+            return []
+        features, labels, known = self._val
+        loaders = [in_order(features, labels, self.eval_batch_size)]
+        if known.any():
+            rows = validation_rows(known, self.sampling, self.eval_batch_size, self.seed)
+            loaders.append(BatchLoader(features, known, rows))
+        return loaders
 
     def test_dataloader(self) -> BatchLoader:
         """The test batches, in order."""

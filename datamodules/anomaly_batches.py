@@ -176,3 +176,22 @@ class TrainBatchLoader(BatchLoader):
 def in_order(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
     """Batches in the order of the rows."""
     return BatchLoader(features, labels, torch.split(torch.arange(len(features)), batch_size))
+
+
+def validation_rows(labels: Tensor, sampling: Sampling, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+    """Rows of a validation part drawn as in training, once and for all: the loss on them is compared over epochs.
+
+    Args:
+        labels: 0 for unlabelled rows, 1 for labelled anomalies, int64 (N,).
+        sampling: How the rows are drawn: ``natural`` is every row once, the others draw 2 N rows, or pairs.
+        batch_size: Most rows, or pairs, of a batch.
+        seed: Seed of the draws.
+
+    Returns:
+        The batches' rows, int64 (B,), or (B, 2) for pairs.
+    """
+    if sampling == "natural":
+        return tuple(EpochRows(labels, sampling, batch_size, None, seed))
+    draws = max(4, 2 * len(labels))
+    size = min(batch_size, draws)
+    return tuple(EpochRows(labels, sampling, size, -(-draws // size), seed))

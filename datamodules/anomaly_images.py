@@ -119,7 +119,8 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
         self.train_features = self._pixels(train, rows[~held_out])
         self._learn_labels(kept == 2)
         if self.val_share:
-            self._val = self._pixels(train, rows[held_out]), (groups[held_out] > 0).long()
+            held = groups[held_out]
+            self._val = self._pixels(train, rows[held_out]), (held > 0).long(), (held == 2).long()
         self._test = self._pixels(test, slice(None)), (test.labels != self.normal_class).long()
         normal, hidden, labelled = torch.bincount(kept, minlength=3).tolist()
         rank_zero_info(

@@ -11,11 +11,12 @@ from imbsam.errors import SettingError
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices into the table, int64; ``labelled`` is bool and as long as ``train``."""
+    """Row indices into the table, int64; ``labelled`` and ``val_labelled``, bool, mark known ones of train and val."""
 
     train: Any
     labelled: Any
     val: Any
+    val_labelled: Any
     test: Any
 
 
@@ -35,7 +36,7 @@ def split_rows(
     With ``val_share`` 0, ``min_rows`` 1000, ``max_rows`` 10000 these are the very rows that ADBench (Han et al.,
     NeurIPS 2022) draws for the same seed: fewer than ``min_rows`` are resampled with replacement to that many, more
     than ``max_rows`` are cut, then the test part is taken off, then ceil(labelled_share * training anomalies) are
-    labelled.
+    labelled. After all that the same share of the validation anomalies is.
 
     Args:
         anomalous: The true labels, bool (N,).
@@ -82,8 +83,13 @@ def split_rows(
                 f"{source} has {anomalies} anomalies in {len(rows)} rows: the {name} part gets "
                 f"{int(anomalous[part].sum())} of them in {len(part)} rows; set its share higher or lower, or add rows"
             )
-    known = np.flatnonzero(anomalous[train])
-    known = random.choice(known, ceil(labelled_share * len(known)), replace=False)
-    labelled = np.zeros(len(train), dtype=bool)
-    labelled[known] = True
-    return Split(train, labelled, val, test)
+    labelled, val_labelled = (_labelled(anomalous[part], labelled_share, random) for part in (train, val))
+    return Split(train, labelled, val, val_labelled, test)
+
+
+def _labelled(anomalous: Any, share: float, random: np.random.RandomState) -> Any:
+    """Which rows have a known label: a share of the anomalies, rounded up."""
+    anomalies = np.flatnonzero(anomalous)
+    labelled = np.zeros(len(anomalous), dtype=bool)
+    labelled[random.choice(anomalies, ceil(share * len(anomalies)), replace=False)] = True
+    return labelled

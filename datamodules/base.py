@@ -36,6 +36,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         kept_samples: Indices of the long tail's samples in the whole training set, those for validation among them,
             int64 (M,); known after ``setup``.
         shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
+        predict: What to predict, where the data set takes samples that are not its own; None for its test samples.
         own_validation: Whether the data set has validation samples of its own, so that ``val_share`` must be 0.
         train_collate: ``collate_fn`` of the training loader, None for PyTorch's own. One with an argument ``seeds``
             gets a seed for each sample, int64 (B,), that depends on (seed, epoch, sample) alone.
@@ -66,6 +67,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
     class_names: list[str]
     kept_samples: Tensor
     shuffle_classes: bool = False
+    predict: str | list[str] | None = None
     own_validation: bool = False
     train_collate: Callable[[Any], Any] | None = None
     eval_collate: Callable[[Any], Any] | None = None
@@ -132,13 +134,14 @@ class LongTailedDataModule(LightningDataModule, ABC):
         """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
 
         Args:
-            stage: Lightning's stage. Every stage needs the class counts, so all of them do the same.
+            stage: Lightning's stage. All need the class counts, and so do the same, but "predict" of other samples than
+                the data set's own: a trained model knows its classes, and nothing is read.
 
         Raises:
             SettingError: A label is outside the classes, the ratio leaves a class without a sample, or ``val_share`` is
                 not 0 beside validation samples of the data set's own.
         """
-        if self._train is not None:
+        if self._train is not None or (stage == "predict" and self.predict is not None):
             return
         train, labels, self._test = self.load_datasets()
         self.check_validation()
@@ -162,6 +165,11 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self._train = self.select(train, kept[~held_out])
         self._train_labels = labels[kept[~held_out]]
         self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
+
+    @property
+    def only_predicts(self) -> bool:
+        """Whether the trainer predicts samples that are not the data set's own, and so needs none of its files."""
+        return self.predict is not None and self.trainer is not None and self.trainer.predicting
 
     @property
     def drawn_shares(self) -> Tensor:

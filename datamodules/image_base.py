@@ -14,9 +14,9 @@ from torch import Tensor
 from datamodules.base import LongTailedDataModule
 from datamodules.image_augmentation import Augment, ImageTransform
 from datamodules.image_files import CorruptImages, ImageFiles, ReadableRows
-from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files, images_below
+from datamodules.image_lists import ImageSplits, ListedImages, check_classes, check_files
+from datamodules.images_to_predict import as_text, images_to_predict
 from datamodules.samplers import EvalLoader, eval_loader, ranks
-from imbsam.errors import SettingError
 
 
 class ImageFilesDataModule(LongTailedDataModule):
@@ -34,7 +34,9 @@ class ImageFilesDataModule(LongTailedDataModule):
             place, and evaluate without it).
         batch_size: Rows of a training batch.
         eval_batch_size: Rows of a validation, test or prediction batch.
-        predict_root: Folder of images without labels to predict, null for the test images.
+        predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
+            file that lists paths, see :func:`~datamodules.images_to_predict.images_to_predict`. Nothing else is then
+            read: the data that the model was trained on need not be there. Null for the test images.
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
         **settings: The settings of :class:`~datamodules.base.LongTailedDataModule`.
@@ -47,6 +49,8 @@ class ImageFilesDataModule(LongTailedDataModule):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     advice: str = ""
     """Where to get the files."""
+    path_column: str = "path"
+    """Column of the paths in a list of images to predict."""
     published: ClassVar[dict[str, int]] = {}
     """What the published data set has, by the names in :meth:`_compare_with_published`."""
 
@@ -59,16 +63,16 @@ class ImageFilesDataModule(LongTailedDataModule):
         corrupt_images: CorruptImages = "fail",
         batch_size: int = 128,
         eval_batch_size: int = 128,
-        predict_root: str | Path | None = None,
+        predict: list[str] | str | None = None,
         num_workers: int | None = None,
         **settings: Any,
     ) -> None:
         root = os.fspath(root)  # checkpoints refuse a Path
-        predict_root = None if predict_root is None else os.fspath(predict_root)
+        predict = as_text(predict)
         workers = min(8, _cores()) if num_workers is None else num_workers
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
         self.root = Path(root).expanduser()
-        self.predict_root = None if predict_root is None else Path(predict_root).expanduser()
+        self.predict = predict
         self.image_size = image_size
         self.corrupt_images = corrupt_images
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
@@ -97,7 +101,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         Raises:
             SettingError: A list or files are missing, or a label has no class.
         """
-        if not self._checked:
+        if not self._checked and not self.only_predicts:
             number = check_files(self.root, self.splits.parts(), self.advice)
             rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
             self._look_for_shared_images()
@@ -120,12 +124,13 @@ class ImageFilesDataModule(LongTailedDataModule):
         return selected
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the training and validation samples; a second call does nothing."""
+        """Draw the training and validation samples; a second call does nothing, nor does one for ``predict`` alone."""
         if self._train is not None:
             return
         super().setup(stage)
         train: Any = self._train
-        self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
+        if train is not None:
+            self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
@@ -134,16 +139,16 @@ class ImageFilesDataModule(LongTailedDataModule):
         return eval_loader(plain, self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def predict_dataloader(self) -> EvalLoader:
-        """The images in ``predict_root``, or the test images again, with their paths."""
-        images: Any = self._loaded(self._test)
-        if self.predict_root is not None:
-            found = sorted(os.path.relpath(path, self.predict_root) for path in images_below(self.predict_root))
-            if not found:
-                raise SettingError(f"predict_root={os.fspath(self.predict_root)!r} has no image.")
-            images = self._files(ListedImages.of("predict_root", found, [-1] * len(found)), self.predict_root)
+        """The images of ``predict``, or the test images again, with their paths."""
+        if self.predict is None:
+            images: Any = self._loaded(self._test)
+        else:
+            root, listed = images_to_predict(self.predict, self.path_column)
+            images = self._files(listed, root)
         named = images.select(torch.arange(len(images)), with_paths=True)
         collate = ReadableRows(self.image_size, with_paths=True)
-        return eval_loader(named, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
+        workers = 0 if len(named) <= self.eval_batch_size else self.num_workers
+        return eval_loader(named, self.eval_batch_size, collate, workers, **ranks(self.trainer))
 
     def unreadable_files(self) -> dict[str, str]:
         """Decode every training, validation and test image once; call ``setup`` first.
@@ -175,7 +180,7 @@ class ImageFilesDataModule(LongTailedDataModule):
             self.root if root is None else root,
             images.paths,
             images.labels,
-            self.class_names,
+            getattr(self, "class_names", []),
             self.eval_transform,
             self.corrupt_images,
         )

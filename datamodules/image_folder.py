@@ -49,7 +49,7 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         Raises:
             SettingError: A folder is missing, a class has no image, or links lead in a circle.
         """
-        assert self.splits
+        assert self.only_predicts or self.splits
 
     def read_splits(self) -> ImageSplits:
         """Find the images of every class."""

@@ -1,14 +1,17 @@
 """Lists of images and labels: read, and checked against the classes and the disk."""
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -33,10 +36,38 @@ class ListedImages:
     labels: Tensor
 
     @staticmethod
-    def of(source: str, paths: Iterable[str], labels: Any) -> "ListedImages":
-        """Make it of paths as text and of labels as integers."""
-        packed = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        return ListedImages(source, packed, torch.as_tensor(labels, dtype=torch.int64))
+    def of(
+        source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
+    ) -> "ListedImages":
+        """Make it of paths as text and of labels as integers; a path that comes twice is taken once.
+
+        Args:
+            source: Where the list comes from.
+            paths: Paths, of which ``a.jpg`` and ``./a.jpg`` are the same.
+            labels: Class indices.
+            class_names: What a message calls the classes; None for their indices.
+
+        Raises:
+            SettingError: A path has two labels.
+        """
+        label_of: dict[str, int] = {}
+        kept: list[str] = []
+        again: set[str] = set()
+        for path, label in zip(paths, labels, strict=True):
+            file = os.path.normpath(path)
+            if (first := label_of.setdefault(file, label)) != label:
+                shown = [str(c) if class_names is None else class_names[c] for c in (first, label)]
+                raise SettingError(f"{source}: {path} has two labels, {shown[0]} and {shown[1]}: keep one.")
+            if len(label_of) > len(kept):
+                kept.append(path)
+            else:
+                again.add(file)
+        if again:
+            rank_zero_warn(
+                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is taken once"
+            )
+        packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
+        return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))
 
     def take(self, rows: Tensor) -> "ListedImages":
         """Some of the images, by index or mask (N,)."""
@@ -89,12 +120,28 @@ def read_txt(path: Path) -> ListedImages:
 
 
 def check_classes(splits: ImageSplits) -> None:
-    """Every class must have a training image, and every label a class.
+    """Every class must have a training image, every label a class, and every image one label.
+
+    Warns of classes whose names differ in case, spaces or accents' encoding alone.
 
     Raises:
-        SettingError: It names the classes.
+        SettingError: It names the classes, or the image; or there is one class only.
     """
     names = splits.class_names
+    if len(names) < 2:
+        raise SettingError(
+            f"{splits.train.source} has a single class, {names[0]}: there is nothing to tell apart; every class needs "
+            "a folder of its own in data.root, or a label of its own in a list."
+        )
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            rank_zero_warn(
+                f"{splits.train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if "
+                "one class is meant, give it one name"
+            )
     for part in splits.parts():
         outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
         if outside:
@@ -102,6 +149,14 @@ def check_classes(splits: ImageSplits) -> None:
                 f"{part.source} has labels {shorten(outside)}, and {splits.train.source} has the {len(names)} classes "
                 f"0 to {len(names) - 1}: every class needs training images."
             )
+    for part, other in combinations(splits.parts(), 2):
+        _, here, there = np.intersect1d(part.paths, other.paths, return_indices=True)
+        for i, j in zip(here, there, strict=True):
+            if part.labels[i] != other.labels[j]:
+                raise SettingError(
+                    f"{os.fsdecode(part.paths[i])} has two labels, {names[part.labels[i]]} in {part.source} and "
+                    f"{names[other.labels[j]]} in {other.source}: keep one."
+                )
     empty = (torch.bincount(splits.train.labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
     if empty:
         shown = [str(c) if names[c] == str(c) else f"{c} ({names[c]})" for c in empty]

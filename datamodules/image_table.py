@@ -1,6 +1,5 @@
 """Images of your own, listed in a CSV or Parquet file with their labels."""
 
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from datamodules.image_base import ImageFilesDataModule
 from datamodules.image_lists import ImageSplits, ListedImages, hold_out_test, shorten
 from datamodules.long_tail import Profile
-from datamodules.tables import shown_value
+from datamodules.table_columns import read_columns
 from imbsam.errors import SettingError
 
 Rows = list[tuple[str, str]]
@@ -21,8 +20,9 @@ class ImageListLTDataModule(ImageFilesDataModule):
     Labels are numbers 0 to C - 1 without a gap, or names (007 is one), which are sorted.
 
     Args:
-        path: CSV file with a header line, or Parquet file (the extra ``tables``), of the training images;
-            or of all images, whose other parts ``split_column`` or ``test_share`` says.
+        path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
+            (``pip install pandas pyarrow``), of the training images; or of all images, whose other parts
+            ``split_column`` or ``test_share`` says.
         val_path: Such a file of the validation images.
         test_path: Such a file of the test images.
         root: Folder that the paths in the files are relative to; null for the folder of ``path``.
@@ -58,6 +58,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
         super().__init__(folder, ratio=ratio, profile=profile, **settings)
         self.files: dict[str, str | Path | None] = {"train": path, "val": val_path, "test": test_path}
         self.columns = [path_column, label_column, *([split_column] if split_column else [])]
+        self.path_column = path_column
         self.test_share = test_share
         self.own_validation = val_path is not None or split_column is not None  # known once the table is read
 
@@ -76,7 +77,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
                     f"split_column={self.columns[2]} has rows of {part}, and {part}_path={file} names others: leave "
                     "one of them out."
                 )
-            for row in _read(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
+            for row in read_columns(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
                 found.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
         if strange := sorted(found.keys() - self.files.keys()):
             raise SettingError(f"split_column={self.columns[2]} has {shorten(strange)}: write train, val or test.")
@@ -109,55 +110,4 @@ def _listed(source: str, rows: Rows, names: list[str]) -> ListedImages:
     index = {name: i for i, name in enumerate(names)}
     if strange := sorted({label for _, label in rows} - index.keys()):
         raise SettingError(f"{source} has classes without a training image: {shorten(strange)}.")
-    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows])
-
-
-def _read(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
-    """The cells of these columns as text, row by row."""
-    if not path.is_file():
-        raise SettingError(f"path={os.fspath(path)!r}: there is no such file.")
-    if path.suffix.lower() == ".parquet":
-        names, cells = _read_parquet(path, columns)
-    elif path.suffix.lower() == ".csv":
-        names, cells = _read_csv(path, columns)
-    else:
-        raise SettingError(f"path={os.fspath(path)!r}: give a file that ends in .csv or .parquet.")
-    if missing := [name for name in columns if name not in names]:
-        raise SettingError(
-            f"{path} has no column {shorten(missing)}: it has {shorten(names, 10)}; set data.path_column, "
-            "data.label_column or data.split_column."
-        )
-    rows = list(zip(*(cells[name] for name in columns), strict=True))
-    for number, row in enumerate(rows, start=1):
-        if not all(row):
-            raise SettingError(f"{path}: {columns[row.index('')]} is missing in data row {number}.")
-    if not rows:
-        raise SettingError(f"{path} lists no image.")
-    return rows
-
-
-def _read_csv(path: Path, columns: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            names = list(reader.fieldnames or [])
-            rows = [[(row[name] or "").strip() for name in columns if name in names] for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is no CSV file in UTF-8: {error}.") from error
-    known = [name for name in columns if name in names]
-    return names, {name: [row[i] for row in rows] for i, name in enumerate(known)}
-
-
-def _read_parquet(path: Path, columns: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise SettingError(f"path={os.fspath(path)!r}: reading it needs pyarrow: pip install pyarrow.") from error
-    try:
-        names = list(parquet.read_schema(path).names)
-        known = [name for name in columns if name in names]
-        table = parquet.read_table(path, columns=known)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SettingError(f"{path} is no Parquet file: {' '.join(str(error).split())}.") from error
-    return names, {name: [shown_value(value) for value in table[name].to_pylist()] for name in known}
+    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows], names)

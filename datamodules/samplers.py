@@ -354,6 +354,6 @@ def _worker_settings(num_workers: int) -> dict[str, Any]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """SLURM signals the workers too: they must last until the main process has saved, and end with it anyway."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """SLURM and Ctrl-C signal workers too: they must last until the main process has saved, and end with it anyway."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,14 +1,16 @@
-"""A table's columns as features in [0, 1]: fitted on the training part, kept as plain data."""
+"""A table's columns as scaled features: fitted on the training part, kept as plain data."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.tables import Table, listed, shown_value
+from datamodules.tables import DATES_TO_NUMBERS, Table, listed, shown_value
 from imbsam.errors import SettingError
+
+Scaling = Literal["standard", "robust", "quantile", "min_max", "none"]
 
 MAX_CATEGORIES = 100
 """A column of text with more values than this in the training part is no category."""
@@ -24,18 +26,26 @@ DATE = re.compile(
 
 
 class TableEncoder:
-    """Numbers to [0, 1] by the training part's minimum and maximum, text to one feature per value.
+    """Numbers scaled by one of scikit-learn's transformers, text to one feature per value.
 
-    Of a column of numbers, x -> (x - minimum) / (maximum - minimum) over the training rows, not clipped: a value
-    outside the training range is a sign of an anomaly, and stays outside [0, 1]. A missing number is the training
-    median, and where training had gaps a further 0/1 feature says where it was missing. Of a column of text, one 0/1
-    feature per value seen in training, missing being a value; a value that was not seen is 0 in all of them. Columns
-    with a single value are left out.
+    Numbers are scaled column by column, by what the training rows say:
 
-    scikit-learn's transformers do the same, but travel as pickles only; a checkpoint needs plain data.
+    * ``standard``: to mean 0 and deviation 1 (StandardScaler).
+    * ``robust``: to median 0 and interquartile range 1 (RobustScaler); a column whose quartiles are equal is centred.
+    * ``quantile``: to a normal distribution, by rank (QuantileTransformer). A value outside the training range is no
+      further out than its end.
+    * ``min_max``: to [0, 1] (MinMaxScaler), not clipped: values outside the training range stay outside.
+    * ``none``: left as they are.
+
+    A missing number is the training median, and where training had gaps a further 0/1 feature says where it was
+    missing. Of a column of text, one 0/1 feature per value seen in training, missing being a value; a value that was
+    not seen is 0 in all of them. Columns with a single value are left out.
+
+    What a transformer has fitted is kept as tensors: a checkpoint needs plain data, and transformers travel as pickles.
 
     Args:
         table: The training rows.
+        scaling: How numbers are scaled.
 
     Attributes:
         feature_names: Names of the d features.
@@ -45,13 +55,14 @@ class TableEncoder:
         SettingError: Columns cannot be used, all of them in one message, or no column varies.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, scaling: Scaling = "standard") -> None:
+        self.scaling: Scaling = scaling
         self.notices: list[str] = []
         refused = dict(table.refused)
         constant, filled = [], []
         self.names: list[str] = []  # columns of numbers
         self.indicators: list[str] = []  # those that say where they were missing
-        medians, lows, widths = [], [], []
+        medians = []
         for name, values in table.numbers.items():
             missing = np.isnan(values)
             count = int(missing.sum())
@@ -62,17 +73,18 @@ class TableEncoder:
             if count:
                 filled.append(f"{name} ({count} rows)")
                 self.indicators.append(name)
-            low, high = float(known.min()), float(known.max())
-            if low == high:
+            if known.min() == known.max():
                 constant.append(name)
                 continue
             self.names.append(name)
             medians.append(float(np.median(known)))  # for later gaps too
-            lows.append(low)
-            widths.append(high - low)
-        self.medians, self.lows, self.widths = (
-            torch.tensor(column, dtype=torch.float64) for column in (medians, lows, widths)
-        )
+        self.medians = torch.tensor(medians, dtype=torch.float64)
+        self.fitted: dict[str, Tensor] = {}
+        if self.names:
+            numbers = np.stack([table.numbers[name] for name in self.names], axis=1)
+            scaler = _transformer(scaling, len(numbers)).fit(numbers)
+            arrays = {name: value for name, value in vars(scaler).items() if isinstance(value, np.ndarray)}
+            self.fitted = {name: torch.from_numpy(value) for name, value in arrays.items()}
         self.categories: dict[str, list[str]] = {}
         for name, values in table.texts.items():
             found = sorted({shown_value(value) for value in values.tolist()})
@@ -132,8 +144,9 @@ class TableEncoder:
             missing = np.isnan(numbers)
             if missing.any():
                 numbers = np.where(missing, self.medians.numpy(), numbers)
-            numbers = (numbers - self.lows.numpy()) / self.widths.numpy()
-            parts.append(numbers.astype(np.float32))
+            scaler = _transformer(self.scaling, len(numbers))
+            vars(scaler).update({name: value.numpy() for name, value in self.fitted.items()})
+            parts.append(scaler.transform(numbers).astype(np.float32))
         if self.indicators:
             parts.append(np.stack([np.isnan(columns[name]) for name in self.indicators], axis=1).astype(np.float32))
         for name, found in self.categories.items():
@@ -167,6 +180,22 @@ class TableEncoder:
         return dict.fromkeys([*self.names, *self.indicators])
 
 
+def _transformer(scaling: Scaling, rows: int) -> Any:
+    """The unfitted transformer, for a training part of so many rows."""
+    from sklearn.preprocessing import (
+        FunctionTransformer,
+        MinMaxScaler,
+        QuantileTransformer,
+        RobustScaler,
+        StandardScaler,
+    )
+
+    if scaling == "quantile":
+        return QuantileTransformer(n_quantiles=min(1000, rows), output_distribution="normal", random_state=0)
+    kinds = {"standard": StandardScaler, "robust": RobustScaler, "min_max": MinMaxScaler, "none": FunctionTransformer}
+    return kinds[scaling]()
+
+
 def _no_category(values: list[Any], found: list[str]) -> str | None:
     """Why a column of text is refused, or None: numbers with something else among them, dates, codes without end."""
     known = [value for value in map(shown_value, values) if value]
@@ -176,7 +205,7 @@ def _no_category(values: list[Any], found: list[str]) -> str | None:
             return None
         return f"is numbers but for {len(strays)} training rows, first {strays[0]!r}: leave them empty where missing"
     if sum(DATE.fullmatch(value) is not None for value in known) > len(known) / 2:
-        return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): make numbers of them"
+        return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): {DATES_TO_NUMBERS}"
     if len(found) > MAX_CATEGORIES:
         return (
             f"is text with {len(found)} values in the training part ({listed(found, 3)}), more than {MAX_CATEGORIES}: "

@@ -1,7 +1,5 @@
 """Tables of npz, CSV and Parquet files as columns of numbers and columns of text."""
 
-import csv
-import gzip
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.separated_text import text_format
 from imbsam.errors import SettingError
 
-SUFFIXES = (".npz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+
+DATES_TO_NUMBERS = "make numbers of them, such as days since an event, the weekday or the hour"
 
 YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
 
@@ -64,7 +66,7 @@ class Table:
             told = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
             names = ",".join(map(_yaml, (*self.dropped, *reasons)))
             raise SettingError(
-                f"{self.source}: {told}; mend {'it' if len(reasons) == 1 else 'them'}, or leave "
+                f"{self.source}: {told}; fix {'it' if len(reasons) == 1 else 'them'}, or leave "
                 f"{'it' if len(reasons) == 1 else 'them'} out: --data.drop_columns '[{names}]'"
             )
 
@@ -75,8 +77,9 @@ def read_table(
     """Read a table.
 
     Args:
-        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line, or a Parquet
-            file, gzipped or not; the latter two need pandas (and pyarrow): the extra ``tables``.
+        path: An npz file with the array ``X`` (N, d) and the labels (N,), a CSV file with a header line (gzipped or
+            not; separated by commas, semicolons or tabs), or a Parquet file; the latter two need pandas (and pyarrow):
+            ``pip install pandas pyarrow``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
         only: Read these columns alone, where they are there, and no label.
@@ -205,10 +208,18 @@ def _read_frame(path: Path) -> dict[str, Any]:
     unnamed = False
     try:
         if path.suffix.lower() != ".parquet":
-            opened = gzip.open if path.suffix.lower() == ".gz" else open
-            with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
-                header = next(csv.reader(file), [])
-            frame = pandas.read_csv(path, low_memory=False, encoding="utf-8-sig", index_col=False)
+            written = text_format(path)
+            header = written.header
+            frame = pandas.read_csv(
+                path,
+                sep=written.separator,
+                decimal=written.decimal,
+                low_memory=False,
+                encoding="utf-8-sig",
+                index_col=False,
+            )
+            if written.notice:
+                rank_zero_info(f"{path.name}: {written.notice}")
             unnamed = header[:1] == [""]
         else:
             frame = pandas.read_parquet(path)
@@ -219,8 +230,6 @@ def _read_frame(path: Path) -> dict[str, Any]:
         raise SettingError(f"path={path}: no table ({' '.join(str(error).split())})") from error
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise SettingError(f"{path.name} has more than one column {listed(twice)}: rename all but one")
-    if len(header) == 1 and ";" in header[0]:
-        raise SettingError(f"{path.name} has a single column {header[0]!r}: separate the columns by commas")
     if unnamed:  # the row numbers that pandas writes beside a frame
         frame = frame.iloc[:, 1:]
     return {str(name): frame.iloc[:, i] for i, name in enumerate(frame.columns)}
@@ -243,6 +252,8 @@ def _plain(values: Any) -> Any:
     if types.is_numeric_dtype(values.dtype) and not types.is_complex_dtype(values.dtype):
         return _finite(values.to_numpy(dtype=np.float64, na_value=np.nan))
     if not (types.is_object_dtype(values.dtype) or types.is_string_dtype(values.dtype) or _is_category(values)):
+        if types.is_datetime64_any_dtype(values.dtype):
+            raise _UnusableColumn(f"holds dates ({values.dropna().iloc[0]}): {DATES_TO_NUMBERS}")
         raise _UnusableColumn(f"holds {values.dtype}: make numbers of it")
     missing = values.isna().to_numpy()
     cells = values.astype(object).to_numpy()

@@ -7,9 +7,11 @@ need not wait for them.
 import difflib
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 
 COMMANDS = {
     "fit": "train a model, then test the last epoch's weights",
@@ -64,6 +66,7 @@ OPTIONS = {
 
 def main() -> None:
     """Run the command line."""
+    signal.signal(signal.SIGINT, _stop)  # until the command line has handlers of its own
     command, args = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if command in ("", "-h", "--help", "help"):
         print(overview())
@@ -80,6 +83,11 @@ def main() -> None:
         sys.exit(2)
     elif {"-h", "--help"} & set(args):
         print(command_help(command))
+    elif command in COMMANDS and not args:
+        print(
+            f"imbsam: error: {command} needs settings: give --config FILE, see imbsam {command} --help", file=sys.stderr
+        )
+        sys.exit(2)
     else:
         sys.argv[1:] = ["--help" if arg == "--help-all" else arg for arg in sys.argv[1:]]
         sys.path.append(os.getcwd())  # class paths of the user's own; at the end, where it hides nothing
@@ -142,3 +150,10 @@ def _columns(lines: Iterable[tuple[str, str]]) -> list[str]:
     lines = list(lines)
     width = max(len(name) for name, _ in lines)
     return [f"  {name:{width}}  {text}" for name, text in lines]
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C during the imports: an exception there would be taken for a broken library, in many lines."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"imbsam: interrupted by SIGINT\n")
+    os._exit(128 + number)

@@ -16,6 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from imbsam import deep_sad
 from imbsam.class_groups import tail_mask
 from imbsam.errors import SettingError
 from imbsam.losses import CrossEntropy, LogitAdjusted
@@ -59,7 +60,9 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
             if not (_finite(value) and (value > 0 if least == "above 0" else value >= 0)):
                 raise SettingError(f"{name} is {value!r}: give a finite number {least}")
 
-    def _build(self, inputs: int, outputs: Sequence[int], bias: bool) -> tuple[nn.Sequential, torch.Generator]:
+    def _build(
+        self, inputs: int, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
+    ) -> tuple[nn.Sequential, torch.Generator]:
         """An untrained multilayer perceptron on the device, and the generator that goes on to shuffle the rows."""
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         layers: list[nn.Module] = []
@@ -69,7 +72,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             if bias:
                 nn.init.zeros_(layer.bias)
-            layers += [layer, nn.ReLU()]
+            layers += [layer, activation()]
             inputs = size
         network = nn.Sequential(*layers[:-1])
         try:
@@ -84,14 +87,12 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         losses: Callable[[Tensor], Tensor],
         targets: Tensor,
         generator: torch.Generator,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         """Run the epochs; `losses` maps indices of training rows to their losses, `targets` stays on the CPU."""
         network: Any = engine.module
         device = next(network.parameters()).device
-        optimizer = torch.optim.SGD(
-            network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs)
         self.loss_curve_: list[float] = []
         for epoch in range(1, self.max_epochs + 1):
             total = torch.zeros((), device=device)
@@ -104,7 +105,8 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
                 total += len(batch) * engine.backward(batch_losses, targets[batch])
                 optimizer.step()
                 optimizer.zero_grad()
-            schedule.step()
+            if schedule is not None:
+                schedule.step()
             self.loss_curve_.append(float(total) / len(targets))
             if not math.isfinite(self.loss_curve_[-1]):
                 raise SettingError(
@@ -261,7 +263,11 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
             row_losses: Tensor = weights[index] * loss(network(inputs[index]), classes[index])
             return row_losses
 
-        self._train(engine, losses, targets, generator)
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs)
+        self._train(engine, losses, targets, generator, optimizer, schedule)
         return self
 
     def predict_proba(self, X: ArrayLike) -> Array:
@@ -279,25 +285,20 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
 class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[misc]
     r"""Semi-supervised outlier detection: DeepSAD, the labelled anomalies being the tail.
 
-    A network :math:`\phi` without biases draws the rows to a centre c and pushes the few labelled anomalies away:
-
-    .. math::
-        \ell_i = \begin{cases} d_i & \text{unlabelled or normal} \\ \alpha / (d_i + 10^{-6}) & \text{anomaly}
-        \end{cases}, \qquad d_i = \frac{\|\phi(x_i) - c\|^2}{s}
-
-    c is the mean output of the untrained network, its components kept 0.1 from 0, and s the mean squared distance from
-    it before training. Unlike its authors' code this one has s (without it 1/d counts for next to nothing at the start)
-    and no pretraining as an autoencoder. Without labelled anomalies it is one-class Deep SVDD (Ruff et al., ICML 2018),
-    where imbsam has nothing to perturb; a warning says so. Columns are standardised by the training rows.
+    A network without biases draws the rows to a centre and pushes the few labelled anomalies away, by
+    :class:`imbsam.deep_sad.DeepSADObjective`. Network, objective, scaling, optimizer (Adam) and budget are those of
+    ``configs/anomaly/deep_sad_imbsam.yaml`` without a validation part. Without labelled anomalies it is one-class Deep
+    SVDD (Ruff et al., ICML 2018), where imbsam has nothing to perturb; a warning says so. Columns are standardised by
+    the training rows.
 
     Args:
         method: sgd (plain training), sam, or imbsam (the labelled anomalies alone are sharp).
         rho: length of the perturbation, from 0.
-        anomaly_weight: :math:`\alpha`, the weight of a labelled anomaly's loss, above 0.
+        anomaly_weight: weight of a labelled anomaly's loss, above 0.
         contamination: share of the training rows, labelled anomalies among them, that ``predict`` calls outliers, in
             (0, 0.5]. It sets ``offset_`` and nothing else.
         hidden_layer_sizes: width of each layer; the last is the output's.
-        learning_rate: of SGD at the start, above 0.
+        learning_rate: of Adam, above 0.
         weight_decay: L2 penalty, from 0.
         max_epochs: passes over the training rows.
         batch_size: rows of a step.
@@ -308,7 +309,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
     Attributes:
         offset_: ``decision_function`` is ``score_samples`` minus this.
         n_anomalies_: labelled anomalies in the training rows.
-        centre_, spread_: c, shape (last of ``hidden_layer_sizes``,), and s.
+        objective_: the fitted :class:`imbsam.deep_sad.DeepSADObjective`, with centre and spread.
         loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
 
     Source:
@@ -328,11 +329,11 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         rho: float = 0.05,
         anomaly_weight: float = 1.0,
         contamination: float = 0.1,
-        hidden_layer_sizes: Sequence[int] = (64, 32),
-        learning_rate: float = 0.05,
-        weight_decay: float = 1e-4,
-        max_epochs: int = 100,
-        batch_size: int = 64,
+        hidden_layer_sizes: Sequence[int] = (*deep_sad.HIDDEN, deep_sad.CODE_SIZE),
+        learning_rate: float = deep_sad.LEARNING_RATE,
+        weight_decay: float = deep_sad.WEIGHT_DECAY,
+        max_epochs: int = deep_sad.PASSES,
+        batch_size: int = deep_sad.BATCH_SIZE,
         random_state: Any = None,
         device: str | torch.device = "cpu",
         verbose: bool = False,
@@ -393,24 +394,25 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
             )
 
         self.scaler_ = StandardScaler().fit(table)
-        network, generator = self._build(table.shape[1], hidden, bias=False)
+        network, generator = self._build(table.shape[1], hidden, bias=False, activation=nn.LeakyReLU)
         sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
         engine = ClassAwareSAM(network, sharpness_weight=sharpness, rho=self.rho)
         inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(anomaly).long()
         labelled = targets.to(self.device) == 1
+        objective = deep_sad.DeepSADObjective(hidden[-1], self.anomaly_weight).to(self.device)
         with torch.no_grad():
-            centre = network(inputs).mean(dim=0)
-            # away from 0, which a network without biases reaches by weights 0
-            centre = torch.where(centre < 0, centre.clamp(max=-0.1), centre.clamp(min=0.1))
-            spread = (network(inputs) - centre).square().sum(dim=1).mean()
+            objective.fit(network(inputs))
 
         def losses(index: Tensor) -> Tensor:
-            distance = (network(inputs[index]) - centre).square().sum(dim=1) / spread
-            return torch.where(labelled[index], self.anomaly_weight / (distance + 1e-6), distance)
+            row_losses: Tensor = objective(network(inputs[index]), labelled[index])
+            return row_losses
 
-        self._train(engine, losses, targets, generator)
-        self.centre_, self.spread_ = centre.cpu().double().numpy(), float(spread)
+        optimizer = torch.optim.Adam(
+            network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+        self._train(engine, losses, targets, generator, optimizer)
+        self.objective_ = objective.cpu().double()
         self.offset_ = float(np.percentile(self._scores(table), 100 * self.contamination))
         return self
 
@@ -427,8 +429,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _scores(self, table: Array) -> Array:
-        distance = (self._outputs(table) - torch.from_numpy(self.centre_)).square().sum(dim=1) / self.spread_
-        scores: Array = -distance.numpy()
+        scores: Array = -self.objective_.distances(self._outputs(table)).numpy()
         return scores
 
 

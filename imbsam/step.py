@@ -70,7 +70,7 @@ class Step:
             with self._ascended(g_s):
                 for batch in self._batches:
                     if batch.takes_extra_passes:
-                        g_rest = self._sharp_gradient(batch, add_to=g_rest)
+                        g_rest = self._sharp_gradient(batch, add_to=g_rest)  # grad L(w) = g_rest(w) + g_s(w + e)
             buffers.restore()
             generators.restore()
         self._add_to_grad(self._reduction.mean(g_rest))

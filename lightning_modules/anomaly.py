@@ -8,10 +8,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import SettingError
+from imbsam import ClassAwareSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
+from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
@@ -31,12 +33,13 @@ class AnomalyDetector(SharpnessAwareModule):
     The DataModule tells the class counts (``class_counts``: unlabelled rows, labelled anomalies), and the detector
     is prepared (pretrained, say) with its ``train_features`` and ``train_labels``. Training batches are ``(x, labels)``
     with 1 for labelled anomalies, or pairs ``(x (B, 2, d), labels (B, 2))`` for PReNet, where a pair with an anomaly
-    in it belongs to the tail; evaluation batches are ``(x, true labels)``.
+    in it belongs to the tail; evaluation batches are ``(x, true labels)``. A second validation loader, where there is
+    one, has batches drawn and labelled as in training: ``val/loss`` is the training objective on them.
 
     Logs ``train/loss`` once an epoch, and ``rho`` where it has a schedule; for validation and test ``auroc``,
     ``average_precision``, ``budget_precision`` and ``budget_recall``. With validation rows the threshold of the best F1
-    is chosen on them when the training ends, by the final weights; ``test/precision``, ``test/recall`` and ``test/f1``
-    are what it does on the test rows.
+    is chosen on them when the training ends, by the weights that it ends with; ``test/precision``, ``test/recall`` and
+    ``test/f1`` are what it does on the test rows.
 
     Args:
         detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
@@ -51,7 +54,7 @@ class AnomalyDetector(SharpnessAwareModule):
         rho_schedule: constant, or from rho at `start_epoch` to `rho_end` at the last epoch: linear, or cosine.
         rho_end: length of the perturbation in the last epoch, where rho has a schedule.
         optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
-        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the training loss.
+        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
         gradient_clip_val: clip the (unscaled) gradient at this value.
         gradient_clip_algorithm: clip by norm or by value.
@@ -110,9 +113,14 @@ class AnomalyDetector(SharpnessAwareModule):
         self.register_buffer("threshold", torch.tensor(math.nan))
         self._prepared = False
         self._loss, self._batches = torch.zeros(()), 0  # no metric: updating one costs a tenth of a step
+        self.val_loss = MeanMetric()
 
     def setup(self, stage: str) -> None:
         """Learn counts and shape of the data; a trained model brings its own to prediction."""
+        if self.trainer.world_size > 1:
+            raise SettingError(
+                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         counts, features = getattr(data, "class_counts", None), getattr(data, "train_features", None)
         if counts is not None and features is not None:
@@ -139,22 +147,22 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
-        return [_ChooseThreshold()]
+        return [*super().configure_callbacks(), _ChooseThreshold()]
+
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass of the method, for the labelled anomalies as the tail."""
+        assert self.class_counts is not None
+        return self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def on_fit_start(self) -> None:
-        """Prepare the detector, unless it comes from a checkpoint, and make the backward pass."""
+        """Prepare the detector, unless it comes from a checkpoint."""
         assert self.class_counts is not None
-        if self.trainer.world_size > 1:
-            raise SettingError(
-                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
-            )
         if self.class_counts[1] == 0:
             raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
         if not self._prepared:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
             self._prepared = True
-        self.sam = self.engine(self.detector, self.class_counts, tail_classes=[1], **self.engine_settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Anomaly scores (B,)."""
@@ -169,9 +177,8 @@ class AnomalyDetector(SharpnessAwareModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """One backward pass, one optimizer step."""
         x, labels = batch
-        in_tail = labels.amax(dim=1) if labels.dim() == 2 else labels  # a pair with an anomaly in it
         loss = self.sam.backward(
-            lambda rows: self.detector.losses(x[rows], labels[rows]), in_tail, backward=self.manual_backward
+            lambda rows: self.detector.losses(x[rows], labels[rows]), _in_tail(labels), backward=self.manual_backward
         )
         self._loss += loss
         self._batches += 1
@@ -183,15 +190,21 @@ class AnomalyDetector(SharpnessAwareModule):
         self._loss, self._batches = torch.zeros((), device=self.device), 0
         super().on_train_epoch_end()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Collect scores."""
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect scores, or (second loader) losses."""
         x, labels = batch
-        self.val_metrics.update(self(x), labels)
+        if dataloader_idx == 0:
+            self.val_metrics.update(self(x), labels)
+        else:
+            self.val_loss.update(self.detector.losses(x, labels) * self._tail_weight(labels))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         self.log_dict({f"val/{name}": value for name, value in self.val_metrics.compute().items()})
         self.val_metrics.reset()
+        if self.val_loss.update_called:
+            self.log("val/loss", self.val_loss.compute())
+            self.val_loss.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Collect scores."""
@@ -216,31 +229,40 @@ class AnomalyDetector(SharpnessAwareModule):
         return scores
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: data row from 1, score, and alarm (0 or 1) where a threshold is."""
+        """Header and rows of the predictions' file: score, and alarm (0 or 1) where there is a threshold."""
         scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
         if math.isnan(threshold):
-            return ["row", "score"], ([row, f"{score:.6g}"] for row, score in enumerate(scores, start=1))
-        return ["row", "score", "alarm"], (
-            [row, f"{score:.6g}", int(score >= threshold)] for row, score in enumerate(scores, start=1)
-        )
+            return ["score"], ([f"{score:.6g}"] for score in scores)
+        return ["score", "alarm"], ([f"{score:.6g}", int(score >= threshold)] for score in scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its data."""
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
         checkpoint["train_loss"] = self._loss.cpu(), self._batches  # amid an epoch: its sum so far
+        checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the shape of a sample, and so the detector."""
+        """Take over the shape of a sample, and so the detector.
+
+        Raises:
+            SettingError: the checkpoint is of another model, or the data has samples of another shape.
+        """
+        check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
-            raise SettingError(
-                f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with the "
-                "features that it was trained on"
-            )
+            data = getattr(self._trainer, "datamodule", None)
+            if type(data).__qualname__ not in checkpoint:  # or else the data make the trained features, by their names
+                raise SettingError(
+                    f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with "
+                    "the features that it was trained on"
+                )
+            if hasattr(self, "detector"):
+                del self.detector
         self.class_counts, self.input_shape = checkpoint["class_counts"], shape
         self._loss, self._batches = checkpoint.get("train_loss", (torch.zeros(()), 0))
         self._prepared = True
         self.configure_model()
+        check_weights(self, checkpoint)
 
     def choose_threshold(self) -> None:
         """Score the validation part by the weights as they are, whatever ``check_val_every_n_epoch`` is."""
@@ -248,12 +270,17 @@ class AnomalyDetector(SharpnessAwareModule):
         precision = self.trainer.precision_plugin
         self.eval()
         with torch.no_grad(), precision.forward_context():
-            for x, labels in data.val_dataloader() if self.trainer.limit_val_batches else []:
+            loaders = data.val_dataloader() if self.trainer.limit_val_batches else []
+            for x, labels in loaders[0] if isinstance(loaders, list) and loaders else loaders:
                 self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
         self.train()
         if self.val_metrics.scores:
             self.threshold.fill_(self.val_metrics.best_threshold())
             self.val_metrics.reset()
+
+    def _tail_weight(self, labels: Tensor) -> Tensor:
+        """What the loss of each row, or pair, is multiplied by."""
+        return torch.where(_in_tail(labels) == 1, float(self.engine_settings["tail_weight"]), 1.0)
 
     def _check_sampling(self, data: Any) -> None:
         """Pairs for detectors of pairs, rows for the others."""
@@ -263,3 +290,8 @@ class AnomalyDetector(SharpnessAwareModule):
             return  # an unknown name is refused where the detector is built
         mend = "pairs or natural_pairs" if kind.uses_pairs else "natural or balanced"
         raise SettingError(f"data.sampling is {sampling}, which {kind.__name__} cannot use: set it to {mend}")
+
+
+def _in_tail(labels: Tensor) -> Tensor:
+    """1 for labelled anomalies (B,), and for pairs (B, 2) with one in them."""
+    return labels.amax(dim=1) if labels.dim() == 2 else labels

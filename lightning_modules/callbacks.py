@@ -147,12 +147,14 @@ def _checkpoint(trainer: Trainer) -> str | None:
 
 
 class PredictionsCSV(BasePredictionWriter):
-    """Write what ``predict`` found to ``predictions.csv``, the columns being the model's ``prediction_table``.
+    """Write what ``predict`` found to ``predictions.csv``, the columns being those of the model's ``prediction_table``.
 
-    Batches ``(inputs, labels, names)``, as those of image files are, add a last column: the name of each row.
+    The first column says which sample a row is of: ``path``, where the batches are ``(inputs, labels, paths)``, as
+    those of image files are; otherwise ``row``, the number of the sample in the data, from 1. The column of a class
+    called path, say, is "class path".
 
     Args:
-        path: the file; default ``predictions.csv`` in the run's folder.
+        path: the file; default ``predictions.csv`` in the prediction's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -186,9 +188,10 @@ class PredictionsCSV(BasePredictionWriter):
         model: Any = pl_module
         header, rows = model.prediction_table(predictions)
         names, self._names = self._names, []
-        if names:
-            header = [*header, "path"]
-            rows = ([*row, name] for row, name in zip(rows, names, strict=True))
+        own = "path" if names else "row"
+        taken = {own, *header[:1]}
+        header = [own, *header[:1], *(f"class {name}" if name in taken else name for name in header[1:])]
+        rows = ([name, *row] for name, row in (zip(names, rows, strict=True) if names else enumerate(rows, start=1)))
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:

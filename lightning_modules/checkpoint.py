@@ -22,14 +22,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the file, and come back when it is on the disk."""
+        """Write the file, and come back when it is on the disk.
+
+        Raises:
+            OSError: it cannot be written, for example because the disk is full. Nothing of it stays behind, and the
+                files that were there before are as they were.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException as error:
+            unfinished.unlink(missing_ok=True)
+            if (cause := _os_error(error)) is not None:
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
         if path.name == LAST and path.exists():
             path.replace(path.with_name(PREVIOUS))
         unfinished.replace(path)
@@ -38,6 +49,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said: torch.save raises a RuntimeError of its own on top of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = (error.__cause__ or error.__context__) if isinstance(error, RuntimeError) else None
+    return error
 
 
 def check_checkpoint(path: Path) -> None:
@@ -77,12 +95,23 @@ def newest_checkpoint(runs: Path, version: int | str | None = None) -> Path | No
     Returns:
         Its ``last.ckpt``, or ``previous.ckpt`` where a kill came between two renames, or None.
     """
-    if version is not None:
-        name = version if isinstance(version, str) else f"version_{version}"
-        return next((p for p in (runs / name / "checkpoints" / n for n in (LAST, PREVIOUS)) if p.exists()), None)
-    versions = [run for run in runs.glob("version_*") if run.name.removeprefix("version_").isdigit()]
-    for run in sorted(versions, key=lambda run: int(run.name.removeprefix("version_")), reverse=True):
+    for run in _newest_first(runs) if version is None else [run_folder(runs, version)]:
         for name in (LAST, PREVIOUS):
             if (run / "checkpoints" / name).exists():
                 return run / "checkpoints" / name
     return None
+
+
+def newest_run(runs: Path) -> Path | None:
+    """The folder of the newest run, with a checkpoint or without, or None. An empty folder is none."""
+    return next((run for run in _newest_first(runs) if any(run.iterdir())), None)
+
+
+def run_folder(runs: Path, version: int | str) -> Path:
+    """The folder of a run by its number or name, as CSVLogger names it."""
+    return runs / (version if isinstance(version, str) else f"version_{version}")
+
+
+def _newest_first(runs: Path) -> list[Path]:
+    versions = [run for run in runs.glob("version_*") if run.name.removeprefix("version_").isdigit()]
+    return sorted(versions, key=lambda run: int(run.name.removeprefix("version_")), reverse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
-from imbsam import SettingError
+from imbsam import ClassAwareSAM, SettingError
 from imbsam.class_groups import tail_mask
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
@@ -21,6 +21,9 @@ from imbsam.row_weights import check_labels
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights
+from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.class_names import check_class_names
+from lightning_modules.epoch_log import log_epoch
 from lightning_modules.sharpness_aware import RhoSchedule, SharpnessAwareModule
 
 LOSSES: dict[str, tuple[Callable[..., nn.Module], bool]] = {
@@ -165,21 +168,23 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def setup(self, stage: str) -> None:
-        """Learn the classes from the DataModule."""
+        """Learn the classes from the DataModule; to predict, a checkpoint knows them."""
         data: Any = getattr(self.trainer, "datamodule", None)
         counts = getattr(data, "class_counts", None)
+        if counts is None and stage == "predict":
+            return
         if counts is None or getattr(data, "class_names", None) is None:
             raise SettingError(
                 f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
                 "with class_counts (training samples per class) and class_names"
             )
-        if self.class_counts is not None and len(self.class_counts) != len(counts):
-            raise SettingError(
-                f"the model has {len(self.class_counts)} classes and data {len(counts)}: use the data it was trained on"
-            )
+        if self.class_counts is not None:
+            check_class_names(self.class_names, data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
-        if self.class_counts is None or stage == "fit":
-            self._learn_classes(torch.as_tensor(counts), list(data.class_names))
+        counts, names = torch.as_tensor(counts), list(data.class_names)
+        known = self.class_counts is not None and torch.equal(counts, self.class_counts) and names == self.class_names
+        if self.class_counts is None or (stage == "fit" and not known):
+            self._learn_classes(counts, names)
 
     def configure_model(self) -> None:
         """Build the backbone, once the number of classes is known."""
@@ -208,12 +213,13 @@ class LongTailedClassifier(SharpnessAwareModule):
                 load_weights(backbone, hp.backbone_weights)
         return backbone
 
-    def on_fit_start(self) -> None:
-        """Make the backward pass."""
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass of the method."""
         hp = self.settings
         assert self.class_counts is not None
-        self._watch_sampling(self.class_counts)
-        self.sam = self.engine(
+        if hp.class_balanced_beta is not None:
+            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
+        return self.engine(
             self.backbone,
             self.class_counts,
             eta=hp.eta,
@@ -225,8 +231,13 @@ class LongTailedClassifier(SharpnessAwareModule):
             context_rows=hp.context_rows,
             perturbation=hp.perturbation,
         )
+
+    def on_fit_start(self) -> None:
+        """Say what settings will not do together."""
+        hp = self.settings
+        assert self.class_counts is not None
+        self._watch_sampling(self.class_counts)
         if hp.class_balanced_beta is not None:
-            self._balance = effective_number_weights(self.class_counts, hp.class_balanced_beta)
             epochs = self._max_epochs
             if epochs is not None and hp.drw_start_epoch >= epochs and not getattr(self.trainer, "fast_dev_run", False):
                 rank_zero_warn(
@@ -289,16 +300,23 @@ class LongTailedClassifier(SharpnessAwareModule):
             check_labels(targets.tolist(), len(self.class_counts))
         return batch
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step.
+
+        Returns:
+            The loss, detached; None while batches are collected.
+        """
         images, targets = batch
+        if self.only_updates_batch_norm:
+            self(images)
+            return None
         # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
         on_host, self._host_targets = self._host_targets, None
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
         self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
         if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
-            return
+            return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
         moved = self.moved_share(self.backbone)
@@ -313,11 +331,12 @@ class LongTailedClassifier(SharpnessAwareModule):
         if moved is not None:
             self.log("train/moved_share", moved.share)
         self.step_optimizer()
+        return loss
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss."""
-        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
-        self.log("train/loss_epoch", self.train_loss.compute(), prog_bar=True, batch_size=1, sync_dist=several)
+        if not self.only_updates_batch_norm:
+            log_epoch(self, {"train/loss_epoch": self.train_loss.compute()}, prog_bar=True)
         super().on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -336,6 +355,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Log the loss and the group accuracies."""
         self._log_metrics("test", self.test_loss, self.test_accuracy)
 
+    def on_predict_start(self) -> None:
+        """Refuse to predict by a model that knows no classes."""
+        if not hasattr(self, "backbone"):
+            raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -343,19 +367,27 @@ class LongTailedClassifier(SharpnessAwareModule):
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: row, predicted class, its name, its probability."""
-        probabilities, classes = torch.cat(list(predictions)).max(dim=1)
-        found = enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True))
-        return ["row", "class", "class_name", "probability"], (
-            [row, c, self.class_names[c], f"{p:.6g}"] for row, (c, p) in found
+        """Header and rows of the predictions' file: the predicted class, and every class's probability."""
+        probabilities = torch.cat(list(predictions))
+        classes = probabilities.argmax(dim=1).tolist()
+        return ["predicted", *self.class_names], (
+            [self.class_names[c], *(f"{p:.6g}" for p in row.tolist())]
+            for c, row in zip(classes, probabilities, strict=True)
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its classes."""
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
+        checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the classes that the model was trained with, except to train it further on other data."""
+        """Take over the classes that the model was trained with, except to train it further on other data.
+
+        Raises:
+            SettingError: the checkpoint is of another model, or the data have other classes, by their names.
+        """
+        check_model(self, checkpoint)
+        check_class_names(checkpoint["class_names"], getattr(self._trainer, "datamodule", None))
         if self._trainer is None or self.trainer.state.fn != "fit":
             if self.class_counts is not None and not torch.equal(self.class_counts, checkpoint["class_counts"]):
                 rank_zero_warn(
@@ -364,6 +396,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 )
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
+        check_weights(self, checkpoint)
         self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
@@ -421,8 +454,6 @@ class LongTailedClassifier(SharpnessAwareModule):
     def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
         """Sums over all samples of all ranks, however they are shared."""
         metrics = {"loss": loss.compute(), **accuracy.compute()}
-        # equal on all ranks; sync_dist only tells Lightning that we know
-        several = self.trainer.world_size > 1
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=several)
+        log_epoch(self, {f"{stage}/{name}": value for name, value in metrics.items()})
         loss.reset()
         accuracy.reset()

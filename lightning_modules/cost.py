@@ -5,6 +5,8 @@ import time
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_modules.epoch_log import log_epoch
+
 
 class Cost(Callback):
     """Log ``train/seconds``, the time of each training epoch with its validation, and the device, once.
@@ -28,7 +30,8 @@ class Cost(Callback):
         self._start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the time, once a GPU has finished the epoch."""
+        """Log the time, once a GPU has finished the epoch: the mean of the processes' clocks."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        pl_module.log("train/seconds", time.monotonic() - self._start, sync_dist=trainer.world_size > 1)
+        seconds = torch.tensor(time.monotonic() - self._start, device=pl_module.device)
+        log_epoch(pl_module, {"train/seconds": trainer.strategy.reduce(seconds, reduce_op="mean")})

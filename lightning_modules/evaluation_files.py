@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from lightning_modules.class_table import tail_classes
+from lightning_modules.epoch_log import log_epoch
 
 CALIBRATION_BINS = 15  # of equal width, as torchmetrics' calibration errors have by default
 
@@ -61,8 +62,7 @@ class EvaluationFiles(Callback):
                 f"test/ece_{name}": calibration_error(calibration_bins(rows[mask[target], 2], correct[mask[target]]))
                 for name, mask in _groups(pl_module).items()
             }
-            # equal on all ranks; sync_dist only tells Lightning that we know
-            pl_module.log_dict(errors, batch_size=1, sync_dist=trainer.world_size > 1)
+            log_epoch(pl_module, errors)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""

@@ -25,7 +25,7 @@ from torchmetrics import Metric
 from imbsam import SettingError
 from lightning_modules.checkpoint import LAST, AtomicCheckpointIO
 from lightning_modules.csv_logger import ResumableCSVLogger
-from lightning_modules.signals import StopSignals
+from lightning_modules.signals import Interrupted, StopSignals
 
 KEY = "interruption"
 """Our part of a checkpoint."""
@@ -49,15 +49,12 @@ class PositionedLoader(Protocol):
         """Go on from there."""
 
 
-class Interrupted(Exception):
-    """A signal ended the training, after a checkpoint; the message is one line for the user."""
-
-
 class ResumableCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose ``last.ckpt`` continues the run bit-identically, and which stops on SIGTERM and SIGUSR1.
+    """ModelCheckpoint whose ``last.ckpt`` continues the run bit-identically, and which stops on a signal.
 
     ``last.ckpt`` is written at the end of a batch or an epoch, `every_seconds` after the one before, after the last
-    epoch, and when SIGTERM or SIGUSR1 came; the training then ends with :class:`Interrupted`. It replaces the one
+    epoch, and when SIGINT (Ctrl-C), SIGTERM or SIGUSR1 came; the training then ends with
+    :class:`~lightning_modules.signals.Interrupted`. A second SIGINT ends it at once. ``last.ckpt`` replaces the one
     before it, which stays as ``previous.ckpt``. With several processes a signal to any of them stops all of them, one
     batch later: every batch starts one small all-reduce on the CPU, whose result is read a batch later, so that nobody
     waits for it.
@@ -97,14 +94,14 @@ class ResumableCheckpoint(ModelCheckpoint):
         self.every_seconds = every_seconds
         self.every_n_steps = every_n_steps
         self.keep_last = save_last
-        self.signals = StopSignals()
+        self.signals = StopSignals(deferred=True)
         self._resumed: dict[str, Any] | None = None
         self._position: tuple[int, int] | None = None
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write whole files only, and keep Lightning's SLURM handlers out: they save in the middle of a step."""
+        """Write whole files only, and keep Lightning's handlers out: they save, or talk to other ranks, in a step."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -113,16 +110,27 @@ class ResumableCheckpoint(ModelCheckpoint):
         environment = trainer._accelerator_connector.cluster_environment  # a single device has no other way to it
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
-        self.signals, self._resumed, self._pending = StopSignals(), None, None
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._resumed, self._pending = None, None
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over from Lightning's signal handlers; it puts back the ones before them when the run ends."""
-        self.signals.install()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the run resumes, or that it is finished: early stopping has said so by now."""
+        if self._resumed is None or not trainer.is_global_zero:
+            return
+        epoch, batch = self._resumed["epoch"], self._resumed["batch"]
+        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        if epochs_done or trainer.should_stop or 0 <= trainer.max_steps <= self._resumed["step"]:
+            print(f"imbsam: the run is finished: {epoch} epochs")
+        else:
+            print(f"imbsam: going on at epoch {epoch}, batch {batch}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the data to where the checkpoint was written."""
         super().on_train_start(trainer, pl_module)
-        self.signals.install()
+        if not getattr(trainer, "fast_dev_run", False):  # which saves nothing
+            self.signals = StopSignals(deferred=True)
+            self.signals.launcher = trainer.strategy.launcher
+            self.signals.install()
         self._group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
         self._written, self._writing = time.monotonic(), 0.0
         if self._resumed:
@@ -190,9 +198,15 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Keep the result of the last epoch."""
         if self.keep_last and not getattr(trainer, "fast_dev_run", False):
             self._write(trainer, 0)
+        self.signals.remove()
         stop, _ = self._agree(trainer)
         if stop := stop or self._agree(trainer)[0]:  # the second call brings the first one's answer
             raise self._interrupted(trainer, stop, 0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the signals to those who had them before."""
+        super().on_exception(trainer, pl_module, exception)
+        self.signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not keep; every rank takes part."""
@@ -222,19 +236,24 @@ class ResumableCheckpoint(ModelCheckpoint):
             _set_counts(ended, total=ended["total"]["completed"], current=ended["current"]["completed"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Prepare to go on, and say where."""
+        """Prepare to resume."""
         if trainer.state.fn != "fit":
             return
-        self._resumed = found = checkpoint.get(KEY)
+        found = checkpoint.get(KEY)
         if found is None:
+            self._resumed = None
             rank_zero_warn("this checkpoint is not a last.ckpt of ours: training goes on, but not as if uninterrupted")
             return
+        self._resumed = {**found, "step": checkpoint["global_step"]}
         if len(found["ranks"]) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint is of {len(found['ranks'])} processes and this run has {trainer.world_size}: random "
                 "numbers and the mean of train/loss go on differently, so the run will not be bit-identical"
             )
-        if found["batch"] > 0 or trainer.max_steps != -1:  # where Lightning takes itself to be amid an epoch
+        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
+        finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
+        # where Lightning takes itself to be in mid-epoch; with a finished run it does not enter the loop
+        if not finished and (found["batch"] > 0 or trainer.max_steps != -1):
             loops = checkpoint["loops"]["fit_loop"]
             # the state in which it neither skips this batch, nor validates again, but counts one step too many
             loops["epoch_loop.batch_progress"]["total"]["ready"] += 1
@@ -244,13 +263,6 @@ class ResumableCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger) and logger.resume and found["log_rows"] is not None:
                 logger.experiment.cut(found["log_rows"])
-        epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
-        finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
-        print(
-            f"imbsam: the run is finished: {found['epoch']} epochs"
-            if finished
-            else f"imbsam: going on at epoch {found['epoch']}, batch {found['batch']}"
-        )
 
     def _between_batches(self, trainer: Trainer, pl_module: LightningModule, batch: int) -> None:
         if self._resumed:  # only now: what Lightning does before has drawn random numbers
@@ -295,9 +307,13 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._writing = self._written - start
 
     def _interrupted(self, trainer: Trainer, stop: int, batch: int) -> Interrupted:
-        after = "go on with --ckpt_path last" if self.keep_last else "nothing was saved (checkpoint.save_last is false)"
+        unsaved = "nothing was saved (checkpoint.save_last is false)"
+        after = "resume with --ckpt_path last" if self.keep_last else unsaved
         name = signal.Signals(stop).name
-        return Interrupted(f"interrupted by {name} after epoch {trainer.current_epoch}, batch {batch}; {after}")
+        message = f"interrupted by {name} after epoch {trainer.current_epoch}, batch {batch}; {after}"
+        # a job that is told to end has obeyed; after Ctrl-C a script should not go on with its next line. Rank 0 says
+        # so alone: Lightning kills it, whatever it is still doing, once another process has ended with a code
+        return Interrupted(message, 130 if stop == signal.SIGINT and trainer.is_global_zero else 0)
 
 
 def _train_loaders(trainer: Trainer) -> list[PositionedLoader]:

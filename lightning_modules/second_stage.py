@@ -15,6 +15,7 @@ from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
 from lightning_modules.backbones.weights import read_file
+from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.max_norm import MaxNorm
 
@@ -132,7 +133,12 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """MaxNorm, where the stage has it."""
-        return [self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else []
+        callbacks = super().configure_callbacks()
+        return (
+            [*callbacks, self._max_norm]
+            if self.settings.stage == "weight_balancing" and self.trainer.training
+            else callbacks
+        )
 
     def configure_optimizers(self) -> Any:
         """Refuse a training whose first stage is nowhere, else as ever."""
@@ -196,11 +202,8 @@ class SecondStageClassifier(LongTailedClassifier):
                 "the first stage's"
             )
         assert self.class_counts is not None
-        if found["class_names"] != self.class_names:
-            raise SettingError(
-                f"checkpoint is {path}: it knows {len(found['class_names'])} classes and the data have "
-                f"{len(self.class_names)}, or others; use the data of the first stage"
-            )
+        data = getattr(self._trainer, "datamodule", None)
+        check_class_names(found["class_names"], data, f"the first stage ({path})")
         if not torch.equal(found["class_counts"], self.class_counts):
             rank_zero_warn(
                 "the data's class_counts are not those of the first stage (another seed, ratio or val_share?): it may "

@@ -20,6 +20,8 @@ from imbsam import SettingError
 from imbsam.distributed import fsdp_modules
 from imbsam.sharpness import MEASURES, Estimate, SharpnessMeasures, loss_slice
 from imbsam.snapshot import RandomState
+from lightning_modules.checkpoint_contents import read_checkpoint
+from lightning_modules.class_names import check_class_names
 
 Split = Literal["train", "test"]
 Found = dict[str, dict[str, Estimate]]
@@ -198,8 +200,8 @@ class SharpnessTrainer(Trainer):
     ) -> Found:
         """Measure the sharpness of the class groups at a checkpoint.
 
-        Use the run's own ``config.yaml``, so that the samples are those that the model was trained on. Prints a
-        table and appends to ``sharpness.csv``.
+        The samples must be those that the model was trained on: on the command line the checkpoint says which they are.
+        Prints a table and appends to ``sharpness.csv``.
 
         Args:
             model: the model.
@@ -226,10 +228,11 @@ class SharpnessTrainer(Trainer):
             raise SettingError("ckpt_path is null: name the checkpoint to measure")
         if self.num_devices * self.num_nodes > 1:
             raise SettingError(f"sharpness runs on {self.num_devices} devices: set trainer.devices to 1")
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)
+        checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
         _check_data(datamodule, checkpoint.get("datamodule_hyper_parameters", {}))
         datamodule.prepare_data()
         datamodule.setup("test")
+        check_class_names(checkpoint["class_names"], datamodule)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device)

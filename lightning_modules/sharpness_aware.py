@@ -1,10 +1,11 @@
 """What every LightningModule that trains with the engine shares: engine, optimizer, precision, processes, scheduler."""
 
+import inspect
 import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torchmetrics import SumMetric
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.class_groups import tail_mask
+from lightning_modules.build_network import BuildNetwork
+from lightning_modules.epoch_log import log_epoch
 from lightning_modules.moved_share import MovedShare
 
 Method = Literal["sgd", "sam", "imbsam", "focal_sam"]
@@ -22,8 +25,9 @@ RhoSchedule = Literal["constant", "linear", "cosine"]
 class SharpnessAwareModule(LightningModule):
     """Manual optimization with the engine in the place of ``loss.backward()``.
 
-    A subclass makes :attr:`sam` by :meth:`engine` in its ``on_fit_start``, and in its ``training_step`` calls
-    ``self.sam.backward`` and then :meth:`step_optimizer`. Logs ``rho`` once an epoch where it has a schedule.
+    A subclass makes the backward pass in :meth:`create_engine`, and in its ``training_step`` calls
+    ``self.sam.backward`` and then :meth:`step_optimizer`, unless :attr:`only_updates_batch_norm`. Logs ``rho`` once an
+    epoch where it has a schedule.
 
     Args:
         method: sgd (plain training), sam, imbsam or focal_sam.
@@ -150,13 +154,33 @@ class SharpnessAwareModule(LightningModule):
             return SAM(module, rho=self.rho, **settings)
         return Plain(module, **settings)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Have the network built first, see :class:`BuildNetwork`."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BuildNetwork) for callback in callbacks):
+            callbacks.insert(0, BuildNetwork())
+        return []
+
+    def create_engine(self) -> ClassAwareSAM:
+        """The backward pass, made by :meth:`engine` with the settings of the subclass."""
+        raise NotImplementedError
+
     def configure_optimizers(self) -> Any:
-        """One optimizer, and a scheduler where there is one."""
+        """One optimizer, and a scheduler where there is one; and the backward pass, which needs the network too."""
+        self.sam = self.create_engine()
         try:
             optimizer = self.optimizer(self.parameters())
             scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is closure.empty):
+            raise SettingError(
+                f"optimizer is {type(optimizer).__name__}, which evaluates the loss itself: choose one that steps by "
+                ".grad, such as torch.optim.SGD or torch.optim.AdamW"
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise SettingError("optimizer is SparseAdam, which takes sparse gradients alone: choose torch.optim.Adam")
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
@@ -200,11 +224,10 @@ class SharpnessAwareModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the steps that overflowed, and step the scheduler."""
-        several = self.trainer.world_size > 1  # equal on all ranks; sync_dist only tells Lightning that we know
         if self._scaler:
-            self.log("train/skipped_steps", self.skipped_steps.compute(), sync_dist=several)
+            log_epoch(self, {"train/skipped_steps": self.skipped_steps.compute()})
         if self.rho_schedule != "constant":
-            self.log("rho", self.sam.rho, sync_dist=several)
+            log_epoch(self, {"rho": self.sam.rho})
         if self.lr_interval == "epoch":
             self._step_scheduler()
 
@@ -220,6 +243,11 @@ class SharpnessAwareModule(LightningModule):
     def moved_share(self, module: nn.Module) -> MovedShare | None:
         """Watches how many weights the perturbation moves, where they are in half precision."""
         return MovedShare(module) if self._half is not None and max(self.rho, self.rho_end) > 0 else None
+
+    @property
+    def only_updates_batch_norm(self) -> bool:
+        """Whether this epoch is StochasticWeightAveraging's, which passes the data through the averaged weights."""
+        return bool(self.trainer.fit_loop._skip_backward)
 
     @property
     def _scaler(self) -> Any:
@@ -264,7 +292,13 @@ class SharpnessAwareModule(LightningModule):
             metrics = self.trainer.callback_metrics
             scheduler.step(metrics.get("val/loss", metrics[self.train_loss_name]))
         elif scheduler is not None:
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ValueError as error:  # OneCycleLR, stepped beyond its end
+                raise SettingError(
+                    f"lr_scheduler is {type(scheduler).__name__}, which steps every {self.lr_interval}: {error}; give "
+                    "it as many steps as the run has"
+                ) from error
 
     def _check_length(self, scheduler: Any) -> None:
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""

@@ -160,7 +160,8 @@ def run(arguments: Sequence[str], deadline: float | None) -> bool:
         process.terminate()
         process.wait()
         raise SystemExit("interrupted; started again it goes on") from None
-    if code != 0 and not (stopped and code == -signal.SIGTERM):  # asked to stop before it began to train
+    # asked to stop before it began to train: it says so itself, or was still importing
+    if code != 0 and not (stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM)):
         raise SystemExit(f"imbsam fit ended with code {code}")
     return not stopped
 

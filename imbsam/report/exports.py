@@ -122,7 +122,9 @@ def axis_labels(entries: Sequence[ClassAccuracy]) -> tuple[list[str], bool]:
     named = all(len(entry.names) == 1 for entry in entries)
     if not named:
         return [str(entry.count) for entry in entries], False
-    return [f"{textwrap.shorten(entry.names[0], 20, placeholder='…')} ({entry.count})" for entry in entries], True
+    names = [entry.names[0] for entry in entries]
+    short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
+    return [f"{name} ({entry.count})" for name, entry in zip(short, entries, strict=True)], True
 
 
 def _cell(text: str) -> str:

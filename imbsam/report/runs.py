@@ -138,7 +138,9 @@ def find_folders(path: Path) -> list[Path]:
     if is_run(path):
         return [path]
     inside = sorted((p for p in path.iterdir() if p.is_dir()), key=version) if path.is_dir() else []
-    return [folder for child in inside for folder in find_folders(child)]
+    # what `imbsam test` and its like write beside a run is no run
+    runs = [p for p in inside if not re.fullmatch(r"(test|validate|predict)_\d+", p.name)]
+    return [folder for child in runs for folder in find_folders(child)]
 
 
 def is_run(path: Path) -> bool:

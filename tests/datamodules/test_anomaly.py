@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import MinMaxScaler
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from datamodules import AnomalyDataModule
 from datamodules.anomaly_batches import EpochRows
+from datamodules.anomaly_split import split_rows
 from datamodules.table_encoding import DATE
 from imbsam import SettingError
 
@@ -67,7 +68,7 @@ def adbench():
 @pytest.mark.parametrize("name", ["18_Ionosphere", "32_shuttle", "38_thyroid"])  # resampled, cut, neither
 def test_the_parts_are_adbenchs_to_the_row(adbench, name):
     path = adbench / "Classical" / f"{name}.npz"
-    ours = AnomalyDataModule(path=path, min_rows=1000, max_rows=10000, seed=2)
+    ours = AnomalyDataModule(path=path, min_rows=1000, max_rows=10000, scaling="min_max", seed=2)
     ours.setup("fit")
     # ADBench's calls; it seeds numpy's global generator, which is a RandomState
     x, y = np.load(path)["X"], np.load(path)["y"]
@@ -98,10 +99,10 @@ def test_every_adbench_set_loads(adbench):
         data.setup("fit")
         x = data.train_features
         assert x.isfinite().all(), path
-        assert x.amin(0).abs().max() == 0, path
-        assert (x.amax(0) == 1).all(), path
+        assert x.double().mean(0).abs().max() < 1e-5, path
+        assert (x.double().std(0, correction=0) - 1).abs().max() < 1e-5, path
         assert features_of(data.test_dataloader()).isfinite().all(), path
-        assert all(labels_of(loader).sum() > 0 for loader in (data.val_dataloader(), data.test_dataloader())), path
+        assert all(labels_of(loader).sum() > 0 for loader in (data.val_dataloader()[0], data.test_dataloader())), path
         assert data.class_counts[1] >= 1, path
 
 
@@ -119,10 +120,11 @@ def test_digits_are_the_default():
 def test_own_tables_keep_their_rows_and_every_known_label(tmp_path):
     path = written(frame(), tmp_path / "mine.csv")
     data = data_of(path, val_share=0.2)
-    parts = [len(data.train_features), len(labels_of(data.val_dataloader())), len(labels_of(data.test_dataloader()))]
+    val, _ = data.val_dataloader()
+    parts = [len(data.train_features), len(labels_of(val)), len(labels_of(data.test_dataloader()))]
     assert parts == [112, 28, 60]
     assert data.class_counts[1] == 11  # of 20 frauds, all that are not held out
-    assert labels_of(data.val_dataloader()).sum() == 3
+    assert labels_of(val).sum() == 3
     fewer = data_of(path, val_share=0.2, labelled_share=0.01)
     assert fewer.class_counts.tolist() == [111, 1]  # at least one
     assert torch.equal(fewer.train_features, data.train_features)
@@ -156,8 +158,8 @@ def test_columns_become_features(tmp_path, suffix):
     # a missing amount has the training median's place
     gaps = x[:, 2] == 1
     train_amounts = data.train_features[data.train_features[:, 2] == 0, 0]
-    assert (x[gaps, 0] == np.median(train_amounts.numpy())).all()
-    assert (data.train_features.min(), data.train_features.max()) == (0, 1)
+    np.testing.assert_allclose(x[gaps, 0], np.median(train_amounts.numpy()), rtol=1e-6)
+    np.testing.assert_allclose(data.train_features[:, 1].std(correction=0), 1, rtol=1e-6)  # hour
 
 
 def test_one_line_says_what_was_left_out_and_filled_in(tmp_path, caplog):
@@ -177,13 +179,49 @@ def test_one_line_says_what_was_left_out_and_filled_in(tmp_path, caplog):
 
 def test_scaling_never_sees_the_test_part(tmp_path):
     table = frame()
-    data = data_of(written(table, tmp_path / "mine.csv"))
+    data = data_of(written(table, tmp_path / "mine.csv"), scaling="min_max")
     assert data.train_features[:, 0].max() == 1
     extreme = table.assign(amount=table.amount * 1000)
     scored = AnomalyDataModule(path=written(extreme, tmp_path / "extreme.csv"))
     scored.load_state_dict(data.state_dict())
     scored.setup("predict")
     assert features_of(scored.predict_dataloader())[:, 0].max() > 100  # not clipped
+
+
+@pytest.mark.parametrize(
+    ("scaling", "transformer"),
+    [
+        ("standard", StandardScaler()),
+        ("robust", RobustScaler()),
+        ("min_max", MinMaxScaler()),
+        ("quantile", QuantileTransformer(n_quantiles=140, output_distribution="normal")),
+        ("none", FunctionTransformer()),
+    ],
+)
+def test_scaling_is_scikit_learns_in_training_and_from_a_checkpoint(tmp_path, scaling, transformer):
+    """Quantiles of all 140 training rows; the checkpoint passes through a file of plain data."""
+    table = frame()[["amount", "hour", "fraud"]].astype(float)
+    data = data_of(written(table, tmp_path / "mine.csv"), scaling=scaling)
+    rows = _train_rows(table)
+    transformer.fit(table.iloc[rows][["amount", "hour"]].to_numpy())
+    expected = transformer.transform(table[["amount", "hour"]].to_numpy())
+    np.testing.assert_allclose(data.train_features, expected[rows], rtol=1e-5, atol=1e-6)
+    torch.save(data.state_dict(), tmp_path / "state.pt")
+    scored = AnomalyDataModule(path=tmp_path / "mine.csv", scaling="robust")  # the checkpoint's scaling counts
+    scored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    np.testing.assert_allclose(features_of(scored.predict_dataloader()), expected, rtol=1e-5, atol=1e-6)
+
+
+def _train_rows(table):
+    """The rows that the default settings train on."""
+    parts = {"labelled_share": 1.0, "test_share": 0.3, "val_share": 0.0, "min_rows": 0, "max_rows": None, "seed": 0}
+    return split_rows(table.fraud.to_numpy() == 1, "mine", **parts).train
+
+
+def test_the_standard_scaling_is_the_default(tmp_path):
+    table = frame()
+    default, standard = (data_of(written(table, tmp_path / "mine.csv"), **s) for s in ({}, {"scaling": "standard"}))
+    assert torch.equal(default.train_features, standard.train_features)
 
 
 def test_booleans_categories_and_decimals_are_read(tmp_path):
@@ -361,22 +399,12 @@ def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monk
         scores = torch.cat(trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
     assert "new.csv: values that training did not see in: country (1 rows)" in caplog.messages
     # by hand, from the training rows of the old file
-    amounts, hours = (torch.tensor(frame()[name].to_numpy(), dtype=torch.float64) for name in ("amount", "hour"))
-    low, high = _training_range(old, amounts)
-    amount = (torch.tensor(new.amount.to_numpy()) - low) / (high - low)
-    hour = torch.tensor(new.hour.to_numpy()) / hours.max()
-    known = torch.tensor((new.country != "IT").to_numpy()).double()
-    torch.testing.assert_close(scores, ((amount + hour + known) / 5).float())
-
-
-def _training_range(data, amounts):
-    """The training rows' least and largest amount: those that scaling maps to 0 and 1."""
-    encoder = data.state_dict()["encoder"]
-    low = encoder["lows"][0]
-    high = low + encoder["widths"][0]
-    assert (amounts == low).any()
-    assert torch.isclose(amounts, high, rtol=1e-12).any()
-    return low, high
+    rows = _train_rows(frame())
+    numbers = ["amount", "hour"]
+    train = frame().iloc[rows][numbers]
+    standard = (new[numbers] - train.mean()) / train.std(ddof=0)
+    expected = (standard.amount + standard.hour + (new.country != "IT")) / 5
+    torch.testing.assert_close(scores, torch.tensor(expected.to_numpy()).float())
 
 
 def test_the_same_data_predicts_every_row_of_its_file(tmp_path):
@@ -417,10 +445,8 @@ def test_a_gap_in_a_column_without_gaps_in_training_is_the_median(tmp_path):
     old = data_of(written(frame(), tmp_path / "old.csv"))
     gaps = AnomalyDataModule(path=written(frame().assign(amount=np.nan), tmp_path / "new.csv"))
     gaps.load_state_dict(old.state_dict())
-    assert (features_of(gaps.predict_dataloader())[:, 0] - old.train_features[:, 0].median()).abs().max() < 0.02
-    encoder = old.state_dict()["encoder"]
-    expected = (encoder["medians"][0] - encoder["lows"][0]) / encoder["widths"][0]
-    assert torch.allclose(features_of(gaps.predict_dataloader())[:, 0], expected.float())
+    expected = np.median(old.train_features[:, 0].double().numpy())
+    np.testing.assert_allclose(features_of(gaps.predict_dataloader())[:, 0], expected, rtol=1e-5)
 
 
 def test_gzipped(tmp_path):
@@ -442,6 +468,31 @@ def test_dates(text):
 @pytest.mark.parametrize("text", ["1.2.3", "10.0.0.1", "A-12", "555-1234", "size 10", "2026", "AT"])
 def test_no_dates(text):
     assert not DATE.fullmatch(text)
+
+
+@pytest.mark.parametrize("sampling", ["natural", "balanced", "pairs", "natural_pairs"])
+def test_the_validation_loss_has_the_labels_that_training_has(sampling):
+    """Of 25 validation anomalies 10 % are known, rounded up; the draws are those of training, every time the same."""
+    data = AnomalyDataModule(sampling=sampling, val_share=0.2, eval_batch_size=100)
+    data.setup("fit")
+    scored, drawn = data.val_dataloader()
+    x, truth = features_of(scored), labels_of(scored)
+    assert (len(x), truth.sum()) == (252, 25)
+    batches, again = list(drawn), list(drawn)
+    assert all(
+        torch.equal(a, b) for one, two in zip(batches, again, strict=True) for a, b in zip(one, two, strict=True)
+    )
+    rows, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    known = {tuple(row.tolist()) for row in rows.flatten(0, -2)[labels.flatten() == 1]}
+    assert len(known) == 3
+    assert known <= {tuple(row.tolist()) for row in x[truth == 1]}
+    if sampling == "natural":
+        assert torch.equal(rows.sum(0), x[torch.cat(list(drawn.sampler))].sum(0))
+        assert (len(rows), labels.sum()) == (252, 3)
+    elif sampling == "balanced":
+        assert labels.double().mean() == 0.5
+    elif sampling == "pairs":
+        assert labels.sum(dim=1).bincount().div(len(labels)).tolist() == pytest.approx([0.5, 0.25, 0.25])
 
 
 def test_natural_batches_without_anomalies_are_told(tmp_path):
@@ -501,12 +552,12 @@ REFUSED = {
         with_column("note", [f"note {row}" for row in range(200)]),
         {},
         "mine.csv: column note is text with 140 values in the training part (note 0, note 10, note 100 and 137 more), "
-        "more than 100: group them; mend it, or leave it out: --data.drop_columns '[note]'",
+        "more than 100: group them; fix it, or leave it out: --data.drop_columns '[note]'",
     ),
     "numbers with something else": (
         with_column("price", [*["3", "4", "?", "n/k"] * 5, *[f"{row % 7}" for row in range(180)]]),
         {},
-        "first '?': leave them empty where missing; mend it, or leave it out: --data.drop_columns '[price]'",
+        "first '?': leave them empty where missing; fix it, or leave it out: --data.drop_columns '[price]'",
     ),
     "dates of few days": (
         with_column("day", [f"2026-11-{1 + row % 24:02}" for row in range(200)]),
@@ -555,7 +606,6 @@ REFUSED = {
     "empty": (text_file(""), {}, "mine.csv: no table (No columns to parse from file)"),
     "ragged": (text_file("a,fraud\n1,0\n1,2,3,4\n"), {}, "mine.csv: no table (Error tokenizing data."),
     "twice": (text_file("a,a,fraud\n1,2,0\n"), {}, "mine.csv has more than one column a: rename all but one"),
-    "semicolons": (text_file("a;b;fraud\n1;2;0\n"), {}, "a single column 'a;b;fraud': separate the columns by commas"),
     "no such label": (
         broken(lambda table: table),
         {"label": "is_fraud"},
@@ -600,7 +650,7 @@ REFUSED = {
     "suffix": (
         text_file("", "mine.xlsx"),
         {},
-        "mine.xlsx ends in '.xlsx': give a file that ends in .npz, .csv, .csv.gz, .parquet",
+        "mine.xlsx ends in '.xlsx': give a file that ends in .npz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet",
     ),
     "no parquet": (text_file("amount", "mine.parquet"), {}, "mine.parquet: no table ("),
     "no npz": (text_file("amount", "mine.npz"), {}, "mine.npz: no npz file of plain arrays ("),
@@ -620,7 +670,9 @@ def test_refused(tmp_path, case):
 def test_dates_and_lists_are_refused_by_name(tmp_path):
     table = frame()
     dated = table.assign(day=pd.Timestamp("2026-11-24"))
-    with pytest.raises(SettingError, match=r"mine.parquet: column day holds datetime64.*: make numbers of it"):
+    with pytest.raises(
+        SettingError, match=r"mine.parquet: column day holds dates \(2026-11-24 00:00:00\): make numbers of"
+    ):
         data_of(written(dated, tmp_path / "mine.parquet"))
     lists = table.assign(items=[[1, 2]] * len(table))
     with pytest.raises(SettingError, match=r"mine.parquet: column items holds ndarray: make numbers or text of it"):

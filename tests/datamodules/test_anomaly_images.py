@@ -61,9 +61,12 @@ def test_the_training_images_are_the_classifiers():
 def test_validation_has_its_share_of_every_kind():
     data = data_of(val_share=0.25, labelled_ratio=0.2, pollution=0.2)
     whole = data_of(labelled_ratio=0.2, pollution=0.2)
-    truth = torch.cat([labels for _, labels in data.val_dataloader()])
+    truth, known = (torch.cat([labels for _, labels in loader]) for loader in data.val_dataloader())
     assert (whole.class_counts.tolist(), data.class_counts.tolist()) == ([155, 39], [116, 29])
     assert torch.bincount(truth).tolist() == [31, 18]  # of 124 normal, of 31 hidden and 39 labelled
+    assert known.sum() == 10
+    with pytest.warns(UserWarning, match="no validation sample for .* labelled anomaly"):
+        assert len(data_of(val_share=0.25, labelled_ratio=0.005).val_dataloader()) == 1  # no loss without a label
     assert whole.val_dataloader() == []
 
 

@@ -8,6 +8,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import datasets
 
 from datamodules import CIFAR10LTDataModule, CIFAR100LTDataModule
@@ -39,6 +40,23 @@ def write_cifar10(root, per_class=20, protocol=4):
 
 def cifar10(root, **settings):
     return CIFAR10LTDataModule(root, ratio=10, **settings)
+
+
+def test_image_files_are_predicted_without_the_data_set(cifar10_root, tmp_path):
+    """Saved and read again, the test images are the same inputs; larger ones are cut to the network's size."""
+    data = cifar10(cifar10_root)
+    data.setup("test")
+    pixels = data._test.images[:3]
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    new = CIFAR10LTDataModule(tmp_path / "gone", predict=tmp_path)
+    new.setup("predict")
+    images, _, paths = next(iter(new.predict_dataloader()))
+    assert list(paths) == ["0.png", "1.png", "2.png"]
+    torch.testing.assert_close(images, next(iter(data.test_dataloader()))[0][:3])
+    Image.new("L", (50, 40)).save(tmp_path / "larger.png")
+    larger = CIFAR10LTDataModule(predict=[str(tmp_path / "larger.png")])
+    assert next(iter(larger.predict_dataloader()))[0].shape == (1, 3, 32, 32)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_prediction_names_the_files(image_folder_root, damaged_root):
     data = ready(image_folder_root, eval_batch_size=5)
     names = [name for _, _, names in data.predict_dataloader() for name in names]
     assert names == sorted(os.path.relpath(path, image_folder_root) for path in image_folder_root.glob("test/*/*"))
-    data = ready(image_folder_root, predict_root=damaged_root / "test", corrupt_images="skip", eval_batch_size=1)
+    data = ready(image_folder_root, predict=damaged_root / "test", corrupt_images="skip", eval_batch_size=1)
     with pytest.warns(UserWarning, match="cat/test 2.jpg"):
         batches = list(data.predict_dataloader())
     assert [list(names) for _, _, names in batches][6:10] == [
@@ -119,8 +119,8 @@ def test_prediction_names_the_files(image_folder_root, damaged_root):
     ]
     assert batches[8][0].shape == (0, 3, 8, 8)
     (image_folder_root / "empty").mkdir(exist_ok=True)
-    with pytest.raises(SettingError, match=r"predict_root='.*empty' has no image"):
-        ready(image_folder_root, predict_root=image_folder_root / "empty").predict_dataloader()
+    with pytest.raises(SettingError, match=r"data.predict is .*empty: there is no image"):
+        ready(image_folder_root, predict=image_folder_root / "empty").predict_dataloader()
 
 
 class Brightness(LightningModule):
@@ -128,7 +128,7 @@ class Brightness(LightningModule):
         return batch[0].flatten(1).mean(dim=1)
 
     def prediction_table(self, predictions):
-        return ["row", "brightness"], ([i, float(b)] for i, b in enumerate(torch.cat(list(predictions))))
+        return ["brightness"], ([float(b)] for b in torch.cat(list(predictions)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -138,9 +138,22 @@ def test_the_predictions_file_has_a_column_of_paths(damaged_root, tmp_path):
     for _ in range(2):  # the second has its own rows alone
         trainer.predict(Brightness(), datamodule=ready(damaged_root, corrupt_images="skip", eval_batch_size=4))
     header, *rows = (tmp_path / "found.csv").read_text().splitlines()
-    assert header == "row,brightness,path"
+    assert header == "path,brightness"
     wanted = sorted(os.path.relpath(path, damaged_root) for path in damaged_root.glob("test/*/*"))
-    assert [row.split(",")[2] for row in rows] == [name for name in wanted if name != "test/cat/test 2.jpg"]
+    assert [row.split(",")[0] for row in rows] == [name for name in wanted if name != "test/cat/test 2.jpg"]
+
+
+class NamedAsOurColumns(Brightness):
+    def prediction_table(self, predictions):
+        return ["predicted", "path", "predicted", "row"], (["path", 1, 0, 0] for _ in torch.cat(list(predictions)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_two_columns_of_the_predictions_have_one_name(image_folder_root, tmp_path):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=PredictionsCSV(str(tmp_path / "found.csv")), **quiet)
+    trainer.predict(NamedAsOurColumns(), datamodule=ready(image_folder_root))
+    assert (tmp_path / "found.csv").read_text().splitlines()[0] == "path,predicted,class path,class predicted,row"
 
 
 def test_images_in_two_parts_are_warned_of(image_list, tmp_path):

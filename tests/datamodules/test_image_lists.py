@@ -134,3 +134,32 @@ def test_the_test_part_is_the_same_share_of_every_class():
     for share in (0, 1):
         with pytest.raises(SettingError, match=rf"test_share={share} is outside \(0, 1\)"):
             hold_out_test(images, ["ant", "bee", "cat", "dog"], share)
+
+
+def test_a_path_that_comes_twice_is_taken_once():
+    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is taken once"):
+        images = listed(("a.jpg", 0), ("b.jpg", 1), ("./a.jpg", 0), ("b.jpg", 1))
+    assert (texts(images), images.labels.tolist()) == (["a.jpg", "b.jpg"], [0, 1])
+
+
+def test_an_image_with_two_labels_is_refused():
+    with pytest.raises(SettingError, match=r"train.txt: a.jpg has two labels, 0 and 1: keep one"):
+        listed(("a.jpg", 0), ("b.jpg", 1), ("a.jpg", 1))
+    with pytest.raises(SettingError, match=r"a.jpg has two labels, ant and bee: keep one"):
+        ListedImages.of("train.csv", ["a.jpg", "a.jpg"], [0, 1], ["ant", "bee"])
+    train, test = listed(("a.jpg", 0), ("b.jpg", 1)), listed(("b.jpg", 0), source="test.txt")
+    with pytest.raises(SettingError, match=r"b.jpg has two labels, bee in train.txt and ant in test.txt"):
+        check_classes(ImageSplits(["ant", "bee"], train, None, test))
+
+
+@pytest.mark.parametrize("names", [["Flugzeug", "flugzeug"], ["barn owl", "barn  owl"], ["Käfer", "Ka\u0308fer"]])
+def test_names_that_look_alike_are_warned_of(names):
+    train = listed(("a.jpg", 0), ("b.jpg", 1))
+    with pytest.warns(UserWarning, match=f"train.txt has the classes {names[0]!r} and {names[1]!r}, which count as"):
+        check_classes(ImageSplits(names, train, None, train))
+
+
+def test_a_single_class_is_refused():
+    train = listed(("a.jpg", 0), ("b.jpg", 0))
+    with pytest.raises(SettingError, match=r"train.txt has a single class, ant: there is nothing to tell apart"):
+        check_classes(ImageSplits(["ant"], train, None, train))

@@ -84,6 +84,12 @@ def test_an_unknown_command_is_one_line(command):
     assert err == "imbsam: error: there is no command tests: did you mean test?\n"
 
 
+def test_a_command_without_settings_is_one_line(command):
+    code, out, err = command("fit")
+    assert (code, out) == (2, "")
+    assert err == "imbsam: error: fit needs settings: give --config FILE, see imbsam fit --help\n"
+
+
 def test_a_datamodule_in_the_current_folder_is_found_and_its_report_folder_is_in_nobodys_way(tmp_path):
     """From the project of a user with folders and modules of common names."""
     (tmp_path / "my_data.py").write_text(

@@ -159,11 +159,11 @@ def test_columns_are_standardised(rare):
 
 def test_detector_learns_from_the_labelled_anomalies(outliers):
     X, y, outlier = outliers
-    detector = ImbSAMOutlierDetector(max_epochs=30, random_state=0).fit(X, y)
+    detector = ImbSAMOutlierDetector(max_epochs=100, random_state=0).fit(X, y)
     unknown = y == 1
     auc = roc_auc_score(outlier[unknown], -detector.score_samples(X[unknown]))
     with pytest.warns(UserWarning, match="y is None: without a labelled anomaly this is one-class Deep SVDD"):
-        one_class = ImbSAMOutlierDetector(max_epochs=30, random_state=0).fit(X)
+        one_class = ImbSAMOutlierDetector(max_epochs=100, random_state=0).fit(X)
     assert auc > 0.9
     assert auc > roc_auc_score(outlier[unknown], -one_class.score_samples(X[unknown])) + 0.2
     assert detector.n_anomalies_ == 5

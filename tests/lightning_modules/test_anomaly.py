@@ -1,13 +1,16 @@
 """AnomalyDetector through the command line, and the gradient that it trains with."""
 
 import csv
+import os
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
+from sklearn.metrics import average_precision_score
 
 from datamodules import AnomalyDataModule
 from imbsam import SettingError
@@ -17,6 +20,7 @@ from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.detectors import DETECTORS
 from lightning_modules.interruption import ResumableCheckpoint
 
+SHARED = Path(os.environ.get("IMBSAM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]
 SHORT += ["--trainer.enable_model_summary=false"]
 
@@ -54,6 +58,28 @@ def test_fit_test_predict(name, imbsam, tmp_path):
     rest = [float(row["score"]) for row in found if row["alarm"] == "0"]
     assert alarms
     assert not rest or min(alarms) >= max(rest)
+
+
+def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
+    """ADBench's annthyroid, all labelled, at most 2,000 steps; 54 with 500 steps on numbers from 0 to 1."""
+    path = SHARED / "adbench/Classical/2_annthyroid.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path}; set IMBSAM_DATA to the folder that holds adbench")
+    settings = [f"--data.path={path}", "--data.labelled_share=1", "--trainer.max_epochs=40"]
+    code, _, _ = imbsam("fit", "--config", "configs/anomaly/classifier_sgd.yaml", *settings)
+    assert code == 0
+    logged = rows(tmp_path / "logs/anomaly/classifier_sgd/version_0/metrics.csv")
+    assert next(float(row["test/average_precision"]) for row in logged if row.get("test/average_precision")) > 0.75
+
+
+def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
+    """The threshold's precision would be that of the rows of rank 0."""
+    config = ["--config=configs/anomaly/devnet_sgd.yaml", *SHORT, "--trainer.accelerator=cpu"]
+    assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
+    more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    answer = run_imbsam(tmp_path, "test", *config, *more, processes=2, alarm=120)
+    assert answer["codes"] == [2, 2]
+    assert "trainer.devices makes 2 processes" in answer["err"][0]
 
 
 def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
@@ -156,12 +182,31 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     trainer.fit(module, datamodule=data)
     expected = AnomalyMetrics()
     with torch.no_grad():
-        for x, labels in data.val_dataloader():
+        for x, labels in data.val_dataloader()[0]:
             expected.update(module(x), labels)
     assert module.threshold == expected.best_threshold()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["threshold"] == module.threshold
     assert not module.val_metrics.scores
     assert trainer.current_epoch == (1 if early else 3)
+
+
+@pytest.mark.parametrize(
+    ("detector", "sampling"), [("devnet", "balanced"), ("deep_sad", "natural"), ("prenet", "pairs")]
+)
+def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
+    data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
+    module = AnomalyDetector(detector, method="sgd", tail_weight=3.0)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module, datamodule=data)
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    scored, drawn = data.val_dataloader()
+    with torch.no_grad():
+        x, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        weight = torch.where((labels.reshape(len(labels), -1) == 1).any(dim=1), 3.0, 1.0)
+        assert found["val/loss"] == pytest.approx(float((weight * module.detector.losses(x, labels)).mean()), rel=1e-5)
+        x, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
+        expected = average_precision_score(labels, module(x))
+    assert found["val/average_precision"] == pytest.approx(expected, rel=1e-5), "by the true labels"
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [("devnet", "balanced"), ("devnet", "natural"), ("prenet", "pairs")])

@@ -52,7 +52,7 @@ def test_a_name_with_square_brackets_is_shown_as_it_is(capsys):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_it_is_printed_once_before_the_first_epoch_and_not_again(run_imbsam, tmp_path, processes):
+def test_rank_zero_prints_it_before_the_first_epoch(run_imbsam, tmp_path, processes):
     """With the progress bar and the model summary of a user."""
     arguments = ["fit", "--config=configs/digits_lt/imbsam.yaml", "--trainer.accelerator=cpu"]
     arguments += [f"--trainer.devices={processes}", "--trainer.max_epochs=1"]

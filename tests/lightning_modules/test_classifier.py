@@ -60,8 +60,7 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
-    model.on_fit_start()
-    engine = model.sam
+    engine = model.create_engine()
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:
@@ -354,7 +353,7 @@ def test_model_of_other_classes(tmp_path):
     loaded = LongTailedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     data = Plain()
     data.labels, data.class_counts, data.class_names = torch.tensor([0, 1] * 4), torch.tensor([4, 4]), ["a", "b"]
-    with pytest.raises(SettingError, match="the model has 10 classes and data 2"):
+    with pytest.raises(SettingError, match=r"the model knows 0, 1, 2, 3, 4, \.\.\. \(10 in all\), which the data lack"):
         trainer(tmp_path).fit(loaded, datamodule=data)
 
 

@@ -48,8 +48,10 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     assert "predictions: found.csv" in out
     found = rows("found.csv")
     assert len(found) == 540
-    assert set(found[0]) == {"row", "class", "class_name", "probability"}
-    assert 0.1 <= float(found[0]["probability"]) <= 1
+    assert list(found[0]) == ["row", "predicted", *"0123456789"]
+    assert [row["row"] for row in found[:2]] == ["1", "2"]
+    assert sum(float(found[0][name]) for name in "0123456789") == pytest.approx(1, abs=1e-4)
+    assert max("0123456789", key=lambda name: float(found[0][name])) == found[0]["predicted"]
 
     code, _, _ = imbsam("validate", *SHORT, "--ckpt_path", last, "--data.val_share=0.3")
     assert code == 0
@@ -122,6 +124,86 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
         assert err.splitlines()[-1].endswith("logs/digits_lt/imbsam/version_0/checkpoints/previous.ckpt")
 
 
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_but_a_training_writes_into_the_folder_of_a_run(imbsam, tmp_path):
+    """A run with a name of its own, evaluated by its own config, which has the name in it."""
+    named = "--trainer.logger.init_args.version=mine"
+    assert imbsam("fit", *SHORT, named, "--data.val_share=0.3", "--trainer.log_every_n_steps=1")[0] == 0
+    runs = tmp_path / "logs/digits_lt/imbsam"
+    before = files(runs / "mine")
+    evaluation = ["--config", runs / "mine/config.yaml", "--ckpt_path=last"]
+    for command in ("test", "validate", "predict", "test"):
+        code, out, err = imbsam(command, *evaluation)
+        assert (code, str((runs / "mine/checkpoints/last.ckpt").relative_to(tmp_path)) in out) == (0, True), err
+    assert files(runs / "mine") == before
+    assert {path.name for path in runs.iterdir()} == {"mine", "test_0", "test_1", "validate_0", "predict_0"}
+    assert rows(runs / "test_0/metrics.csv")[0]["test/all"] == rows(runs / "test_1/metrics.csv")[0]["test/all"]
+    assert len(rows(runs / "predict_0/predictions.csv")) == 540
+
+    code, _, err = imbsam("fit", *SHORT, named)
+    assert code == 2
+    assert "version is mine: logs/digits_lt/imbsam/mine holds another run; leave it out" in err.splitlines()[-1]
+    Path("config.yaml").write_text("my own")
+    for command, *more in (("test", "--ckpt_path", runs / "mine/checkpoints/last.ckpt"), ("fit",)):
+        assert imbsam(command, *SHORT, *more, "--trainer.logger=false", "--trainer.limit_train_batches=1")[0] == 0
+        assert (Path("config.yaml").read_text(), files(runs / "mine")) == ("my own", before)
+
+
+def test_last_names_a_newer_run_that_has_no_checkpoint(imbsam, tmp_path):
+    """Killed before its first one: the older run is not taken for it."""
+    short = [*SHORT, "--trainer.limit_train_batches=1"]
+    assert imbsam("fit", *short)[0] == 0
+    assert imbsam("fit", *short, "--checkpoint.save_last=false")[0] == 0
+    code, _, err = imbsam("fit", *short, "--ckpt_path=last")
+    runs = "logs/digits_lt/imbsam"
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"imbsam: error: ckpt_path is last: the newest run, {runs}/version_1, ended before its first checkpoint; start "
+        f"anew without --ckpt_path, or resume an older run with --ckpt_path {runs}/version_0/checkpoints/last.ckpt",
+    )
+    code, out, _ = imbsam("test", *short, "--ckpt_path=last")
+    said = f"imbsam: checkpoint: {runs}/version_0/checkpoints/last.ckpt, since the newer run version_1 has none"
+    assert (code, said in out) == (0, True)
+
+
+def test_a_run_restarted_before_its_first_checkpoint_keeps_its_folder(imbsam, tmp_path):
+    """As a job script does that names the run: --ckpt_path last starts it anew, but not with other settings."""
+    short = [*SHORT, "--trainer.limit_train_batches=1", "--trainer.logger.init_args.version=job"]
+    assert imbsam("fit", *short, "--checkpoint.save_last=false")[0] == 0
+    code, _, err = imbsam("fit", *short, "--ckpt_path=last", "--model.rho=0.3")
+    assert (code, "imbsam/job holds another run" in err) == (2, True)
+    assert imbsam("fit", *short, "--ckpt_path=last")[0] == 0
+    assert (tmp_path / "logs/digits_lt/imbsam/job/checkpoints/last.ckpt").exists()
+
+
+def test_a_finished_run_of_steps_logs_the_same_test_again(imbsam, tmp_path):
+    steps = [*SHORT, "--trainer.max_epochs=-1", "--trainer.max_steps=3"]
+    assert imbsam("fit", *steps)[0] == 0
+    log = (tmp_path / "logs/digits_lt/imbsam/version_0/metrics.csv").read_bytes()
+    code, out, _ = imbsam("fit", *steps, "--ckpt_path=last")
+    assert (code, "the run is finished" in out) == (0, True)
+    assert (tmp_path / "logs/digits_lt/imbsam/version_0/metrics.csv").read_bytes() == log
+
+
+@pytest.mark.parametrize("setting", ["trainer.logger.init_args.save_dir", "checkpoint.dirpath", "predictions.path"])
+def test_a_folder_that_cannot_be_written_is_one_line(imbsam, tmp_path, setting):
+    """Below a regular file, which stops root too."""
+    Path("file").write_text("")
+    command = ["fit", *SHORT, "--trainer.limit_train_batches=1"]
+    if setting == "predictions.path":
+        assert imbsam(*command)[0] == 0
+        command = ["predict", *SHORT, "--ckpt_path=last"]
+    code, _, err = imbsam(*command, f"--{setting}=file/folder")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("imbsam: error: ")]
+    assert "file" in line.split(": ")[2]
+    assert setting in line.split(": set ")[1]
+    assert "Traceback" not in err
+
+
 def test_loads_without_the_command_line(imbsam, tmp_path):
     from lightning_modules import LongTailedClassifier
 
@@ -131,6 +213,12 @@ def test_loads_without_the_command_line(imbsam, tmp_path):
     )
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert model.hparams.method == "imbsam"
+
+
+def test_predict_takes_one_device_of_a_machine_with_several(imbsam):
+    for command, devices in (("predict", 1), ("test", "auto")):
+        _, out, _ = imbsam(command, *DIGITS, "--print_config")
+        assert yaml.safe_load(out)["trainer"]["devices"] == devices
 
 
 def test_short_names_print_config_and_overlays(imbsam, tmp_path):

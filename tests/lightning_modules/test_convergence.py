@@ -36,13 +36,17 @@ def test_nothing_is_said_of_one_epoch_or_of_nan():
 def test_the_line_is_of_the_logged_losses_over_an_interruption_too(imbsam, tmp_path, bar):
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
     arguments = [*DIGITS, "--model.lr_scheduler.init_args.T_max=4", f"--trainer.enable_progress_bar={str(bar).lower()}"]
-    imbsam("fit", *arguments, "--trainer.max_epochs=2")
+    _, first, _ = imbsam("fit", *arguments, "--trainer.max_epochs=2")
     code, out, _ = imbsam("fit", *arguments, "--trainer.max_epochs=4", "--ckpt_path", run / "checkpoints/last.ckpt")
     with (run / "metrics.csv").open(newline="") as file:
         losses = [float(row["train/loss_epoch"]) for row in csv.DictReader(file) if row["train/loss_epoch"]]
     assert len(losses) == 4
     assert code == 0
     assert str(loss_trend(losses)) in out
+    assert ["training samples of 10 classes" in text for text in (first, out)] == [
+        True,
+        False,
+    ]
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["Convergence"]["losses"] == pytest.approx(losses)
 

@@ -18,8 +18,7 @@ def test_fit_on_two_processes(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "configs/digits_lt/imbsam.yaml"),
-            *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_epochs=1"),
         ],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},

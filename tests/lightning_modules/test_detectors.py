@@ -1,13 +1,18 @@
 """The detectors' losses against their papers' formulas, their scores, their preparation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from imbsam import SettingError
+from imbsam.sklearn import ImbSAMOutlierDetector
 from lightning_modules.detectors import DETECTORS, create_detector
 
 D = 6
+CONFIGS = Path(__file__).resolve().parents[2] / "configs/anomaly"
 
 
 @pytest.fixture
@@ -41,9 +46,9 @@ def test_devnet_loss(rows):
     assert detector.scores(x).tolist() == pytest.approx(phi.tolist(), abs=1e-5)
 
 
-def test_deep_sad_loss_and_centre(rows):
+def test_deep_sad_loss_centre_and_spread(rows):
     x, labels = rows
-    detector = built("deep_sad", x, labels, eta=2.0, pretrain_steps=0)
+    detector = built("deep_sad", x, labels, eta=2.0)
     assert all(p.dim() > 1 for p in detector.parameters()), "no bias"
     w1, w2 = (p.detach().double().numpy() for p in detector.parameters())
     hidden = x.double().numpy() @ w1.T
@@ -53,9 +58,31 @@ def test_deep_sad_loss_and_centre(rows):
     assert near.any()
     centre[near] = np.where(centre[near] < 0, -0.1, 0.1)
     distance = ((phi - centre) ** 2).sum(1)
+    distance /= distance.mean()
     expected = np.where(labels.numpy() == 1, 2 / (distance + 1e-6), distance)
     assert detector.losses(x, labels).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert detector.scores(x).tolist() == pytest.approx(distance.tolist(), rel=1e-4)
+
+
+def test_there_is_one_deep_sad(rows):
+    """Detector and estimator: the same network, settings and objective, so the same scores from the same weights."""
+    x, labels = rows
+    estimator = ImbSAMOutlierDetector(max_epochs=2, random_state=0).fit(x, np.where(labels == 1, -1, 1))
+    detector = create_detector("deep_sad", (D,)).double()
+    assert [p.shape for p in detector.encoder.parameters()] == [p.shape for p in estimator.network_.parameters()]
+    assert [type(m) for m in detector.encoder] == [type(m) for m in estimator.network_]
+    detector.encoder.load_state_dict(estimator.network_.state_dict())
+    detector.objective.load_state_dict(estimator.objective_.state_dict())
+    scaled = torch.from_numpy(estimator.scaler_.transform(x))
+    np.testing.assert_allclose(detector.scores(scaled).detach(), -estimator.score_samples(x), rtol=1e-10)
+    config = yaml.safe_load((CONFIGS / "deep_sad_imbsam.yaml").read_text())
+    optimizer = config["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.Adam"
+    assert optimizer["init_args"]["lr"] == estimator.learning_rate
+    assert optimizer["init_args"]["weight_decay"] == estimator.weight_decay
+    assert config["data"]["init_args"]["batch_size"] == estimator.batch_size
+    (stopping,) = config["trainer"]["callbacks"]
+    assert stopping["init_args"]["passes_without_validation"] == ImbSAMOutlierDetector().max_epochs
 
 
 def test_deep_sad_pretraining_learns_to_reconstruct(rows):

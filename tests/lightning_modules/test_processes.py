@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 ARGS = [
     "fit",
@@ -13,13 +14,28 @@ ARGS = [
     "--trainer.strategy=ddp",
     "--trainer.max_epochs=2",
     "--trainer.log_every_n_steps=2",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
+    "--trainer.callbacks+=test_processes.LookOnRank0",
     "--model.lr_scheduler.init_args.T_max=2",
     "--data.val_share=0.2",
     "--checkpoint.every_seconds=0",
     "--ckpt_path=last",
 ]
+
+
+class LookOnRank0(Callback):
+    """Rank 0 alone looks at what was logged, as its progress bar does, and as a callback of a user's may."""
+
+    def look(self, trainer, *args):
+        if trainer.is_global_zero:
+            assert trainer.callback_metrics is not None  # Lightning reduces here what was left to reduce
+            assert trainer.progress_bar_metrics is not None
+
+    on_train_batch_end = on_train_epoch_end = on_train_end = look
+    on_validation_epoch_end = on_validation_end = on_test_epoch_end = on_test_end = look
+
+
+ALARM = 240
+"""Seconds until processes that wait for each other are killed."""
 
 
 def last(folder):
@@ -41,7 +57,7 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
             "--trainer.precision=64-true",
         ]
         settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone_args={width: 8}"]
-        answer = run_imbsam(folder, *ARGS, *settings, processes=processes)
+        answer = run_imbsam(folder, *ARGS, *settings, processes=processes, alarm=ALARM)
         assert answer["codes"] == [0] * processes, answer["err"]
         found.append(last(folder))
     for checkpoint, log in found[1:]:
@@ -58,14 +74,14 @@ def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
     settings += ["--model.backbone_args={width: 8, norm: batch, dropout: 0.2}"]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2)
+    answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2, alarm=ALARM)
     assert answer["codes"] == [0, 0], answer["err"]
-    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, signal=["SIGTERM", 5])
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, signal=["SIGTERM", 5], alarm=ALARM)
     assert answer["codes"] == [0, 0], answer["err"]
-    assert "imbsam: interrupted by SIGTERM after epoch 0, batch 6; go on with --ckpt_path last" in answer["out"][0]
+    assert "imbsam: interrupted by SIGTERM after epoch 0, batch 6; resume with --ckpt_path last" in answer["out"][0]
     assert "test accuracy" not in answer["out"][0]
     assert "imbsam:" not in answer["out"][1]
-    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2)
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, alarm=ALARM)
     assert answer["codes"] == [0, 0], answer["err"]
     assert "imbsam: going on at epoch 0, batch 6" in answer["out"][0]
     (found, log), (wanted, wanted_log) = last(tmp_path / "stopped"), last(tmp_path / "whole")
@@ -86,7 +102,6 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
     settings += ["--data.num_workers=1", "--data.batch_size=2", "--model=LongTailedClassifier"]
     settings += ["--model.backbone=cifar_resnet20", "--model.backbone_args={width: 8}"]
     settings += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
-    settings += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
     assert 2 in answer["codes"]
     assert not {0, -14} & {*answer["codes"]}, answer  # -14: the alarm

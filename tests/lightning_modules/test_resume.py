@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from imbsam import SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.checkpoint import LAST, PREVIOUS, AtomicCheckpointIO, check_checkpoint, newest_checkpoint
 from lightning_modules.csv_logger import ResumableCSVLogger
-from lightning_modules.interruption import Interrupted, ResumableCheckpoint
+from lightning_modules.interruption import ResumableCheckpoint
+from lightning_modules.signals import STOP_SIGNALS, Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -174,17 +176,17 @@ def test_with_workers_and_a_second_interruption(tmp_path):
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_after_the_batch_and_stops(tmp_path, monkeypatch, name):
     """Under SLURM's environment too, where Lightning would save inside the handler."""
     slurm = {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0}
     for variable, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{variable}", str(value))
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     stop = Stop(1, 1, lambda: os.kill(os.getpid(), signal.Signals[name]))
-    with pytest.raises(Interrupted, match=f"^interrupted by {name} after epoch 1, batch 2; go on with"):
+    with pytest.raises(Interrupted, match=f"^interrupted by {name} after epoch 1, batch 2; resume with"):
         fit(tmp_path / "stopped", callbacks=(stop,), every_seconds=1e9)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert not list(tmp_path.rglob("hpc_ckpt*"))
     fit(tmp_path / "stopped", resume=True)
     fit(tmp_path / "whole", every_seconds=1e9)
@@ -225,6 +227,21 @@ def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path
     with pytest.raises(SettingError, match=r"start anew without --ckpt_path$"):
         check_checkpoint(last)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """The limit is the system's, of this process; the last write is that of `close`, which knows no name."""
+    last, limit = tmp_path / LAST, resource.getrlimit(resource.RLIMIT_FSIZE)
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, last)
+    before = last.read_bytes()
+    for size in (1000, len(before) - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(OSError, match=rf"File too large: '.*/{LAST}'$"):
+                AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1000)}, last)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {LAST: before}
 
 
 def test_the_newest_run_with_a_checkpoint(tmp_path):

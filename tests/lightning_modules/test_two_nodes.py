@@ -30,7 +30,6 @@ def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
             *("--config", "configs/digits_lt/imbsam.yaml", "--config", "configs/trainer/ddp.yaml"),
             *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.max_epochs=1"),
             "--trainer.precision=32",  # bfloat16 is slow on many processors
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
             "--trainer.callbacks+=test_two_nodes.KeepWeights",
         ],
         cwd=folder,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "anomaly_table.py"
 
@@ -33,8 +34,10 @@ def adbench(tmp_path):
     return tmp_path / "adbench"
 
 
-def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0, steps=5, learned=1.0, constant=0):
-    values = dict(zip(script.COLUMNS, (data, detector, sampling, method, rho, seed, steps), strict=True))
+def row(
+    script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0, max_epochs=200, learned=1.0, constant=0
+):
+    values = dict(zip(script.COLUMNS, (data, detector, sampling, method, rho, seed, max_epochs), strict=True))
     return {name: str(value) for name, value in values.items()} | {
         "auroc": str(ap),
         "average_precision": str(ap),
@@ -42,6 +45,7 @@ def row(script, data, detector, sampling, method, seed, ap, rho=0.0, seconds=1.0
         "train_loss": "1",
         "learned": str(learned),
         "constant": str(constant),
+        "steps": "750",
         "seconds": str(seconds),
     }
 
@@ -69,8 +73,8 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
         script.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": InThisProcess})
     )
     fits = [
-        script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 3),
-        script.Fit("NLP_by_BERT/other_0", "prenet", "natural", "imbsam", 0.1, 0, 3),
+        script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 1),
+        script.Fit("NLP_by_BERT/other_0", "prenet", "own", "imbsam", 0.1, 0, 1),
     ]
     path = tmp_path / "fits.csv"
     script.run_missing(fits, path, adbench, workers=1)
@@ -88,8 +92,11 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
     assert len(script.read(path)) == 2
     assert len(list(csv.reader(path.open()))) == 3
 
-    # validation parts for tuning
-    assert float(script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 2, 0.3), adbench)["auroc"])
+    # a tuning fit is the same training, judged on the validation part
+    tuning = script.run(script.Fit("Classical/1_small", "devnet", "own", "sgd", 0.0, 0, 1, True), adbench)
+    assert tuning["steps"] == 50
+    assert tuning["train_loss"] == rows[0]["train_loss"]
+    assert tuning["auroc"] != rows[0]["auroc"]
 
 
 def test_auroc_of_labelled_leaves_out_hidden_anomalies(script):
@@ -98,16 +105,19 @@ def test_auroc_of_labelled_leaves_out_hidden_anomalies(script):
 
 
 def test_grid_is_seed_major_and_whole(script):
-    fits = list(script.grid_fits(["a", "b"], range(2), {}))
-    assert len(fits) == len({fit.key() for fit in fits}) == 2 * 2 * len(script.RECIPES) * 3
+    variants = script.variants_of(["classifier", "devnet"])
+    assert variants == [("devnet", "own"), ("classifier", "own"), ("classifier", "natural")]
+    fits = list(script.grid_fits(["a", "b"], range(2), variants, {}))
+    assert len(fits) == len({fit.key() for fit in fits}) == 2 * 2 * 3 * 3
     assert [fit.seed for fit in fits] == sorted(fit.seed for fit in fits)
 
 
 def test_best_rho_compares_like_with_like(script):
     """A data set that lacks a rho does not count, however good it is at the others."""
     score = dict.fromkeys(script.RHOS, 0.2) | {0.5: 0.4}
+    assert len(score) == len(script.RHOS)
     rows = [row(script, "a", "devnet", "own", "imbsam", 0, ap, rho) for rho, ap in score.items()]
-    rows += [row(script, "b", "devnet", "own", "imbsam", 0, 0.99, 0.05)]
+    rows += [row(script, "b", "devnet", "own", "imbsam", 0, 0.99, script.RHOS[0])]
     rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.9)]
     assert script.best_rhos(rows) == {("devnet", "own", "imbsam"): 0.5}
     assert "**40.0**" in script.tuning_table(rows)
@@ -125,19 +135,15 @@ def test_table(script):
     text = script.table(rows)
     assert "| devnet | own | 3 x 2 | 0.0 / 0.0 | 50.0 | 50.0 | 56.7 | 1 / 1 / 1, " in text
     assert " | 100 / 100 / 100 | 0 / 0 / 0 of 6 |" in text
-    assert "| devnet | own | 5 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
+    assert "| devnet | own | 750 / 750 / 750 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) |" in text
     assert "| devnet | own | 3 x 2 | 90.0 | 90.0 | 90.0 | 40.0 | 40.0 | 33.3 | 1 / 1 / 1, " in text
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
 
 
 def test_how_far_the_test_part_is_behind(script):
-    """Fits of before the column are left out of that table alone."""
     aps = zip(script.METHODS, (0.5, 0.6, 0.8), strict=True)
     rows = [row(script, data, "devnet", "own", method, 0, ap) for method, ap in aps for data in "ab"]
-    rows += [{**r, "seed": "1", "train_auroc": None} for r in rows]
-    text = script.table(rows)
-    assert "| devnet | own | 2 x 1 | 90.0 | 90.0 | 90.0 | 40.0 | 30.0 | 10.0 | 2 / 0 / 0, " in text
-    assert "| devnet | own | 2 x 2 | 0.0 / 0.0 | 50.0 | 60.0 | 80.0 |" in text
+    assert "| devnet | own | 2 x 1 | 90.0 | 90.0 | 90.0 | 40.0 | 30.0 | 10.0 | 2 / 0 / 0, " in script.table(rows)
 
 
 def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
@@ -151,37 +157,32 @@ def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
 
 
 def test_short_looks_and_other_rhos_stay_out_of_the_table(script):
-    steps = script.RECIPES["devnet", "own"].steps
     rows = [
-        row(script, "a", "devnet", "own", "imbsam", 0, 0.1, rho, steps=n) for rho in (0.05, 0.2) for n in (5, steps)
+        row(script, "a", "devnet", "own", "imbsam", 0, 0.1, rho, max_epochs=n) for rho in (0.05, 0.2) for n in (5, 200)
     ]
-    rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.1, steps=steps)]
+    rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.1)]
     kept = script.of_rhos(script.of_recipe(rows), {("devnet", "own", "imbsam"): 0.05})
-    assert [(r["method"], r["rho"], r["steps"]) for r in kept] == [
-        ("imbsam", "0.05", str(steps)),
-        ("sgd", "0.0", str(steps)),
+    assert [(r["method"], r["rho"], r["max_epochs"]) for r in kept] == [
+        ("imbsam", "0.05", "200"),
+        ("sgd", "0.0", "200"),
     ]
     assert len(script.of_recipe(rows, 5)) == 2
-    one, other = (script.Fit("a", "devnet", "own", "sgd", 0.0, 0, n).key() for n in (5, steps))
+    one, other = (script.Fit("a", "devnet", "own", "sgd", 0.0, 0, n).key() for n in (5, 200))
     assert one != other
 
 
 def test_the_table_is_of_the_seeds_asked_for(script, adbench, tmp_path, monkeypatch, capsys):
-    steps = script.RECIPES["devnet", "own"].steps
+    rho = script.RHOS[1]
     rows = [
-        row(script, "a", "devnet", "own", method, seed, 0.5, steps=steps)
-        for method in script.METHODS[:1]
-        for seed in range(3)
-    ]
-    rows += [
-        row(script, "a", "devnet", "own", m, seed, 0.5, 0.05, steps=steps)
-        for m in script.METHODS[1:]
+        row(script, "a", "devnet", "own", method, seed, 0.5, 0.0 if method == "sgd" else rho)
+        for method in script.METHODS
         for seed in range(3)
     ]
     tuning = [
-        row(script, "a", "devnet", "own", m, 0, 0.5, rho, steps=steps) for m in ("sam", "imbsam") for rho in script.RHOS
+        row(script, "a", "devnet", "own", m, 0, 0.9 if r == rho else 0.5, r)
+        for m in ("sam", "imbsam")
+        for r in script.RHOS
     ]
-    tuning = [{**r, "average_precision": "0.9"} if r["rho"] == "0.05" else r for r in tuning]
     for name, lines in (("fits", rows), ("tuning", tuning)):
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
@@ -192,6 +193,29 @@ def test_the_table_is_of_the_seeds_asked_for(script, adbench, tmp_path, monkeypa
         with pytest.raises(SystemExit, match="0"):
             script.main()
         assert f"| devnet | own | 1 x {min(seeds, 3)} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "imbsam"])
+@pytest.mark.parametrize("detector", ["devnet", "deep_sad", "prenet", "feawad", "classifier"])
+def test_the_recipe_is_that_of_the_configs(script, detector, method):
+    config = yaml.safe_load((SCRIPT.parents[1] / f"configs/anomaly/{detector}_{method}.yaml").read_text())
+    recipe = script.RECIPES[detector, "own"]
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    assert model["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert model["optimizer"]["init_args"] == {"lr": recipe.lr, "fused": True} | (
+        {"weight_decay": recipe.weight_decay} if recipe.weight_decay else {}
+    )
+    assert model.get("detector_args", {}) == recipe.args
+    assert data == {
+        "sampling": recipe.sampling,
+        "batch_size": recipe.batch_size,
+        "batches_per_epoch": script.BATCHES_PER_EPOCH,
+        "val_share": script.VAL_SHARE,
+    }
+    assert trainer["max_epochs"] >= script.MAX_EPOCHS
+    (stopping,) = trainer["callbacks"]
+    assert stopping["class_path"] == "RestoringEarlyStopping"
+    assert stopping["init_args"]["patience"] == script.PATIENCE
 
 
 def test_a_failed_fit_is_exit_code_1(script, adbench, tmp_path, monkeypatch):

@@ -61,10 +61,12 @@ def test_groups_are_named_after_their_folder_and_what_differs_in_it(tmp_path, wr
 
 def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
     """As LightningCLI writes `model.sam`; and the spelling of before."""
-    methods = {
-        name: read_runs([write_run(tmp_path, name, method=name, rho=0.1, eta=30)])[0][0].method
+    runs = {
+        name: read_runs([write_run(tmp_path, name, method=name, rho=0.1, eta=30)])[0][0]
         for name in ("sgd", "sam", "imbsam", "focal_sam")
     }
+    assert runs["sgd"].settings["sam"] == "Plain"  # a class without arguments
+    methods = {name: run.method for name, run in runs.items()}
     assert methods == {
         "sgd": Method("plain training"),
         "sam": Method("SAM", 0.1),

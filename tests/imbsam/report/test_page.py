@@ -319,6 +319,12 @@ def test_classes_are_named_on_the_axis_and_epochs_count_from_1(html, groups):
     assert drawn[1]["data"][0]["x"] == [1, 2, 3]
 
 
+def test_a_long_name_is_cut_on_the_axis(tmp_path, write_run):
+    run = write_run(tmp_path, "d/a", counts=[100, 3], names=["Tyrannosaurus_rex_northern", "short name"])
+    figure = class_figure(group_runs(read_runs([run])[0]))
+    assert figure.layout["xaxis"]["ticktext"] == ["Tyrannosaurus_rex_n… (100)", "short name (3)"]
+
+
 def test_where_the_seed_deals_the_counts_a_place_has_no_single_name(tmp_path, write_run):
     write_run(tmp_path, "d/a", 0, counts=[100, 50, 3], names=["x", "y", "z"])
     write_run(tmp_path, "d/a", 1, counts=[3, 50, 100], names=["x", "y", "z"])

@@ -1,8 +1,10 @@
 """Reading runs: what counts, and what is skipped by name."""
 
+import shutil
+
 import pytest
 
-from imbsam.report.runs import read_run, read_runs
+from imbsam.report.runs import find_folders, read_run, read_runs
 
 
 def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):
@@ -56,6 +58,13 @@ def test_the_newest_of_the_same_settings_and_seed_counts(tmp_path, write_run):
     assert runs[0].folder.name == "version_10"
     assert runs[1].folder == other
     assert len(skipped) == 10
+
+
+def test_an_evaluation_beside_a_run_is_no_run(tmp_path, write_run):
+    run = write_run(tmp_path, "a/sgd", seed=0)
+    shutil.copytree(run, run.with_name("test_0"))
+    assert find_folders(tmp_path) == [run]
+    assert find_folders(run.with_name("test_0")) == [run.with_name("test_0")]  # asked for by name
 
 
 def test_folders_without_runs_are_named(tmp_path):

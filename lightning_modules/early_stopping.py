@@ -1,0 +1,155 @@
+"""Early stopping that ends with the best weights, and says how the training ended."""
+
+from statistics import mean, stdev
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from imbsam import SettingError
+
+SHORTEST_TREND = 10
+"""Epochs from which on the end of the training loss says anything."""
+
+
+class RestoringEarlyStopping(EarlyStopping):
+    """Lightning's EarlyStopping; at the end of ``fit`` the model has the weights of the best epoch.
+
+    So the weights that are tested, that a threshold is chosen for and that the last checkpoint holds are the best ones.
+    The latest weights are kept beside them: a finished run that is resumed with more patience or more epochs continues
+    from where it stopped, bit-identically.
+
+    Where ``monitor`` is never logged (no validation part, or no labelled anomaly in it) the training lasts
+    ``passes_without_validation`` passes over the training rows and ends with the latest weights. One line at the end of
+    ``fit`` says which weights were kept, or whether the training loss was still falling.
+
+    Args:
+        monitor: the metric to watch.
+        patience: epochs without improvement after which the training stops.
+        passes_without_validation: passes over the training rows (batches times batch size, over the model's
+            ``class_counts``) where ``monitor`` is never logged; null for all of ``trainer.max_epochs``.
+        train_loss: name of the training loss, for the line at the end.
+        **kwargs: the other settings of EarlyStopping.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/loss",
+        patience: int = 10,
+        passes_without_validation: float | None = None,
+        train_loss: str = "train/loss",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(monitor, patience=patience, strict=False, **kwargs)
+        if patience < 1:
+            raise SettingError(f"patience is {patience}: give a number of epochs from 1")
+        if passes_without_validation is not None and not passes_without_validation > 0:
+            raise SettingError(
+                f"passes_without_validation is {passes_without_validation}: give a number above 0 (100), or null"
+            )
+        self.passes_without_validation = passes_without_validation
+        self.train_loss = train_loss
+        self.best_epoch: int | None = None  # from 1
+        self._losses: list[float] = []
+        self._other: dict[str, Tensor] | None = None  # the best weights; once restored, the latest
+        self._restored = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run that was out of patience is finished; its weights are the best ones already."""
+        trainer.should_stop = trainer.should_stop or self._out_of_patience
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train on from the latest weights, where a finished run is resumed with more patience or epochs."""
+        if self._restored:
+            self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights of the best validation."""
+        before = self.best_score
+        super().on_validation_end(trainer, pl_module)
+        self._keep_if_best(before, trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Keep the weights of the best epoch; without validation, stop once the rows were seen often enough."""
+        before = self.best_score
+        super().on_train_epoch_end(trainer, pl_module)
+        self._keep_if_best(before, trainer, pl_module)
+        if self.train_loss in trainer.callback_metrics:
+            self._losses.append(float(trainer.callback_metrics[self.train_loss]))
+        if self.best_epoch is None and self.passes_without_validation is not None:
+            loader: Any = trainer.train_dataloader
+            rows = (trainer.current_epoch + 1) * trainer.num_training_batches * loader.joint_batch_size
+            passes = rows / int(pl_module.class_counts.sum())
+            trainer.should_stop = trainer.should_stop or passes >= self.passes_without_validation
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the best weights, before a threshold is chosen and the last checkpoint written."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        if self._other is not None:
+            self._swap(pl_module)
+        rank_zero_info(self._summary(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """EarlyStopping's, and the weights that the model does not have now."""
+        return {
+            **super().state_dict(),
+            "best_epoch": self.best_epoch,
+            "losses": list(self._losses),
+            "other": self._other,
+            "restored": self._restored,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over all but the patience, which a resumed run may change."""
+        patience = self.patience
+        super().load_state_dict(state_dict)
+        self.patience = patience
+        self.best_epoch = state_dict["best_epoch"]
+        self._losses = list(state_dict["losses"])
+        self._other = state_dict["other"]
+        self._restored = state_dict["restored"]
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return self.best_epoch is not None and self.wait_count >= self.patience
+
+    def _keep_if_best(self, before: Tensor, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best_score is not before:
+            self._other = _copy(pl_module)
+            self.best_epoch = trainer.current_epoch + 1
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        assert self._other is not None
+        current = _copy(pl_module)
+        pl_module.load_state_dict(self._other)
+        self._other, self._restored = current, not self._restored
+
+    def _summary(self, trainer: Trainer) -> str:
+        done = trainer.current_epoch
+        if self.best_epoch is None:
+            return f"no {self.monitor} to stop by: trained {done} epochs; {_trend(self._losses)}"
+        kept = f"{self.monitor} was best after epoch {self.best_epoch} of {done} ({float(self.best_score):.4g}), "
+        if self._out_of_patience:
+            return kept + "whose weights are kept"
+        return kept + "whose weights are kept; it had not stopped improving: raise trainer.max_epochs"
+
+
+def _copy(pl_module: LightningModule) -> dict[str, Tensor]:
+    """The weights and buffers, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
+
+
+def _trend(losses: list[float]) -> str:
+    """Whether the training loss was falling: its last fifth against the fifth before, by two standard errors."""
+    if len(losses) < SHORTEST_TREND:
+        return "too few epochs to tell whether the training loss was still falling"
+    fifth = len(losses) // 5
+    before, last = losses[-2 * fifth : -fifth], losses[-fifth:]
+    error = (stdev(before) ** 2 / fifth + stdev(last) ** 2 / fifth) ** 0.5
+    values = f"{mean(before):.4g} to {mean(last):.4g} over the last {2 * fifth} epochs"
+    if mean(before) - mean(last) > max(2 * error, 0.01 * abs(mean(before))):
+        return f"the training loss was still falling ({values}): train for more epochs"
+    return f"the training loss had stopped falling ({values})"

@@ -1,0 +1,108 @@
+"""What jsonargparse says of a wrong setting, as one line: the setting, its value, and the fix."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+import datamodules
+import lightning_modules
+
+_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
+_OF_A_RUN = ("model", "data", "seed_everything", "config", "ckpt_path", "weights_only", "seeds")
+
+
+def one_line(message: str) -> str:
+    """The setting that is wrong, the value it got, and the fix.
+
+    Args:
+        message: jsonargparse's report, which lists every type that the value was tried as.
+
+    Returns:
+        One line; of a report of another form, those of its lines that say what is wrong.
+    """
+    found = _unknown_setting(message) or _unknown_class(message) or _missing_file(message) or _wrong_value(message)
+    return found or _without_noise(message)
+
+
+def settings_of(class_path: str) -> list[str]:
+    """The names of a class's settings, with those that it passes on to the classes it inherits from."""
+    module, _, name = class_path.rpartition(".")
+    made: Any = getattr(importlib.import_module(module), name)
+    classes = inspect.getmro(made) if inspect.isclass(made) else [made]
+    names: dict[str, None] = {}
+    for cls in classes:
+        if cls is object or (inspect.isclass(cls) and "__init__" not in vars(cls)):
+            continue
+        parameters = inspect.signature(cls).parameters.values()
+        names |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing where no known name is near."""
+    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _key(message: str) -> str:
+    return ".".join(re.findall(r'Parser key "([^"]+)":', message))
+
+
+def _unknown_setting(message: str) -> str | None:
+    if match := re.search(r"Option '([\w.]+)' is not accepted", message):
+        inner = re.match(r"\. Got value: Namespace\(class_path='([\w.]+)'", message[match.end() :])
+        outer = re.findall(r"Problem with given class_path '([\w.]+)'", message[: match.start()])
+        owner = inner[1] if inner else outer[-1] if outer else ""
+        known = settings_of(owner) if owner else []
+        name = owner.rpartition(".")[2] or "the class"
+        return f"{_key(message)}.{match[1]} is no setting of {name}{did_you_mean(match[1], known)}"
+    pattern = r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)"
+    if match := re.search(pattern, message):
+        name = match[1] or match[2]
+        known = [*_OF_A_RUN, *(f"trainer.{p}" for p in settings_of(f"{Trainer.__module__}.{Trainer.__qualname__}"))]
+        top = name.partition(".")[0]
+        return f"{name} is no setting{did_you_mean(name, known) or did_you_mean(top, _OF_A_RUN)}"
+    return None
+
+
+def _unknown_class(message: str) -> str | None:
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        known = [*lightning_modules.__all__, *datamodules.__all__]
+        own = "; a class of your own is a dotted path, such as my_module.MyClass"
+        return f"{_key(message)} is {match[1]}: there is no such class{did_you_mean(match[1], known) or own}"
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        known = dir(importlib.import_module(match[1]))
+        meant = did_you_mean(match[2], known)
+        return f"{_key(message)} is {match[1]}.{match[2]}: {match[1]} has no {match[2]}{meant}"
+    return None
+
+
+def _missing_file(message: str) -> str | None:
+    match = re.search(r"File does not exist: '([^']+)'", message)
+    return f"{_key(message)} is {match[1]}: there is no such file" if match else None
+
+
+def _wrong_value(message: str) -> str | None:
+    value = re.search(r"Got value: ([^\n]*?)\.?$", message, flags=re.MULTILINE)
+    given = re.findall(r"Given value: ([^\n]*?)(?:\. Got value:|$)", message, flags=re.MULTILINE)
+    shown = given[0] if given and not given[0].startswith("NestedArg") else value[1] if value else None
+    if shown is None:
+        return None
+    if match := re.search(r"Expected a typing\.Literal\[([^\]]+)\]", message):
+        known = [choice.strip().strip("'\"") for choice in match[1].split(",")]
+        return f"{_key(message)} is {shown}: choose {', '.join(known)}{did_you_mean(shown, known)}"
+    kinds = [k for k in re.findall(r"Expected an? <class '([\w.]+)'>", message) if k != "NoneType"]
+    return f"{_key(message)} is {shown}: give {_KINDS.get(kinds[0], kinds[0])}" if kinds else None
+
+
+def _without_noise(message: str) -> str:
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if not line.startswith(noise))
