@@ -76,6 +76,8 @@ class ImbSAMCLI(LightningCLI):
     def __init__(self, signals: StopSignals, *args: Any, **kwargs: Any) -> None:
         self._signals = signals
         super().__init__(*args, **kwargs)
+        if "wandb" in sys.modules:  # Lightning leaves the run to the end of the program; the next seed would log to it
+            sys.modules["wandb"].finish()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -355,11 +357,9 @@ class ImbSAMCLI(LightningCLI):
             raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:
-        """Test the last epoch's weights, of a run that was finished before too; with it the W&B run ends."""
+        """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        if "wandb" in sys.modules:  # Lightning leaves it to the end of the program, where the next seed would log to it
-            sys.modules["wandb"].finish()
 
 
 def _run_of(checkpoint: str | Path) -> Path:

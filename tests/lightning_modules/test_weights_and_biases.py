@@ -20,7 +20,7 @@ OFFLINE = [*SHORT, "--config=configs/logger/wandb.yaml"]
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory, run_imbsam):
-    """Two seeds in one command; a third that is interrupted and resumed."""
+    """Two seeds in one command; a third that is interrupted, resumed and tested once more."""
     root = tmp_path_factory.mktemp("wandb")
     env = {"HOME": str(root / "home"), "WANDB_SILENT": "true"}
     checkpoints = ["--trainer.logger=WandbLogger", "--trainer.logger.init_args.log_model=true"]
@@ -29,6 +29,7 @@ def logs(tmp_path_factory, run_imbsam):
         run_imbsam(root, *SHORT, "--seeds", "0", "1", *checkpoints, env={**env, "WANDB_MODE": "offline"}),
         run_imbsam(root, *third, env=env, signal=["SIGTERM", 5]),
         run_imbsam(root, *third, "--ckpt_path=last", env=env),
+        run_imbsam(root, "test", *third[1:], "--ckpt_path=last", env=env),
     ):
         assert answer["codes"] == [0], answer["err"]
     return root / "logs"
@@ -61,8 +62,9 @@ def table(folder, summary, key):
 
 def test_the_run_folder_is_as_without_wandb(logs):
     assert {path.name for path in logs.iterdir()} == {"digits_lt", "wandb"}
-    runs = sorted((logs / "digits_lt/imbsam").iterdir())
-    assert [run.name for run in runs] == ["version_0", "version_1", "version_2"]
+    evaluation, *runs = sorted((logs / "digits_lt/imbsam").iterdir())
+    assert [evaluation.name, *(run.name for run in runs)] == ["test_0", "version_0", "version_1", "version_2"]
+    assert (evaluation / "per_class.csv").read_bytes() == (runs[2] / "per_class.csv").read_bytes()
     for seed, run in enumerate(runs):
         assert {path.name for path in run.iterdir()} == {
             *("checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"),
@@ -151,12 +153,21 @@ def test_an_interrupted_run_is_resumed_under_its_id(logs, wandb_runs, read_wandb
     for version, wandb_id in enumerate(ids[:3]):
         hparams = yaml.safe_load((logs / f"digits_lt/imbsam/version_{version}/hparams.yaml").read_text())
         assert hparams["wandb_id"] == wandb_id
-    interrupted, resumed = (read_wandb(folder) for folder in wandb_runs[2:])
+    interrupted, resumed = (read_wandb(folder) for folder in wandb_runs[2:4])
     for records, exit_code in ((interrupted, 1), (resumed, 0)):
         run = records["run"][-1]
         assert (run["display_name"], run["project"], run["resume"]) == ("digits_lt/imbsam/version_2", "imbsam", True)
         assert [record["exit_code"] for record in records["exit"]] == [exit_code]
     assert "test/classes.path" in merged(resumed, "summary")
+
+
+def test_an_evaluation_has_a_run_of_its_own(wandb_runs, read_wandb):
+    records = read_wandb(wandb_runs[4])
+    run = records["run"][-1]
+    assert run["display_name"] == "digits_lt/imbsam/test_0"
+    assert wandb_runs[4].name.endswith(run["run_id"])
+    assert run["run_id"] not in {"test_0", *(folder.name.rpartition("-")[2] for folder in wandb_runs[:4])}
+    assert "test/classes.path" in merged(records, "summary")
 
 
 def test_a_refused_run_leaves_nothing(tmp_path, tmp_path_factory, run_imbsam):
