@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow test-kill test-slurm test-browser lint bench picture
+.PHONY: install run test test-slow test-kill test-slurm test-browser lint docs bench picture
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +38,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## the documentation as a site, docs/_build/html/index.html; a broken link is an error
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 picture: install  ## the README's picture: five seeds of SGD and of ImbSAM on long-tailed digits, 5 minutes
 	for method in sgd imbsam; do \

@@ -32,7 +32,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from datamodules import CIFAR100LTDataModule, LongTailedDataModule
-from datamodules.image_arrays import ImageArrays
+from datamodules.image_arrays.dataset import ImageArrays
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone

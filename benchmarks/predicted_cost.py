@@ -17,8 +17,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from imbsam.batch import pass_size
-from imbsam.class_aware_sam import AUTO_CONTEXT_ROWS
+from imbsam.extra_passes import AUTO_CONTEXT_ROWS, pass_size
 
 DATA_SETS = (  # name, classes, alpha, largest class, smallest class, images
     ("ImageNet-LT", 1000, 6.0, 1280, 5, 115_846),

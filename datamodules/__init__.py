@@ -1,15 +1,15 @@
 """Long-tailed data sets, and data for anomaly detection, as LightningDataModules."""
 
-from datamodules.anomaly import AnomalyDataModule
-from datamodules.anomaly_images import AnomalyImageDataModule
-from datamodules.base import LongTailedDataModule
-from datamodules.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
-from datamodules.digits_lt import DigitsLTDataModule
-from datamodules.image_folder import ImageFolderLTDataModule
-from datamodules.image_table import ImageListLTDataModule
-from datamodules.imagenet_lt import ImageNetLTDataModule, PlacesLTDataModule
-from datamodules.inaturalist import INaturalist2018DataModule
-from datamodules.long_tail import imbalanced_class_counts
+from datamodules.anomaly.images import AnomalyImageDataModule
+from datamodules.anomaly.table import AnomalyDataModule
+from datamodules.base.long_tail import imbalanced_class_counts
+from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
+from datamodules.image_arrays.digits_lt import DigitsLTDataModule
+from datamodules.image_files.image_folder import ImageFolderLTDataModule
+from datamodules.image_files.image_list import ImageListLTDataModule
+from datamodules.image_files.imagenet_lt import ImageNetLTDataModule, PlacesLTDataModule
+from datamodules.image_files.inaturalist2018 import INaturalist2018DataModule
 
 __all__ = [
     "AnomalyDataModule",

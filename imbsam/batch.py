@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imbsam.errors import SettingError
+from imbsam.extra_passes import extra_pass_rows
 from imbsam.row_weights import on_host, per_row
 from imbsam.snapshot import Buffers, RandomState
 
@@ -167,43 +168,6 @@ class Batch:
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
-
-
-def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:
-    """The sharp rows, then at least `context_rows` other rows, evenly spaced over the rest of the batch.
-
-    No random draw: the same batch gives the same rows. The number of rows is rounded up by `pass_size` and cut at
-    the batch; the filling comes from the same evenly spaced rows.
-
-    Args:
-        sharp: indices of the rows with c_i > 0, ascending.
-        batch_size: number of rows of the batch.
-        context_rows: how many non-sharp rows to add at least.
-
-    Returns:
-        Distinct row indices, the sharp ones first; their losses are the only ones that count.
-
-    >>> extra_pass_rows([2, 5], batch_size=8, context_rows=3)
-    [2, 5, 0, 1, 4, 6]
-    """
-    fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
-    if fill == 0:
-        return list(sharp)
-    others = sorted(set(range(batch_size)).difference(sharp))
-    return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
-
-
-def pass_size(rows: int) -> int:
-    """Round a number of rows up to one of few sizes: 2, 4, 6, ..., 32, 36, 40, ..., 64, 72, ...
-
-    Even up to 32, then eight sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a ninth
-    of a larger pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
-
-    >>> [pass_size(n) for n in (1, 3, 9, 17, 33, 100)]
-    [2, 4, 10, 18, 36, 104]
-    """
-    step = max(2, 1 << max(0, (rows - 1).bit_length() - 4))
-    return -(-rows // step) * step
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,22 +5,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from imbsam.batch import Losses, Plan
-from imbsam.class_groups import class_counts_tensor, tail_mask
+from imbsam.class_groups import class_counts_tensor
+from imbsam.class_weights import with_tail_weight
 from imbsam.distributed import broadcast_buffers, check_modules, forward_communicates, fsdp_modules, reduction_over
 from imbsam.errors import SettingError
+from imbsam.extra_passes import AUTO_CONTEXT_ROWS, ContextRows, normalises_over_rows
 from imbsam.row_weights import class_vector
 from imbsam.step import Step
-
-ContextRows = int | Literal["auto", "batch"]
-
-AUTO_CONTEXT_ROWS = 32
-"""Context rows of `"auto"` for a module with BatchNorm in training mode; docs/cost.md has the measurements."""
 
 
 class ClassAwareSAM:
@@ -30,9 +24,10 @@ class ClassAwareSAM:
     the rows take from their classes, :meth:`backward` leaves in ``.grad`` the gradient of
 
     .. math::
-        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right], \qquad
-        e = \rho \frac{g_s(w)}{\|g_s(w)\|}, \qquad
-        g_s(w) = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
+        L(w) = \frac1B \sum_i a_i \left[ (1 - c_i)\, l_i(w) + c_i\, l_i(w + e) \right]
+
+    .. math::
+        e = \rho \frac{g_s(w)}{\|g_s(w)\|}, \qquad g_s(w) = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
 
     with e held fixed, which is
 
@@ -115,7 +110,7 @@ class ClassAwareSAM:
         self.class_weight = class_weight
         counts = None if class_counts is None else class_counts_tensor(class_counts)
         if tail_weight != 1:
-            self.class_weight = _with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
+            self.class_weight = with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
         self.adaptive = adaptive
         a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
         if context_rows not in ("auto", "batch") and not a_number:
@@ -197,7 +192,10 @@ class ClassAwareSAM:
                 m.reshard()
 
         reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
-        params = trained_parameters(modules)
+        # as module.parameters() orders them, tied ones once, without another walk of the modules
+        params = list(
+            {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}.values()
+        )
         if not params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
         group = None if sharded else self.process_group
@@ -236,7 +234,7 @@ class ClassAwareSAM:
         perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
         context_rows = self.context_rows
         if context_rows == "auto":
-            context_rows = AUTO_CONTEXT_ROWS if perturbs and any(map(_normalises_over_rows, modules)) else 0
+            context_rows = AUTO_CONTEXT_ROWS if perturbs and any(map(normalises_over_rows, modules)) else 0
         waits = forward_communicates(modules)
         return Plan(
             sharpness_weight=self.sharpness_weight,
@@ -246,34 +244,3 @@ class ClassAwareSAM:
             in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
             may_be_empty=group is not None and not waits and context_rows != "batch",
         )
-
-
-def trained_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """As ``module.parameters()`` orders them, tied ones once, without another walk of the modules."""
-    found = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
-    return list(found.values())
-
-
-def _with_tail_weight(
-    class_weight: Tensor | None,
-    tail_weight: float,
-    class_counts: Tensor | None,
-    eta: float,
-    tail_classes: Tensor | Sequence[int] | None,
-) -> Tensor:
-    if not 0 <= tail_weight < math.inf:
-        raise SettingError(f"tail_weight is {tail_weight}: give a finite number from 0 (1 leaves the loss as it is)")
-    if class_counts is None:
-        raise SettingError(f"tail_weight is {tail_weight} and class_counts None: give the training samples per class")
-    tail = tail_mask(class_counts, eta, tail_classes)
-    weight = torch.ones(len(tail), dtype=torch.float64, device="cpu") if class_weight is None else class_weight
-    return torch.where(tail, tail_weight * weight, weight)
-
-
-def _normalises_over_rows(module: nn.Module) -> bool:
-    """Whether it is BatchNorm in training mode, also a hand-written, scripted or exported one, by its statistics."""
-    name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
-    if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
-        return False
-    statistics = (buffer.startswith(("running_", "moving_")) for buffer in module._buffers.keys())  # noqa: SIM118
-    return isinstance(module, _BatchNorm) or "BatchNorm" in name or any(statistics)

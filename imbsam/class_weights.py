@@ -1,13 +1,15 @@
 """Loss weights of the classes from their counts: re-weighting that goes with any loss."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from imbsam.class_groups import class_counts_tensor
+from imbsam.class_groups import class_counts_tensor, tail_mask
 from imbsam.errors import SettingError
 
-__all__ = ["effective_number_weights"]
+__all__ = ["effective_number_weights", "with_tail_weight"]
 
 
 def check_beta(name: str, beta: float) -> None:
@@ -60,3 +62,34 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
     n = counts.double()
     inverse = (1 - beta) / (1 - beta ** n.clamp(min=1))
     return inverse * n.sum() / (n * inverse).sum()
+
+
+def with_tail_weight(
+    class_weight: Tensor | None,
+    tail_weight: float,
+    class_counts: Tensor | None,
+    eta: float,
+    tail_classes: Tensor | Sequence[int] | None,
+) -> Tensor:
+    """Multiply the loss weights of the tail classes.
+
+    Args:
+        class_weight: loss weight of each class, float64 (C,); None for 1.
+        tail_weight: the factor, finite, from 0.
+        class_counts: training samples per class (C,).
+        eta: classes with fewer than eta training samples are tail classes.
+        tail_classes: the tail classes in place of eta, as for :func:`~imbsam.class_groups.tail_mask`.
+
+    Returns:
+        float64 tensor of shape (C,) on the CPU.
+
+    Raises:
+        SettingError: if ``tail_weight`` is out of its range, or ``class_counts`` is None.
+    """
+    if not 0 <= tail_weight < math.inf:
+        raise SettingError(f"tail_weight is {tail_weight}: give a finite number from 0 (1 leaves the loss as it is)")
+    if class_counts is None:
+        raise SettingError(f"tail_weight is {tail_weight} and class_counts None: give the training samples per class")
+    tail = tail_mask(class_counts, eta, tail_classes)
+    weight = torch.ones(len(tail), dtype=torch.float64, device="cpu") if class_weight is None else class_weight
+    return torch.where(tail, tail_weight * weight, weight)

@@ -36,7 +36,7 @@ SHARE_OF_TIME = 0.05
 
 @runtime_checkable
 class PositionedLoader(Protocol):
-    """A loader that can start at any batch of any epoch, such as :class:`datamodules.samplers.TrainLoader`."""
+    """A loader that can start at any batch of any epoch, such as :class:`datamodules.sampling.TrainLoader`."""
 
     @property
     def joint_batch_size(self) -> int:
@@ -59,7 +59,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     batch later: every batch starts one small all-reduce on the CPU, whose result is read a batch later, so that nobody
     waits for it.
 
-    To go on bit-identically the data must come from :func:`datamodules.samplers.train_loader`, or another
+    To go on bit-identically the data must come from :func:`datamodules.sampling.train_loader`, or another
     :class:`PositionedLoader`.
 
     Args:
@@ -139,7 +139,7 @@ class ResumableCheckpoint(ModelCheckpoint):
                 loader.load_state_dict({name: self._resumed[name] for name in names})
             if self._resumed["batch"] > 0 and not _train_loaders(trainer):
                 rank_zero_warn(
-                    "the training data do not come from datamodules.samplers.train_loader: this epoch starts with its "
+                    "the training data do not come from datamodules.sampling.train_loader: this epoch starts with its "
                     "first batch again, not with the one after the checkpoint's"
                 )
 

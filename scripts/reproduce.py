@@ -214,7 +214,7 @@ def _cell(values: list[float]) -> str:
 def pack(root: str, path: Path, ratio: float, seed: int) -> None:
     """Write CIFAR-100-LT's images to one file."""
     from datamodules import CIFAR100LTDataModule
-    from datamodules.packed_images import pack_images
+    from datamodules.image_arrays.packed_images import pack_images
 
     data = CIFAR100LTDataModule(root, ratio=ratio, seed=seed)
     data.prepare_data()

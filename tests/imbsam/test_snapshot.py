@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from imbsam import SAM, FocalSAM, ImbSAM, reference
-from imbsam.class_aware_sam import AUTO_CONTEXT_ROWS
+from imbsam.extra_passes import AUTO_CONTEXT_ROWS
 
 COUNTS = [200, 60, 15, 4]
 Y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 4)

@@ -157,7 +157,7 @@ def test_predictions_are_the_models(run_imbsam, work):
     """The probabilities of a file, computed here from the weights and the pixels."""
     args = ["predict", "--ckpt_path", last("image_folder/imbsam"), "--predictions.path=p.csv"]
     assert run_imbsam(work, *args, "--data.predict=pictures/bee/0.png")["codes"] == [0]
-    from datamodules.image_augmentation import ImageTransform
+    from datamodules.image_files.augmentation import ImageTransform
     from lightning_modules import LongTailedClassifier
 
     model = LongTailedClassifier.load_from_checkpoint(work / last("image_folder/imbsam")).eval()

@@ -1,0 +1,1 @@
+"""Data for semi-supervised anomaly detection: tables and images."""

@@ -1,0 +1,1 @@
+"""Data sets of small images that fit into memory: digits, CIFAR and packed files."""

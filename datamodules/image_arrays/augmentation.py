@@ -1,0 +1,83 @@
+"""Random crop, flip and normalisation of a whole batch of images at once."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.sampling.sample_seeds import random_integers
+
+
+class BatchTransform:
+    """Turns a batch of pixels into the network's input; made to be a loader's ``collate_fn``.
+
+    In order: random crop, random flip, conversion to float32, ``(pixel - mean) / std``. What is random about an
+    image depends on its seed alone, not on the rest of the batch.
+
+    Args:
+        mean: Mean of each channel, in units of the pixels (0 to 255 for most images).
+        std: Standard deviation of each channel, in units of the pixels.
+        crop_padding: Padding of the random crop in pixels, as in :func:`random_crop`; 0 crops nothing.
+        flip: Mirror each image left to right with probability 1/2.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], crop_padding: int = 0, flip: bool = False) -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.crop_padding = crop_padding
+        self.flip = flip
+
+    def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform the images and hand the labels through.
+
+        Args:
+            batch: Pixels, uint8 (B, C, H, W), and labels, int64 (B,).
+            seeds: One seed for each image, int64 (B,), as the training loader has them. Without them crop and flip draw
+                seeds from torch's default generator.
+
+        Returns:
+            Images, float32 (B, C, H, W), and the same labels.
+        """
+        images, labels = batch
+        if self.crop_padding or self.flip:
+            seeds = torch.randint(2**63 - 1, (len(images),)) if seeds is None else seeds
+            if self.crop_padding:
+                images = random_crop(images, self.crop_padding, seeds)
+            if self.flip:
+                images = random_flip(images, seeds)
+        return images.float().sub_(self.mean).div_(self.std), labels
+
+
+def random_crop(images: Tensor, padding: int, seeds: Tensor) -> Tensor:
+    """Shift each image by up to ``padding`` pixels along either axis, every shift equally likely.
+
+    That is a random crop of the images' own size from the images padded with zeros. Padded before
+    normalisation, as in torchvision's ``RandomCrop(size, padding)``, the border is black.
+
+    Args:
+        images: Pixels of any dtype (B, C, H, W).
+        padding: Largest shift in pixels, at least 0.
+        seeds: One seed for each image, int64 (B,).
+
+    Returns:
+        The shifted images, of the same dtype and shape.
+    """
+    size, _, height, width = images.shape
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    down, right = (random_integers(seeds, 2 * padding + 1, draw) for draw in (0, 1))
+    return windows[torch.arange(size, device=images.device), :, down, right]
+
+
+def random_flip(images: Tensor, seeds: Tensor) -> Tensor:
+    """Mirror each image left to right with probability 1/2.
+
+    Args:
+        images: Pixels of any dtype (B, C, H, W).
+        seeds: One seed for each image, int64 (B,).
+
+    Returns:
+        The images, of the same dtype and shape.
+    """
+    mirrored = (random_integers(seeds, 2, draw=2) == 1).view(-1, 1, 1, 1)
+    return torch.where(mirrored, images.flip(3), images)

@@ -1,0 +1,114 @@
+"""CIFAR-10-LT and CIFAR-100-LT."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import v2
+
+from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.image_arrays.augmentation import BatchTransform
+from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
+from datamodules.image_arrays.dataset import ImageArrays
+from datamodules.image_arrays.packed_images import PackedImages, read_packed
+from datamodules.image_files.dataset import ImageFiles, ReadableRows
+from datamodules.image_files.images_to_predict import as_text, images_to_predict
+from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+from imbsam.errors import SettingError
+
+SIZE = 32
+"""Side of the images in pixels."""
+
+
+class CIFAR10LTDataModule(LongTailedDataModule):
+    """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
+
+    Args:
+        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing. Or a packed
+            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
+        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
+            them left to right.
+        predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
+            size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
+        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+    """
+
+    source: type[CIFAR10] = CIFAR10
+    num_classes: int = 10
+    mean: tuple[float, ...] = (125.31, 122.95, 113.87)  # of the 50,000 training images
+    std: tuple[float, ...] = (62.99, 62.09, 66.70)
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        augment: bool = True,
+        predict: list[str] | str | None = None,
+        **settings: Any,
+    ) -> None:
+        # Checkpoints keep the settings, and torch.load(weights_only=True) refuses a Path.
+        root, predict = os.fspath(root), as_text(predict)
+        super().__init__(**settings)
+        self.predict = predict
+        self.root = Path(root).expanduser()
+        self.train_collate = BatchTransform(self.mean, self.std, crop_padding=4 * augment, flip=augment)
+        self.eval_collate = BatchTransform(self.mean, self.std)
+
+    def prepare_data(self) -> None:
+        """Download the data set to ``root`` where its folder is missing.
+
+        Raises:
+            SettingError: It is missing and cannot be downloaded.
+        """
+        if self.root.suffix != ".npz" and not self.only_predicts:
+            fetch_cifar(self.root, self.source)
+
+    def load_datasets(self) -> tuple[ImageArrays | PackedImages, Tensor, ImageArrays]:
+        """Read the files, whatever their checksums, and set ``class_names``.
+
+        Raises:
+            SettingError: A file is missing or damaged.
+        """
+        train: ImageArrays | PackedImages
+        if self.root.suffix == ".npz":
+            train, test, self.class_names = read_packed(self.root)
+            if len(self.class_names) != self.num_classes:
+                raise SettingError(
+                    f"data.root={str(self.root)!r} has {len(self.class_names)} classes and {self.source.__name__} "
+                    f"{self.num_classes}: it is packed from another data set."
+                )
+        else:
+            train, test, self.class_names = read_cifar(self.root, self.source)
+        return train, train.labels, test
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The images of ``predict`` with their paths, or the test images again."""
+        if self.predict is None:
+            return super().predict_dataloader()
+        root, listed = images_to_predict(self.predict)
+        pixels = [v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.PILToTensor(), v2.ToDtype(torch.float32)]
+        transform = v2.Compose([*pixels, v2.Normalize(self.mean, self.std)])
+        images = ImageFiles(root, listed.paths, listed.labels, [], transform, with_paths=True)
+        collate = ReadableRows(SIZE, with_paths=True)
+        return eval_loader(images, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
+
+
+class CIFAR100LTDataModule(CIFAR10LTDataModule):
+    """CIFAR-100, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
+
+    Args:
+        root: Folder that holds ``cifar-100-python``, torchvision's layout; downloaded there if missing. Or a packed
+            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
+        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
+            them left to right.
+        predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
+            size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
+        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+    """
+
+    source = CIFAR100
+    num_classes = 100
+    mean = (129.30, 124.07, 112.43)
+    std = (68.17, 65.39, 70.42)

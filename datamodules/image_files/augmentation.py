@@ -1,0 +1,64 @@
+"""Augmentation of images from files: the ImageNet standard, RandAugment and AutoAugment."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from imbsam.errors import SettingError
+
+Augment = Literal["none", "standard", "randaugment", "autoaugment"]
+
+
+class ImageTransform:
+    """Turns a PIL image into the network's input.
+
+    ``none`` (and so every evaluation): the shorter side to ``image_size * 256 / 224``, then the central crop.
+    ``standard``: a random crop of 8 % to 100 % of the area, resized, and a random flip (Szegedy et al., CVPR 2015).
+    ``randaugment`` (Cubuk et al., NeurIPS 2020; 2 operations of magnitude 9) and ``autoaugment`` (Cubuk et al., CVPR
+    2019; the policy found on ImageNet) come after these two. At the end: float32 in [0, 1], ``(pixel - mean) / std``.
+
+    All of torchvision's draws here come from torch's default generator, so that under a seed of its own a sample's
+    augmentation depends on that seed alone (:class:`~datamodules.sampling.loaders.SeededSamples`).
+
+    Args:
+        augment: none, standard, randaugment or autoaugment.
+        image_size: Side S of the result in pixels.
+        color_jitter: Brightness, contrast and saturation are each multiplied by a number in [1 - j, 1 + j]; 0 leaves
+            them. Not with ``none``.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
+
+    Raises:
+        SettingError: A setting is outside its range.
+    """
+
+    def __init__(
+        self, augment: Augment, image_size: int, color_jitter: float, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        if augment not in get_args(Augment):
+            raise SettingError(f"augment={augment!r} is unknown: choose one of {', '.join(get_args(Augment))}.")
+        if image_size < 1:
+            raise SettingError(f"image_size={image_size} is too small: pass the images' side in pixels.")
+        if not 0 <= color_jitter <= 1:
+            raise SettingError(f"color_jitter={color_jitter} is outside [0, 1].")
+        if augment == "none":
+            steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
+        else:
+            steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+            if color_jitter:
+                steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        if augment == "randaugment":
+            steps.append(v2.RandAugment())
+        elif augment == "autoaugment":
+            steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
+        steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform an RGB image of any size into float32 (3, S, S)."""
+        transformed: Tensor = self.steps(image)
+        return transformed

@@ -1,0 +1,216 @@
+"""The settings, checks and loaders that all data sets of image files share."""
+
+import os
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.image_files.augmentation import Augment, ImageTransform
+from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableRows
+from datamodules.image_files.images_to_predict import as_text, images_to_predict
+from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes, check_files
+from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+
+
+class ImageFilesDataModule(LongTailedDataModule):
+    """Images in files, decoded by worker processes; a subclass says which files there are (:meth:`read_splits`).
+
+    Batches are images, float32 (B, 3, S, S), and labels, int64 (B,); those of ``predict`` have a list of B paths too.
+
+    Args:
+        root: Folder that the images' paths are relative to.
+        image_size: Side S of the network's input in pixels.
+        augment: Of training images: none, standard (random resized crop and flip), or randaugment or autoaugment after
+            it.
+        color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
+        corrupt_images: What a damaged image does: fail, or skip (warn, train on another image of its class in its
+            place, and evaluate without it).
+        batch_size: Rows of a training batch.
+        eval_batch_size: Rows of a validation, test or prediction batch.
+        predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
+            file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. Nothing
+            else is then read: the data that the model was trained on need not be there. Null for the test images.
+        num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
+            process.
+        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+
+    Raises:
+        SettingError: A setting is outside its range.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, which pretrained weights expect
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    advice: str = ""
+    """Where to get the files."""
+    path_column: str = "path"
+    """Column of the paths in a list of images to predict."""
+    published: ClassVar[dict[str, int]] = {}
+    """What the published data set has, by the names in :meth:`_compare_with_published`."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int = 224,
+        augment: Augment = "standard",
+        color_jitter: float = 0.0,
+        corrupt_images: CorruptImages = "fail",
+        batch_size: int = 128,
+        eval_batch_size: int = 128,
+        predict: list[str] | str | None = None,
+        num_workers: int | None = None,
+        **settings: Any,
+    ) -> None:
+        root = os.fspath(root)  # checkpoints refuse a Path
+        predict = as_text(predict)
+        workers = min(8, _cores()) if num_workers is None else num_workers
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
+        self.root = Path(root).expanduser()
+        self.predict = predict
+        self.image_size = image_size
+        self.corrupt_images = corrupt_images
+        self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
+        self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
+        self.eval_collate = ReadableRows(image_size)
+        self.check_validation()
+        self._checked = False
+        self._told: dict[str, int] = {}
+
+    @abstractmethod
+    def read_splits(self) -> ImageSplits:
+        """Read which images there are; called once."""
+
+    @cached_property
+    def splits(self) -> ImageSplits:
+        """The lists of images, their labels checked."""
+        splits = self.read_splits()
+        check_classes(splits)
+        self.own_validation = splits.val is not None
+        self.check_validation()
+        return splits
+
+    def prepare_data(self) -> None:
+        """Look for every listed file, on one process of each node and once a run.
+
+        Raises:
+            SettingError: A list or files are missing, or a label has no class.
+        """
+        if not self._checked and not self.only_predicts:
+            number = check_files(self.root, self.splits.parts(), self.advice)
+            rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
+            self._look_for_shared_images()
+            self._checked = True
+
+    def load_datasets(self) -> tuple[ImageFiles, Tensor, ImageFiles]:
+        """The images by their paths, and ``class_names``."""
+        self.class_names = self.splits.class_names
+        self._compare_with_published()
+        train = self._files(self.splits.train)
+        return train, train.labels, self._files(self.splits.test)
+
+    def validation_set(self) -> ImageFiles | None:
+        """The data set's own validation images."""
+        return self._files(self.splits.val) if self.splits.val is not None else None
+
+    def select(self, dataset: Any, rows: Tensor) -> ImageFiles:
+        """Some of the training images, without an index in Python objects."""
+        selected: ImageFiles = dataset.select(rows)
+        return selected
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the training and validation samples; a second call does nothing, nor does one for ``predict`` alone."""
+        if self._train is not None:
+            return
+        super().setup(stage)
+        train: Any = self._train
+        if train is not None:
+            self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
+
+    def train_eval_dataloader(self) -> EvalLoader:
+        """All training samples in order and without augmentation, on every process, for measurements on them."""
+        train: Any = self._loaded(self._train)
+        plain = train.select(torch.arange(len(train)), transform=self.eval_transform)
+        return eval_loader(plain, self.eval_batch_size, self.eval_collate, self.num_workers)
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The images of ``predict``, or the test images again, with their paths."""
+        if self.predict is None:
+            images: Any = self._loaded(self._test)
+        else:
+            root, listed = images_to_predict(self.predict, self.path_column)
+            images = self._files(listed, root)
+        named = images.select(torch.arange(len(images)), with_paths=True)
+        collate = ReadableRows(self.image_size, with_paths=True)
+        workers = 0 if len(named) <= self.eval_batch_size else self.num_workers
+        return eval_loader(named, self.eval_batch_size, collate, workers, **ranks(self.trainer))
+
+    def unreadable_files(self) -> dict[str, str]:
+        """Decode every training, validation and test image once; call ``setup`` first.
+
+        Returns:
+            The path of each image that cannot be read, and why.
+        """
+        found: dict[str, str] = {}
+        for images in (self._train, self._val, self._test):
+            if isinstance(images, ImageFiles):
+                found |= images.unreadable(self.num_workers)
+        return found
+
+    def teardown(self, stage: str) -> None:
+        """Tell how many damaged images this process has met, where there are more than when it told last."""
+        for name, images, what in (
+            ("training", self._train, "replaced by others of their classes"),
+            ("validation", self._val, "left out"),
+            ("test", self._test, "left out"),
+        ):
+            number = int(images.damaged.sum()) if isinstance(images, ImageFiles) else 0
+            if number > self._told.get(name, 0):
+                rank = self.trainer.global_rank if self.trainer is not None else 0
+                print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
+                self._told[name] = number
+
+    def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
+        return ImageFiles(
+            self.root if root is None else root,
+            images.paths,
+            images.labels,
+            getattr(self, "class_names", []),
+            self.eval_transform,
+            self.corrupt_images,
+        )
+
+    def _look_for_shared_images(self) -> None:
+        """Warn of training images that are evaluated on too."""
+        train, *others = self.splits.parts()
+        for part in others:
+            shared = np.intersect1d(train.paths, part.paths)
+            if len(shared):
+                rank_zero_warn(
+                    f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
+                    f"{os.fsdecode(shared[0])}: results on images that were trained on say nothing"
+                )
+
+    def _compare_with_published(self) -> None:
+        """Warn of lists that are not the published ones: numbers from them are not comparable."""
+        splits, counts = self.splits, torch.bincount(self.splits.train.labels)
+        found = {
+            "classes": len(splits.class_names),
+            "training images": len(splits.train),
+            "validation images": len(splits.val) if splits.val is not None else 0,
+            "test images": len(splits.test),
+            "images in the largest class": int(counts.max()),
+            "images in the smallest class": int(counts.min()),
+        }
+        wrong = [f"{found[name]:,} {name}, not {n:,}" for name, n in self.published.items() if found[name] != n]
+        if wrong:
+            rank_zero_warn(f"{type(self).__name__}: these lists are not the published ones: {'; '.join(wrong)}.")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

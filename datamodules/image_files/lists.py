@@ -1,0 +1,294 @@
+"""Lists of images and labels: read, and checked against the classes and the disk."""
+
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datamodules.base.long_tail import subsample
+from imbsam.errors import SettingError
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """Images and their labels.
+
+    Attributes:
+        source: Where the list comes from, for messages.
+        paths: Paths relative to a root (or absolute), numpy bytes (N,).
+        labels: Class indices, int64 (N,).
+    """
+
+    source: str
+    paths: Any
+    labels: Tensor
+
+    @staticmethod
+    def of(
+        source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
+    ) -> "ListedImages":
+        """Make it of paths as text and of labels as integers; a path that comes twice is taken once.
+
+        Args:
+            source: Where the list comes from.
+            paths: Paths, of which ``a.jpg`` and ``./a.jpg`` are the same.
+            labels: Class indices.
+            class_names: What a message calls the classes; None for their indices.
+
+        Raises:
+            SettingError: A path has two labels.
+        """
+        label_of: dict[str, int] = {}
+        kept: list[str] = []
+        again: set[str] = set()
+        for path, label in zip(paths, labels, strict=True):
+            file = os.path.normpath(path)
+            if (first := label_of.setdefault(file, label)) != label:
+                shown = [str(c) if class_names is None else class_names[c] for c in (first, label)]
+                raise SettingError(f"{source}: {path} has two labels, {shown[0]} and {shown[1]}: keep one.")
+            if len(label_of) > len(kept):
+                kept.append(path)
+            else:
+                again.add(file)
+        if again:
+            rank_zero_warn(
+                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is taken once"
+            )
+        packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
+        return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))
+
+    def take(self, rows: Tensor) -> "ListedImages":
+        """Some of the images, by index or mask (N,)."""
+        return ListedImages(self.source, self.paths[rows.numpy()], self.labels[rows])
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The parts of a data set.
+
+    Attributes:
+        class_names: Names of the C classes.
+        train: Training images, before any subsampling and any validation split.
+        val: Its own validation images, or None.
+        test: Test images.
+    """
+
+    class_names: list[str]
+    train: ListedImages
+    val: ListedImages | None
+    test: ListedImages
+
+    def parts(self) -> list[ListedImages]:
+        """Those that there are."""
+        return [part for part in (self.train, self.val, self.test) if part is not None]
+
+
+def read_txt(path: Path) -> ListedImages:
+    """Read lines of "path label", the label a number from 0; a path may have spaces, empty lines do not count.
+
+    Raises:
+        SettingError: A line is something else, or there is none.
+    """
+    paths, labels = [], []
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            name, _, label = line.strip().rpartition(" ")
+            if name and label.isdecimal():
+                paths.append(name.strip())
+                labels.append(int(label))
+            elif line.strip():
+                raise SettingError(f"{path}, line {number}: {line.strip()[:80]!r} is not a path and a label from 0.")
+    if not paths:
+        raise SettingError(f"{path} lists no image.")
+    return ListedImages.of(path.name, paths, labels)
+
+
+def check_classes(splits: ImageSplits) -> None:
+    """Every class must have a training image, every label a class, and every image one label.
+
+    Warns of classes whose names differ in case, spaces or accents' encoding alone.
+
+    Raises:
+        SettingError: It names the classes, or the image; or there is one class only.
+    """
+    names = splits.class_names
+    if len(names) < 2:
+        raise SettingError(
+            f"{splits.train.source} has a single class, {names[0]}: there is nothing to tell apart; every class needs "
+            "a folder of its own in data.root, or a label of its own in a list."
+        )
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            rank_zero_warn(
+                f"{splits.train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if "
+                "one class is meant, give it one name"
+            )
+    for part in splits.parts():
+        outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
+        if outside:
+            raise SettingError(
+                f"{part.source} has labels {shorten(outside)}, and {splits.train.source} has the {len(names)} classes "
+                f"0 to {len(names) - 1}: every class needs training images."
+            )
+    for part, other in combinations(splits.parts(), 2):
+        _, here, there = np.intersect1d(part.paths, other.paths, return_indices=True)
+        for i, j in zip(here, there, strict=True):
+            if part.labels[i] != other.labels[j]:
+                raise SettingError(
+                    f"{os.fsdecode(part.paths[i])} has two labels, {names[part.labels[i]]} in {part.source} and "
+                    f"{names[other.labels[j]]} in {other.source}: keep one."
+                )
+    empty = (torch.bincount(splits.train.labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
+    if empty:
+        shown = [str(c) if names[c] == str(c) else f"{c} ({names[c]})" for c in empty]
+        raise SettingError(
+            f"{splits.train.source} has no image of class {shorten(shown)}: add some, or leave the class out and "
+            "number the others from 0 without a gap."
+        )
+
+
+def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
+    """Look for every listed file, by reading each folder once instead of asking for each file.
+
+    Args:
+        root: Folder that the paths are relative to.
+        parts: The lists.
+        advice: Where to get what is missing.
+
+    Returns:
+        Number of different files.
+
+    Raises:
+        SettingError: Files are missing; it names the first five and counts them.
+    """
+    wanted: dict[str, set[str]] = {}
+    for part in parts:
+        for path in part.paths:
+            folder, _, name = os.fsdecode(path).rpartition("/")
+            wanted.setdefault(folder, set()).add(name)
+    console = Console(stderr=True)
+    folders = track(
+        wanted,
+        f"looking for {sum(map(len, wanted.values())):,} images",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    found = {folder: _files(root / folder) for folder in folders}
+    for part in parts:
+        missing = []
+        for path in part.paths:
+            folder, _, name = os.fsdecode(path).rpartition("/")
+            if name not in found[folder]:
+                missing.append(os.fsdecode(path))
+        if missing:
+            raise SettingError(
+                f"{len(missing):,} of the {len(part):,} images in {part.source} are not in {root}: "
+                f"{shorten(missing)}. {advice}"
+            )
+    return sum(map(len, wanted.values()))
+
+
+def images_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of the images in a folder and those below it, links followed.
+
+    Args:
+        folder: The folder.
+        above: Device and inode of the folders it lies in; those of the first call are found.
+
+    Raises:
+        SettingError: A link leads to a folder that it lies in, or to nothing, or a folder cannot be read.
+    """
+    try:
+        above = above or tuple(map(_identity, folder.absolute().parents))
+        own = _identity(folder)
+        if own in above:
+            raise SettingError(f"{folder} is a link to a folder that it lies in: remove that link.")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
+                    yield entry.path
+                elif entry.is_dir():
+                    yield from images_below(Path(entry.path), (*above, own))
+    except OSError as error:
+        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
+
+
+def hold_out_test(
+    images: ListedImages, class_names: Sequence[str], test_share: float
+) -> tuple[ListedImages, ListedImages]:
+    """Split off a test part, the same share of every class and the same images whatever the seed of a run.
+
+    A class with at least two images has at least one on either side; a single image is for training.
+
+    Args:
+        images: All images.
+        class_names: Names of the classes.
+        test_share: Share of each class, in (0, 1).
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        SettingError: ``test_share`` is outside (0, 1).
+    """
+    if not 0 < test_share < 1:
+        raise SettingError(f"test_share={test_share} is outside (0, 1): pass the share of each class to test on.")
+    counts = torch.bincount(images.labels, minlength=len(class_names))
+    held_out = (counts.double() * test_share).round().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
+    if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
+        warnings.warn(f"no test image for the classes with a single image: {shorten(single)}.", stacklevel=2)
+    test = torch.zeros(len(images), dtype=torch.bool)
+    test[subsample(images.labels, held_out, torch.Generator().manual_seed(0))] = True
+    return images.take(~test), images.take(test)
+
+
+def shorten(names: Sequence[Any], most: int = 5) -> str:
+    """The first names, and how many there are in all."""
+    shown = ", ".join(str(name) for name in names[:most])
+    return f"{shown}, ... ({len(names):,} in all)" if len(names) > most else shown
+
+
+def names_of_folders(train: ListedImages) -> list[str]:
+    """Name each class after the folder of its images; by its number where folders and classes are not one to one."""
+    labels, first = np.unique(train.labels.numpy(), return_index=True)
+    num_classes = int(labels[-1]) + 1
+    folders = [os.path.basename(os.path.dirname(os.fsdecode(path))) for path in train.paths[first]]
+    folder_of = dict(zip(labels.tolist(), folders, strict=True))
+    names = [folder_of.get(c, "") for c in range(num_classes)]
+    return names if all(names) and len(set(names)) == num_classes else [str(c) for c in range(num_classes)]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _files(folder: Path) -> set[str]:
+    """Names in a folder; a link counts where it leads somewhere."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise SettingError(f"folder {folder} cannot be read: {error.strerror}.") from error

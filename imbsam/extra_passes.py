@@ -1,0 +1,59 @@
+"""Which rows of a batch the extra passes run on."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+ContextRows = int | Literal["auto", "batch"]
+
+AUTO_CONTEXT_ROWS = 32
+"""Context rows of `"auto"` for a module with BatchNorm in training mode; docs/cost.md has the measurements."""
+
+
+def normalises_over_rows(module: nn.Module) -> bool:
+    """Whether it is BatchNorm in training mode, also a hand-written, scripted or exported one, by its statistics."""
+    name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
+    if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
+        return False
+    statistics = (buffer.startswith(("running_", "moving_")) for buffer in module._buffers.keys())  # noqa: SIM118
+    return isinstance(module, _BatchNorm) or "BatchNorm" in name or any(statistics)
+
+
+def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:
+    """The sharp rows, then at least `context_rows` other rows, evenly spaced over the rest of the batch.
+
+    No random draw: the same batch gives the same rows. The number of rows is rounded up by `pass_size` and cut at
+    the batch; the filling comes from the same evenly spaced rows.
+
+    Args:
+        sharp: indices of the rows with c_i > 0, ascending.
+        batch_size: number of rows of the batch.
+        context_rows: how many non-sharp rows to add at least.
+
+    Returns:
+        Distinct row indices, the sharp ones first; their losses are the only ones that count.
+
+    >>> extra_pass_rows([2, 5], batch_size=8, context_rows=3)
+    [2, 5, 0, 1, 4, 6]
+    """
+    fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
+    if fill == 0:
+        return list(sharp)
+    others = sorted(set(range(batch_size)).difference(sharp))
+    return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
+
+
+def pass_size(rows: int) -> int:
+    """Round a number of rows up to one of few sizes: 2, 4, 6, ..., 32, 36, 40, ..., 64, 72, ...
+
+    Even up to 32, then eight sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a ninth
+    of a larger pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
+
+    >>> [pass_size(n) for n in (1, 3, 9, 17, 33, 100)]
+    [2, 4, 10, 18, 36, 104]
+    """
+    step = max(2, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
