@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import itertools
 import logging
 import re
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
@@ -34,10 +37,12 @@ from lightning_modules.network_summary import NetworkSummary
 from lightning_modules.parser_messages import did_you_mean, one_line
 from lightning_modules.seeds import FLAG, apply_seed, fresh_processes, split_seeds
 from lightning_modules.signals import Interrupted, StopSignals
-from lightning_modules.weights_and_biases import WeightsAndBiases
+from lightning_modules.weights_and_biases import WandbResults
 
 PACKAGE = Path(imbsam.__file__).parent
 """`configs/` is inside the package in an installation, and beside it in a checkout."""
+
+CSV_LOGGER = "lightning_modules.csv_logger.ResumableCSVLogger"
 
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
 """The model's settings that do not belong to its weights: those on the command line win over the checkpoint's."""
@@ -70,6 +75,8 @@ class ImbSAMCLI(LightningCLI):
     def __init__(self, signals: StopSignals, *args: Any, **kwargs: Any) -> None:
         self._signals = signals
         super().__init__(*args, **kwargs)
+        if "wandb" in sys.modules:  # Lightning leaves the run to the end of the program; the next seed would log to it
+            sys.modules["wandb"].finish()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -81,7 +88,6 @@ class ImbSAMCLI(LightningCLI):
         """Our checkpoint and predictions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
-        parser.add_lightning_class_args(WeightsAndBiases, "wandb")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def setup_parser(self, *args: Any) -> None:
@@ -153,18 +159,24 @@ class ImbSAMCLI(LightningCLI):
         """Name the run's folder after its config, or put it beside the checkpoint's."""
         config = self.config[self.config.subcommand]
         apply_seed(config)
-        files = [Path(path.relative) for path in config.get("config") or []]
-        logger = config.trainer.logger
-        if not getattr(logger, "class_path", "").endswith("CSVLogger") or logger.init_args.name != "":
-            return
-        if files:
-            logger.init_args.name = str(Path(files[0].parent.name) / files[0].stem)
-        elif self._trained is not None:
-            runs, logs = (
-                Path(path).resolve() for path in (_run_of(config.ckpt_path).parent, logger.init_args.save_dir)
-            )
+        self._give_wandb_a_run_folder()
+        for logger in self._loggers("CSVLogger"):
+            settings = logger.init_args
+            settings.name = self._experiment(Path(settings.save_dir)) if settings.name == "" else settings.name
+            for wandb in self._loggers("WandbLogger"):
+                wandb.init_args.name = wandb.init_args.name or settings.name or None
+                wandb.init_args.group = wandb.init_args.group or settings.name or None
+
+    def _experiment(self, save_dir: Path) -> str:
+        """The folder of the runs inside `save_dir`: by the first config, or the checkpoint's."""
+        config = self.config[self.config.subcommand]
+        if files := [Path(path.relative) for path in config.get("config") or []]:
+            return str(Path(files[0].parent.name) / files[0].stem)
+        if self._trained is not None:
+            runs, logs = _run_of(config.ckpt_path).parent.resolve(), save_dir.resolve()
             if runs != logs and runs.is_relative_to(logs):
-                logger.init_args.name = str(runs.relative_to(logs))
+                return str(runs.relative_to(logs))
+        return ""
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
@@ -186,7 +198,6 @@ class ImbSAMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would only trip over."""
         config = self.config[self.subcommand]
-        logger = config.trainer.logger
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False
         if self.subcommand == "test":
@@ -197,11 +208,9 @@ class ImbSAMCLI(LightningCLI):
                     f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
                     f"set model.{name}"
                 )
-        if "WandbLogger" in str(logger):
-            raise SettingError("trainer.logger has a WandbLogger: set wandb.mode to offline or online instead")
         if config.trainer.enable_checkpointing is False:
             raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        if self._go_on_in is not None or not logger:
+        if self._go_on_in is not None or not config.trainer.logger:
             self.save_config_callback = None  # the run's config.yaml stays, and without a log there is no folder for it
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -210,19 +219,48 @@ class ImbSAMCLI(LightningCLI):
         self._signals.launcher = trainer.strategy.launcher
         return trainer
 
+    def _loggers(self, name: str | tuple[str, ...]) -> list[Any]:
+        """The settings of the loggers whose class name ends so."""
+        loggers = self.config[self.config.subcommand].trainer.logger
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        return [logger for logger in loggers if getattr(logger, "class_path", "").endswith(name)]
+
+    def _give_wandb_a_run_folder(self) -> None:
+        """Beside a WandbLogger there is a CSV log, and it comes first: its folder is the run's."""
+        wandb, csv = self._loggers("WandbLogger"), self._loggers("CSVLogger")
+        if not wandb:
+            return
+        if importlib.util.find_spec("wandb") is None:
+            raise SettingError('trainer.logger is WandbLogger, but wandb is not installed: pip install "wandb>=0.31"')
+        if not csv:
+            settings = wandb[0].init_args
+            save_dir = "logs" if settings.save_dir in (None, ".") else settings.save_dir  # Lightning's default is "."
+            init_args = {"save_dir": save_dir, "name": settings.name or "", "version": None}
+            csv = [dict_to_namespace({"class_path": CSV_LOGGER, "init_args": init_args})]
+        trainer = self.config[self.config.subcommand].trainer
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        trainer.logger = [*csv, *(logger for logger in loggers if logger not in csv)]
+        for logger in wandb:
+            if logger.init_args.offline and logger.init_args.log_model:
+                raise SettingError(
+                    f"trainer.logger.init_args.log_model is {logger.init_args.log_model}: Lightning uploads no "
+                    "checkpoints offline; set it to false, or offline to false"
+                )
+            # jsonargparse passes the default of wandb.init in place of WandbLogger's
+            logger.init_args.resume = logger.init_args.resume or "allow"
+
     def _find_checkpoint(self) -> None:
         """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         asked = path = config.get("ckpt_path")
-        logger = config.trainer.logger
+        logger: Any = next(iter(self._loggers("CSVLogger")), None)
         if path is None and subcommand not in ("fit", "check"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if path is None:
             return
-        a_csv_log = getattr(logger, "class_path", "").endswith("CSVLogger")
-        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if a_csv_log else None
+        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if logger else None
         if path in ("last", "best"):
             if runs is None:
                 raise SettingError(
@@ -267,14 +305,16 @@ class ImbSAMCLI(LightningCLI):
             logger.init_args.version = int(version) if version.isdigit() else run.name
             if logger.class_path.endswith("ResumableCSVLogger"):
                 logger.init_args.resume = True
+            for wandb in self._loggers("WandbLogger"):
+                earlier = load_hparams_from_yaml(run / "hparams.yaml").get("wandb_id")
+                wandb.init_args.id = wandb.init_args.version or wandb.init_args.id or earlier
             self._go_on_in = run
 
     def _refuse_another_runs_folder(self) -> None:
         """A training does not write over another one that had its version."""
         config = self.config[self.config.subcommand]
-        logger = config.trainer.logger
-        is_csv = getattr(logger, "class_path", "").endswith("CSVLogger")
-        if not is_csv or logger.init_args.version is None or config.trainer.fast_dev_run or self._go_on_in:
+        logger = next(iter(self._loggers("CSVLogger")), None)
+        if logger is None or logger.init_args.version is None or config.trainer.fast_dev_run or self._go_on_in:
             return
         version = logger.init_args.version
         run = run_folder(Path(logger.init_args.save_dir) / (logger.init_args.name or ""), version)
@@ -288,9 +328,8 @@ class ImbSAMCLI(LightningCLI):
     def _log_beside_the_runs(self) -> None:
         """An evaluation's log has a folder of its own, test_0 beside version_0: a run's folder is the training's."""
         subcommand = self.config.subcommand
-        loggers = self.config[subcommand].trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            settings: Any = getattr(logger, "init_args", {})
+        for logger in self._loggers(("CSVLogger", "TensorBoardLogger")):
+            settings = logger.init_args
             if "version" in settings and "save_dir" in settings:
                 runs = Path(settings.save_dir) / (settings.get("name") or "")
                 number = next(n for n in itertools.count() if not (runs / f"{subcommand}_{n}").exists())
@@ -415,7 +454,7 @@ def run() -> None:
             trainer_class=DataCheckTrainer,
             trainer_defaults={
                 "logger": {
-                    "class_path": "lightning_modules.csv_logger.ResumableCSVLogger",
+                    "class_path": CSV_LOGGER,
                     "init_args": {"save_dir": "logs", "name": ""},
                 },
                 "callbacks": [
@@ -426,6 +465,7 @@ def run() -> None:
                     AnomalyTable(),
                     EvaluationFiles(),
                     Cost(),
+                    WandbResults(),
                     DiscardRefusedRun(),
                 ],
             },
@@ -465,6 +505,8 @@ def _one_line(error: BaseException | None) -> str | None:
             return str(error)
         if isinstance(error, MisconfigurationException):
             return _GPU if "No supported gpu backend" in str(error) else " ".join(str(error).split())
+        if isinstance(error, getattr(sys.modules.get("wandb"), "Error", ())):
+            return f"trainer.logger is WandbLogger: {' '.join(str(error).split())} (offline: true needs no account)"
         if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
             return _unknown_metric(str(error))
         if isinstance(error, argparse.ArgumentError) and not isinstance(error.__cause__, SettingError):

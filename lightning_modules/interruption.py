@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -299,6 +300,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(path, weights_only=False)
         finally:
             self._position = None
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))  # as ModelCheckpoint does
         self._written = time.monotonic()
         self._writing = self._written - start
 

@@ -180,3 +180,20 @@ def run_imbsam() -> Iterator[Callable[..., dict[str, Any]]]:
     yield run
     stdin.close()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def read_wandb() -> Callable[[Path], dict[str, list[dict[str, Any]]]]:
+    """Read the folder of an offline run of Weights & Biases with its own client: the records by type, in order."""
+
+    def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+        (log,) = folder.glob("*.wandb")
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        records: dict[str, list[dict[str, Any]]] = {}
+        for line in done.stdout.splitlines():
+            record = json.loads(line)
+            records.setdefault(record["type"], []).append(record[record["type"]])
+        return records
+
+    return read

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imbsam.report.wandb_offline import read_wandb
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 SWEEPS = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))
 
@@ -35,14 +33,15 @@ def test_sweep_chooses_on_a_validation_split(path):
     assert f"{runs} runs" in path.read_text().splitlines()[0]
 
 
-def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
+def test_what_the_agent_starts_trains(tmp_path, read_wandb):
     """The agent's own code builds the command and starts it; there is no server, so it stays offline."""
     from wandb.wandb_agent import Agent
 
     program, *command = yaml.safe_load((REPOSITORY / "configs/sweeps/digits_lt_rho_eta.yaml").read_text())["command"]
     assert program == "imbsam"
     python = [sys.executable, "-m", "lightning_modules.cli"]  # `imbsam`, installed or not
-    short = ["--wandb.mode=offline", "--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
+    short = ["--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
+    offline = "--trainer.logger.init_args.offline=true"
     here = {"WANDB_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep123", "PYTHONPATH": str(REPOSITORY)}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them
@@ -51,7 +50,7 @@ def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
             patch.setenv(name, value)
         patch.chdir(tmp_path)
         agent = Agent(api=None, queue=None)
-        agent._sweep_command = [*python, *command, *short]
+        agent._sweep_command = [*python, *command, *short, offline]
         values = {"model.sam.rho": 0.1, "model.sam.eta": 10, "seed_everything": 2}
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
     process = agent._run_processes["abcd1234"]
@@ -60,7 +59,9 @@ def test_what_the_agent_starts_trains(tmp_path, monkeypatch):
     finally:
         if process.poll() is None:
             process.kill()
-    (log,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/offline-run-*/*abcd1234.wandb")
-    logged, config, _ = read_wandb(log)
+    (folder,) = tmp_path.glob("logs/wandb/offline-run-*-abcd1234")
+    records = read_wandb(folder)
+    (run, *_) = records["run"]
+    config = run["config"]["update"]  # which the agent gave to W&B
     assert {key: config[key] for key in values} == values
-    assert any("val/all" in row for row in logged)
+    assert any("val/all" in record["item"] for record in records["history"])

@@ -1,4 +1,4 @@
-"""Read what a run left behind: a folder of Lightning's CSVLogger, or an offline folder of Weights & Biases."""
+"""Read what a run left behind: a folder of Lightning's CSVLogger."""
 
 import csv
 import datetime
@@ -14,11 +14,10 @@ import yaml
 
 from imbsam.report.method import Method, method_of
 from imbsam.report.task import CLASSIFIER, DETECTOR, Task
-from imbsam.report.wandb_offline import read_wandb
 
 # what does not make a run another experiment: seeds, places, and what is only shown
 NOT_SETTINGS = re.compile(
-    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|wandb\..*|_.*"
+    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
 
@@ -146,8 +145,7 @@ def find_folders(path: Path) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's, be it an empty one."""
-    log = (path / "metrics.csv").exists() or next(path.glob("run-*.wandb"), None) is not None
-    return path.is_dir() and (log or re.fullmatch(r"version_\d+", path.name) is not None)
+    return path.is_dir() and ((path / "metrics.csv").exists() or re.fullmatch(r"version_\d+", path.name) is not None)
 
 
 def version(path: Path) -> tuple[Any, ...]:
@@ -161,22 +159,12 @@ def read_run(folder: Path) -> Run:
     Raises:
         UnreadableRunError: it was not trained, not tested, or its files are cut off.
     """
-    files = folder
     log = folder / "metrics.csv"
-    if (folder / "metrics.csv").exists():
-        rows = read_csv(folder / "metrics.csv")
-        config = _read_yaml(folder / "config.yaml")
-        logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
-        place = "/".join(folder.resolve().parts[-3:-1])
-    elif found := next(folder.glob("run-*.wandb"), None):
-        log = found
-        try:
-            rows, config, name = read_wandb(log)
-        except ValueError as error:
-            raise UnreadableRunError(str(error)) from error
-        logged, files, place = config, folder / "files", name
-    else:
+    if not log.exists():
         raise UnreadableRunError("it has no metrics.csv: the run stopped before its first epoch")
+    rows = read_csv(log)
+    config = _read_yaml(folder / "config.yaml")
+    logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
     columns = {name for row in rows for name, value in row.items() if value not in ("", None)}
     of_detector = columns & {DETECTOR.loss, *DETECTOR.results} and CLASSIFIER.loss not in columns
     task = DETECTOR if of_detector else CLASSIFIER
@@ -185,7 +173,7 @@ def read_run(folder: Path) -> Run:
         raise UnreadableRunError(f"its log has no {task.loss}: a test, a prediction{old}, or nothing yet")
     if missing := [name for name in task.results if name not in columns]:
         raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet, or written by an older version")
-    # the model's and the data's arguments by their own names, as Lightning logs them to Weights & Biases
+    # the model's and the data's arguments by their own names
     flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
     final: dict[str, float] = {}
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -200,7 +188,7 @@ def read_run(folder: Path) -> Run:
         raise UnreadableRunError(f"its log cannot be read: {error}") from error
     return Run(
         folder=folder,
-        place=place,
+        place="/".join(folder.resolve().parts[-3:-1]),
         seeds=tuple(flat[key] for key in ("seed_everything", "seed") if key in flat),
         settings={key: value for key, value in flat.items() if not NOT_SETTINGS.fullmatch(key)},
         final=final,
@@ -209,7 +197,7 @@ def read_run(folder: Path) -> Run:
         task=task,
         data=_data(config.get("data")),
         date=datetime.date.fromtimestamp(log.stat().st_mtime).isoformat(),
-        **{name: _read_rows(files / file, needed) for name, (file, needed) in EVALUATION_FILES.items()},
+        **{name: _read_rows(folder / file, needed) for name, (file, needed) in EVALUATION_FILES.items()},
     )
 
 

@@ -65,7 +65,7 @@ def test_help_of_fit_leads_to_rho_and_eta_and_to_the_rest(command):
     code, out, _ = command("fit", "--help")
     assert code == 0
     assert len(out.splitlines()) < 40
-    assert {"--model.rho", "--model.eta", "--help-all"} <= set(out.split())
+    assert {"--model.sam.rho", "--model.sam.eta", "--help-all"} <= set(out.split())
     settings = [f"{name}={example}" for name, (example, _) in SETTINGS.items()]
     code, shown, err = command("fit", "--config=configs/digits_lt/imbsam.yaml", *settings, "--print_config")
     assert (code, err) == (0, "")  # every setting that help names is one

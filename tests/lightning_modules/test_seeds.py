@@ -23,9 +23,9 @@ def loss(run):
 
 
 def test_each_seed_has_a_command_line_of_its_own():
-    assert split_seeds(["fit", "--config=a", "--seeds", "0", "12", "--model.rho", "0.1"]) == [
-        ["fit", "--config=a", "--seeds", "0", "--model.rho", "0.1"],
-        ["fit", "--config=a", "--seeds", "12", "--model.rho", "0.1"],
+    assert split_seeds(["fit", "--config=a", "--seeds", "0", "12", "--model.sam.rho", "0.1"]) == [
+        ["fit", "--config=a", "--seeds", "0", "--model.sam.rho", "0.1"],
+        ["fit", "--config=a", "--seeds", "12", "--model.sam.rho", "0.1"],
     ]
     assert split_seeds(["fit", "--config=a"]) == [["fit", "--config=a"]]
     for wrong, line in ((["--seeds"], "seeds is empty"), (["--seeds", "1", "1"], "seeds is 1 1: name each seed once")):
@@ -48,7 +48,7 @@ def test_runs_are_those_of_one_seed_each(imbsam, tmp_path):
 
 
 def test_a_wrong_setting_ends_it_with_one_line(imbsam, tmp_path):
-    code, _, err = imbsam("fit", *SHORT, "--seeds", "0", "1", "--model.rho=-1")
+    code, _, err = imbsam("fit", *SHORT, "--seeds", "0", "1", "--model.sam.rho=-1")
     assert (code, err.count("imbsam: error:")) == (2, 1)
     code, _, err = imbsam("fit", *SHORT, "--seeds")
     assert (code, "seeds is empty" in err) == (2, True)

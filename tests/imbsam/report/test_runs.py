@@ -1,12 +1,10 @@
 """Reading runs: what counts, and what is skipped by name."""
 
 import shutil
-import sys
 
 import pytest
 
 from imbsam.report.runs import find_folders, read_run, read_runs
-from lightning_modules.cli import main as train
 
 
 def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):
@@ -73,46 +71,6 @@ def test_folders_without_runs_are_named(tmp_path):
     runs, skipped = read_runs([tmp_path, tmp_path / "nowhere"])
     assert runs == []
     assert list(skipped.values()) == ["there is no run in it", "there is no such folder"]
-
-
-def test_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch, capsys):
-    """A real one, of two epochs, by the real client: its numbers, its settings, its evaluation files."""
-    pytest.importorskip("wandb")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    arguments = [
-        *("fit", "--config=configs/digits_lt/imbsam.yaml", "--config=configs/logger/wandb.yaml"),
-        "--trainer.enable_progress_bar=false",
-        *("--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["imbsam", *arguments])
-    train()
-    out = capsys.readouterr().out
-    (folder,) = tmp_path.glob("logs/digits_lt/imbsam/version_0/wandb/offline-run-*")
-    runs, skipped = read_runs([folder])
-    assert skipped == {}
-    (run,) = runs
-    assert run.place == "digits_lt/imbsam"
-    assert f"{100 * run.final['test/all']:.1f} │" in out
-    assert (run.settings["method"], run.settings["rho"], run.seeds) == ("imbsam", 0.05, (0, 0))
-    assert [epoch for epoch, _ in run.curves["train/loss_epoch"]] == [1, 2]  # as the terminal counts
-    assert len(run.curves["train/seconds"]) == 2
-    assert "CPU" in run.hardware["device"]
-    assert sum(int(row["test_samples"]) for row in run.classes) == 540
-    assert run.confusion
-    assert run.calibration
-
-    log = next(run.folder.glob("*.wandb"))
-    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
-    assert read_runs([run.folder])[1].keys() == {run.folder}
-
-
-def test_without_wandb_its_runs_are_skipped_with_the_mend(tmp_path, monkeypatch):
-    folder = tmp_path / "offline-run-1"
-    folder.mkdir()
-    (folder / "run-1.wandb").write_bytes(b"")
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert 'pip install "wandb>=0.31"' in read_runs([folder])[1][folder]
 
 
 @pytest.mark.parametrize(
