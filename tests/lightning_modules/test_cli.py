@@ -239,8 +239,8 @@ def test_short_names_print_config_and_overlays(imbsam, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.rhoo=0.1"], "'rhoo' is not accepted"),
-        (["--modell.rho=0.1"], "unrecognized arguments: --modell.rho"),
+        (["--model.rhoo=0.1"], "model.rhoo is no setting of LongTailedClassifier; did you mean model.sam.rho?"),
+        (["--modell.rho=0.1"], "modell.rho is no setting; did you mean model?"),
         (["--model.sam=SAMM"], "SAMM"),
         (["--model.sam.rho=-1"], "rho is -1.0"),
         (["--model.sam.rho=.nan"], "rho is nan"),

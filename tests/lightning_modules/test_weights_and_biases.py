@@ -173,7 +173,7 @@ def test_an_evaluation_has_a_run_of_its_own(wandb_runs, read_wandb):
 def test_a_refused_run_leaves_nothing(tmp_path, tmp_path_factory, run_imbsam):
     """Refused once the data are loaded, when W&B's run has begun."""
     env = {"HOME": str(tmp_path_factory.mktemp("home"))}
-    answer = run_imbsam(tmp_path, *OFFLINE, "--model.tail_classes=[10]", env=env)
+    answer = run_imbsam(tmp_path, *OFFLINE, "--model.sam.tail_classes=[10]", env=env)
     (err,) = answer["err"]
     assert "Run data is saved locally in" in err
     assert err.splitlines()[-1].startswith("imbsam: error: tail_classes holds 10")
