@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.errors import SettingError
+from lightning_modules.epoch_log import log_epoch
 
 __all__ = ["CosineToEnd", "DeferredReweighting", "RhoSchedule"]
 
@@ -105,8 +106,7 @@ class RhoSchedule(_ByEpoch):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the length."""
-        # equal on all ranks; sync_dist only tells Lightning that we know
-        pl_module.log("rho", self._rho_of_epoch, sync_dist=trainer.world_size > 1)
+        log_epoch(pl_module, {"rho": self._rho_of_epoch})
 
     def rho_of(self, epoch: int, epochs: int | None) -> float:
         """The length in an epoch, from 0, of so many."""
