@@ -76,6 +76,7 @@ class ClassAwareSAM:
         SettingError: where a setting cannot work.
 
     Example:
+        >>> import torch
         >>> import torch.nn.functional as F
         >>> model = nn.Linear(4, 3)
         >>> x, y = torch.randn(8, 4), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])

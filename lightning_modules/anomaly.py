@@ -133,7 +133,9 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
-        return [*super().configure_callbacks(), _ChooseThreshold()]
+        callbacks = super().configure_callbacks()
+        there = any(isinstance(callback, _ChooseThreshold) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return callbacks if there else [*callbacks, _ChooseThreshold()]
 
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint."""

@@ -128,7 +128,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     detector = AnomalyDetector(
         fit.detector,
         recipe.args,
-        functools.partial(method, tail_weight=recipe.tail_weight, **({} if method is Plain else {"rho": fit.rho})),
+        functools.partial(method, **({} if method is Plain else {"rho": fit.rho})),
         optimizer=functools.partial(torch.optim.Adam, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True),
     )
     trainer = Trainer(

@@ -1,10 +1,12 @@
 """The table of classes before the first epoch."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 
+from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.class_table import class_rows, print_class_table
 
@@ -18,7 +20,7 @@ def model(counts, **settings):
 
 
 def test_rows_are_sorted_and_have_group_and_tail():
-    rows = class_rows(model(COUNTS, eta=20, many=100, few=20))
+    rows = class_rows(model(COUNTS, sam=partial(ImbSAM, eta=20), many=100, few=20))
     assert [(row.name, row.samples, row.group, row.tail) for row in rows] == [
         ("class 1", 500, "many", False),
         ("class 5", 101, "many", False),
@@ -27,12 +29,12 @@ def test_rows_are_sorted_and_have_group_and_tail():
         ("class 4", 19, "few", True),
         ("class 0", 3, "few", True),
     ]
-    named = class_rows(model(COUNTS, tail_classes=[1]))
+    named = class_rows(model(COUNTS, sam=partial(ImbSAM, tail_classes=[1])))
     assert [row.name for row in named if row.tail] == ["class 1"]
 
 
 def test_of_a_hundred_classes_the_first_and_the_last_ten_are_shown(capsys):
-    print_class_table(model(list(range(100, 0, -1)), eta=20))
+    print_class_table(model(list(range(100, 0, -1))))
     shown = capsys.readouterr().out
     names = [int(name) for name in re.findall(r"class (\d+)", shown)]
     assert names == [*range(10), *range(90, 100)]
@@ -40,7 +42,7 @@ def test_of_a_hundred_classes_the_first_and_the_last_ten_are_shown(capsys):
     assert "5,050 training samples of 100 classes, imbalance ratio 100" in shown
     assert "0 many (> 100), 81 medium (20 to 100), 19 few (< 20)" in shown
     assert "tail: 19 classes with 3.8 % of the training samples" in shown
-    print_class_table(model(list(range(20, 0, -1)), eta=20))
+    print_class_table(model(list(range(20, 0, -1))))
     assert len(re.findall(r"class \d+", capsys.readouterr().out)) == 20
 
 

@@ -1,13 +1,14 @@
 """Early stopping: which weights a run ends with, and that stopping and resuming do not change them."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from datamodules import AnomalyDataModule
-from imbsam import SettingError
+from imbsam import ImbSAM, SettingError
 from lightning_modules import AnomalyDetector, RestoringEarlyStopping
 from lightning_modules.early_stopping import _trend
 from lightning_modules.interruption import ResumableCheckpoint
@@ -46,7 +47,7 @@ def fit(folder, patience=3, max_epochs=30, resume=False, crash=None, **data_sett
     settings = {"sampling": "balanced", "batch_size": 64, "batches_per_epoch": 2, "val_share": 0.3, **data_settings}
     data = AnomalyDataModule(**settings)
     optimizer = lambda params: torch.optim.Adam(params, lr=0.05)  # noqa: E731
-    module = AnomalyDetector("devnet", rho=0.05, optimizer=optimizer)
+    module = AnomalyDetector("devnet", sam=partial(ImbSAM, rho=0.05), optimizer=optimizer)
     trainer.fit(module, datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None)
     return trainer, module, watch, stopping
 

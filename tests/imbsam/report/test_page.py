@@ -383,7 +383,7 @@ def test_anomaly_detectors_are_compared_by_their_rankings(detectors, tmp_path, c
     for kind in ("html", "png", "csv"):
         main([str(detectors), "--output", str(tmp_path / f"r.{kind}")])
     html = (tmp_path / "r.html").read_text()
-    assert len(figures(html)) == 3  # training loss, average precision and AUROC on the validation rows
+    assert len(figures(html)) == 4  # training loss; validation loss, average precision and AUROC
     assert figures(html)["figure0"]["data"][0]["x"] == [1, 2, 3]
     text = visible(html)
     assert "By average precision" in text
