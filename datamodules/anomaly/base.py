@@ -16,7 +16,7 @@ from datamodules.anomaly.batches import (
     in_order,
     validation_rows,
 )
-from datamodules.base.long_tail import check_val_share
+from datamodules.sampling.stratified import check_val_share
 from imbsam.errors import SettingError
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
-from datamodules.base.long_tail import validation_mask
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
+from datamodules.sampling.stratified import validation_mask
 from imbsam.errors import SettingError
 
 Images = Literal["digits", "cifar10"]

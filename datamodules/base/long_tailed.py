@@ -9,17 +9,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from datamodules.base.long_tail import (
-    Profile,
-    check_imbalance,
-    check_val_share,
-    imbalanced_class_counts,
-    subsample,
-    validation_mask,
-)
+from datamodules.base.long_tail import Profile, check_imbalance, imbalanced_class_counts
 from datamodules.sampling.class_sampling import ClassSampling, Sampling, check_sampling, class_probabilities
-from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, ranks, train_loader
+from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from datamodules.sampling.mixing import MixedBatches, check_mixing
+from datamodules.sampling.samplers import ranks
+from datamodules.sampling.stratified import check_val_share, subsample, validation_mask
 from imbsam.errors import SettingError
 
 

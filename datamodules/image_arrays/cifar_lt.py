@@ -16,7 +16,8 @@ from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.packed_images import PackedImages, read_packed
 from datamodules.image_files.dataset import ImageFiles, ReadableRows
 from datamodules.image_files.images_to_predict import as_text, images_to_predict
-from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+from datamodules.sampling.loaders import EvalLoader, eval_loader
+from datamodules.sampling.samplers import ranks
 from imbsam.errors import SettingError
 
 SIZE = 32

@@ -22,7 +22,7 @@ class ImageTransform:
     2019; the policy found on ImageNet) come after these two. At the end: float32 in [0, 1], ``(pixel - mean) / std``.
 
     All of torchvision's draws here come from torch's default generator, so that under a seed of its own a sample's
-    augmentation depends on that seed alone (:class:`~datamodules.sampling.loaders.SeededSamples`).
+    augmentation depends on that seed alone (:class:`~datamodules.sampling.seeded_samples.SeededSamples`).
 
     Args:
         augment: none, standard, randaugment or autoaugment.

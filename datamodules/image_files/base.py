@@ -16,7 +16,8 @@ from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableRows
 from datamodules.image_files.images_to_predict import as_text, images_to_predict
 from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes, check_files
-from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+from datamodules.sampling.loaders import EvalLoader, eval_loader
+from datamodules.sampling.samplers import ranks
 
 
 class ImageFilesDataModule(LongTailedDataModule):

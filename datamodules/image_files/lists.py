@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.base.long_tail import subsample
+from datamodules.sampling.stratified import held_out_counts, subsample
 from imbsam.errors import SettingError
 
 
@@ -254,11 +254,10 @@ def hold_out_test(
     if not 0 < test_share < 1:
         raise SettingError(f"test_share={test_share} is outside (0, 1): pass the share of each class to test on.")
     counts = torch.bincount(images.labels, minlength=len(class_names))
-    held_out = (counts.double() * test_share).round().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
     if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
         warnings.warn(f"no test image for the classes with a single image: {shorten(single)}.", stacklevel=2)
     test = torch.zeros(len(images), dtype=torch.bool)
-    test[subsample(images.labels, held_out, torch.Generator().manual_seed(0))] = True
+    test[subsample(images.labels, held_out_counts(counts, test_share), torch.Generator().manual_seed(0))] = True
     return images.take(~test), images.take(test)
 
 

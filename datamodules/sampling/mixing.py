@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datamodules.sampling.loaders import SeededCollate
 from datamodules.sampling.sample_seeds import seeded
+from datamodules.sampling.seeded_samples import SeededCollate
 from imbsam.errors import SettingError
 
 

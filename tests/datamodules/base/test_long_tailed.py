@@ -13,7 +13,7 @@ from torch import nn
 
 from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, ImageFolderLTDataModule, LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
-from datamodules.sampling.loaders import EvalSampler, TrainSampler
+from datamodules.sampling.samplers import EvalSampler, TrainSampler
 from imbsam.errors import SettingError
 
 COUNTS = [40, 20, 10]

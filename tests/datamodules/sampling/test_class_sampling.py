@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from datamodules import DigitsLTDataModule
+from datamodules.sampling import train_loader
 from datamodules.sampling.class_sampling import ClassSampling, class_probabilities
-from datamodules.sampling.loaders import TrainSampler, train_loader
+from datamodules.sampling.samplers import TrainSampler
 from imbsam import SettingError
 
 COUNTS = [500, 90, 0, 12, 1]
