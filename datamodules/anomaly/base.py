@@ -17,6 +17,7 @@ from datamodules.anomaly.batches import (
     validation_rows,
 )
 from datamodules.sampling.stratified import check_val_share
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -65,16 +66,11 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         self.save_hyperparameters()
         if sampling not in get_args(Sampling):
             raise SettingError(f"sampling={sampling!r} is unknown: choose one of {', '.join(get_args(Sampling))}")
-        least = {"pairs": 4, "balanced": 2}.get(sampling, 1)
-        for name, value, smallest in (
-            ("batch_size", batch_size, least),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < smallest:
-                raise SettingError(f"{name}={value} is too small: pass at least {smallest}")
-        if batches_per_epoch is not None and batches_per_epoch < 1:
-            raise SettingError(f"batches_per_epoch={batches_per_epoch} is too small: pass at least 1, or null")
+        check_whole_numbers({"pairs": 4, "balanced": 2}.get(sampling, 1), batch_size=batch_size)
+        check_whole_numbers(eval_batch_size=eval_batch_size)
+        check_whole_numbers(0, seed=seed)
+        if batches_per_epoch is not None:
+            check_whole_numbers(batches_per_epoch=batches_per_epoch)
         check_val_share(val_share)
         self.sampling: Sampling = sampling
         self.batch_size = batch_size

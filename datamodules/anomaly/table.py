@@ -13,8 +13,9 @@ from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import Scaling, TableEncoder
-from datamodules.tables.reading import Table, anomaly_labels, listed, read_table
+from datamodules.tables.reading import Table, anomaly_labels, read_table
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 class AnomalyDataModule(SemiSupervisedDataModule):
@@ -166,7 +167,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         table = self._read(self.predict or self.path, self._encoder.columns)
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
-            rank_zero_info(f"{table.source}: values that training did not see in: {listed(unseen)}")
+            rank_zero_info(f"{table.source}: values that training did not see in: {first_few(unseen, 10)}")
         return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, t
 from datamodules.sampling.mixing import MixedBatches, check_mixing
 from datamodules.sampling.samplers import ranks
 from datamodules.sampling.stratified import check_val_share, subsample, validation_mask
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -86,13 +87,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         check_val_share(val_share)
         check_sampling(sampler)
         check_mixing(mixup, cutmix)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise SettingError(f"{name}={value} is too small: pass at least {least}.")
+        check_whole_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_whole_numbers(0, num_workers=num_workers)
         self.ratio = ratio
         self.profile = profile
         self.val_share = val_share

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.sampling.stratified import held_out_counts, subsample
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def check_classes(splits: ImageSplits) -> None:
         outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
         if outside:
             raise SettingError(
-                f"{part.source} has labels {shorten(outside)}, and {splits.train.source} has the {len(names)} classes "
-                f"0 to {len(names) - 1}: every class needs training images."
+                f"{part.source} has labels {first_few(outside)}, and {splits.train.source} has the {len(names)} "
+                f"classes 0 to {len(names) - 1}: every class needs training images."
             )
     for part, other in combinations(splits.parts(), 2):
         _, here, there = np.intersect1d(part.paths, other.paths, return_indices=True)
@@ -161,7 +162,7 @@ def check_classes(splits: ImageSplits) -> None:
     if empty:
         shown = [str(c) if names[c] == str(c) else f"{c} ({names[c]})" for c in empty]
         raise SettingError(
-            f"{splits.train.source} has no image of class {shorten(shown)}: add some, or leave the class out and "
+            f"{splits.train.source} has no image of class {first_few(shown)}: add some, or leave the class out and "
             "number the others from 0 without a gap."
         )
 
@@ -203,7 +204,7 @@ def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
         if missing:
             raise SettingError(
                 f"{len(missing):,} of the {len(part):,} images in {part.source} are not in {root}: "
-                f"{shorten(missing)}. {advice}"
+                f"{first_few(missing)}. {advice}"
             )
     return sum(map(len, wanted.values()))
 
@@ -255,16 +256,10 @@ def hold_out_test(
         raise SettingError(f"test_share={test_share} is outside (0, 1): pass the share of each class to test on.")
     counts = torch.bincount(images.labels, minlength=len(class_names))
     if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
-        warnings.warn(f"no test image for the classes with a single image: {shorten(single)}.", stacklevel=2)
+        warnings.warn(f"no test image for the classes with a single image: {first_few(single)}.", stacklevel=2)
     test = torch.zeros(len(images), dtype=torch.bool)
     test[subsample(images.labels, held_out_counts(counts, test_share), torch.Generator().manual_seed(0))] = True
     return images.take(~test), images.take(test)
-
-
-def shorten(names: Sequence[Any], most: int = 5) -> str:
-    """The first names, and how many there are in all."""
-    shown = ", ".join(str(name) for name in names[:most])
-    return f"{shown}, ... ({len(names):,} in all)" if len(names) > most else shown
 
 
 def names_of_folders(train: ListedImages) -> list[str]:

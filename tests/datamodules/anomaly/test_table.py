@@ -722,13 +722,13 @@ def test_new_files_that_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"sampling": "half"}, "sampling='half' is unknown: choose one of natural, balanced, pairs, natural_pairs"),
-        ({"sampling": "pairs", "batch_size": 3}, "batch_size=3 is too small: pass at least 4"),
-        ({"batches_per_epoch": 0}, "batches_per_epoch=0 is too small"),
+        ({"sampling": "pairs", "batch_size": 3}, "batch_size is 3: give a whole number from 4"),
+        ({"batches_per_epoch": 0}, "batches_per_epoch is 0: give"),
         ({"test_share": 1.0}, r"test_share=1.0 is outside \[0, 1\)"),
         ({"test_share": 0.0}, "test_share=0"),
         ({"val_share": 1.0}, "val_share=1.0 is outside"),
         ({"min_rows": 1000, "max_rows": 10}, "min_rows=1000, max_rows=10: pass"),
-        ({"seed": -1}, "seed=-1 is too small"),
+        ({"seed": -1}, "seed is -1: give"),
     ],
 )
 def test_settings_that_are_refused(settings, message):
