@@ -11,9 +11,10 @@ from torch import Tensor
 
 from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
 from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
+from datamodules.anomaly.labels import anomaly_labels
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import Scaling, TableEncoder
-from datamodules.tables.reading import Table, anomaly_labels, read_table
+from datamodules.tables.reading import Table, read_table
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 

@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_files.augmentation import Augment, ImageTransform
-from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableRows
+from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
+from datamodules.image_files.disk import check_files
 from datamodules.image_files.images_to_predict import as_text, images_to_predict
-from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes, check_files
+from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes
 from datamodules.sampling.loaders import EvalLoader, eval_loader
 from datamodules.sampling.samplers import ranks
 
@@ -52,8 +53,6 @@ class ImageFilesDataModule(LongTailedDataModule):
     """Where to get the files."""
     path_column: str = "path"
     """Column of the paths in a list of images to predict."""
-    published: ClassVar[dict[str, int]] = {}
-    """What the published data set has, by the names in :meth:`_compare_with_published`."""
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.corrupt_images = corrupt_images
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
         self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
-        self.eval_collate = ReadableRows(image_size)
+        self.eval_collate = ReadableImages(image_size)
         self.check_validation()
         self._checked = False
         self._told: dict[str, int] = {}
@@ -111,7 +110,6 @@ class ImageFilesDataModule(LongTailedDataModule):
     def load_datasets(self) -> tuple[ImageFiles, Tensor, ImageFiles]:
         """The images by their paths, and ``class_names``."""
         self.class_names = self.splits.class_names
-        self._compare_with_published()
         train = self._files(self.splits.train)
         return train, train.labels, self._files(self.splits.test)
 
@@ -147,7 +145,7 @@ class ImageFilesDataModule(LongTailedDataModule):
             root, listed = images_to_predict(self.predict, self.path_column)
             images = self._files(listed, root)
         named = images.select(torch.arange(len(images)), with_paths=True)
-        collate = ReadableRows(self.image_size, with_paths=True)
+        collate = ReadableImages(self.image_size, with_paths=True)
         workers = 0 if len(named) <= self.eval_batch_size else self.num_workers
         return eval_loader(named, self.eval_batch_size, collate, workers, **ranks(self.trainer))
 
@@ -196,21 +194,6 @@ class ImageFilesDataModule(LongTailedDataModule):
                     f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
                     f"{os.fsdecode(shared[0])}: results on images that were trained on say nothing"
                 )
-
-    def _compare_with_published(self) -> None:
-        """Warn of lists that are not the published ones: numbers from them are not comparable."""
-        splits, counts = self.splits, torch.bincount(self.splits.train.labels)
-        found = {
-            "classes": len(splits.class_names),
-            "training images": len(splits.train),
-            "validation images": len(splits.val) if splits.val is not None else 0,
-            "test images": len(splits.test),
-            "images in the largest class": int(counts.max()),
-            "images in the smallest class": int(counts.min()),
-        }
-        wrong = [f"{found[name]:,} {name}, not {n:,}" for name, n in self.published.items() if found[name] != n]
-        if wrong:
-            rank_zero_warn(f"{type(self).__name__}: these lists are not the published ones: {'; '.join(wrong)}.")
 
 
 def _cores() -> int:

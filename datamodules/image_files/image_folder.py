@@ -11,7 +11,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
-from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test, images_below
+from datamodules.image_files.disk import images_below
+from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.image_files.lists import ListedImages, check_files, images_below
+from datamodules.image_files.disk import check_files, images_below
+from datamodules.image_files.lists import ListedImages
 from datamodules.tables.columns import read_columns
 from imbsam.errors import SettingError
 
