@@ -44,8 +44,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
             or "none" (every training sample is kept, and the ratio plays no part).
         val_share: Share of the long-tailed training samples to hold out for validation, in [0, 1). With 0
             there is no validation: nothing is ever selected on the test set.
-        batch_size: Rows of a training batch.
-        eval_batch_size: Rows of a validation, test or prediction batch.
+        batch_size: Samples in a training batch.
+        eval_batch_size: Samples in a validation, test or prediction batch.
         num_workers: Loader processes; with 0 the batches are made in the main process.
         sampler: How often training draws each class: "instance_balanced" (every sample once an epoch),
             "class_balanced" (all classes alike), "square_root" (as the roots of the class counts), or
@@ -125,8 +125,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
 
         Args:
-            stage: Lightning's stage. All need the class counts, and so do the same, but "predict" of other samples than
-                the data set's own: a trained model knows its classes, and nothing is read.
+            stage: Lightning's stage. All need the class counts, so all do the same, except "predict" on samples that
+                are not the data set's own: a trained model knows its classes, and nothing is read.
 
         Raises:
             SettingError: A label is outside the classes, the ratio leaves a class without a sample, or ``val_share`` is

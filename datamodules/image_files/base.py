@@ -34,8 +34,8 @@ class ImageFilesDataModule(LongTailedDataModule):
         color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
         corrupt_images: What a damaged image does: fail, or skip (warn, train on another image of its class in its
             place, and evaluate without it).
-        batch_size: Rows of a training batch.
-        eval_batch_size: Rows of a validation, test or prediction batch.
+        batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation, test or prediction batch.
         predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
             file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. Nothing
             else is then read: the data that the model was trained on need not be there. Null for the test images.
@@ -80,7 +80,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.eval_collate = ReadableImages(image_size)
         self.check_validation()
         self._checked = False
-        self._told: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
 
     @abstractmethod
     def read_splits(self) -> ImageSplits:
@@ -96,7 +96,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         return splits
 
     def prepare_data(self) -> None:
-        """Look for every listed file, on one process of each node and once a run.
+        """Look for every listed file, once a run, on one process per node.
 
         Raises:
             SettingError: A list or files are missing, or a label has no class.
@@ -162,17 +162,17 @@ class ImageFilesDataModule(LongTailedDataModule):
         return found
 
     def teardown(self, stage: str) -> None:
-        """Tell how many damaged images this process has met, where there are more than when it told last."""
+        """Report how many damaged images this process has met, if more than at the last report."""
         for name, images, what in (
             ("training", self._train, "replaced by others of their classes"),
             ("validation", self._val, "left out"),
             ("test", self._test, "left out"),
         ):
             number = int(images.damaged.sum()) if isinstance(images, ImageFiles) else 0
-            if number > self._told.get(name, 0):
+            if number > self._reported.get(name, 0):
                 rank = self.trainer.global_rank if self.trainer is not None else 0
                 print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
-                self._told[name] = number
+                self._reported[name] = number
 
     def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
         return ImageFiles(

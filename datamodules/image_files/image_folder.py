@@ -46,7 +46,7 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         self.check_validation()
 
     def prepare_data(self) -> None:
-        """Find the images; what is found there need not be looked for.
+        """Find the images; what was just found need not be checked on disk again.
 
         Raises:
             SettingError: A folder is missing, a class has no image, or links lead in a circle.
@@ -89,7 +89,7 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
     """The images of every class, sorted."""
     folder = root / part
     if strange := sorted(set(_classes(folder)) - set(names)):
-        raise SettingError(f"{folder} has classes that {root / 'train'} has not: {first_few(strange)}.")
+        raise SettingError(f"{folder} has classes that {root / 'train'} does not have: {first_few(strange)}.")
     console = Console(stderr=True)
     classes = track(names, f"reading {folder}", console=console, transient=True, disable=not console.is_terminal)
     paths, labels, empty = [], [], []

@@ -22,8 +22,8 @@ class ImageListLTDataModule(ImageFilesDataModule):
 
     Args:
         path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
-            (``pip install pandas pyarrow``), of the training images; or of all images, whose other parts
-            ``split_column`` or ``test_share`` says.
+            (``pip install pandas pyarrow``), of the training images; or of all images, divided by
+            ``split_column`` or ``test_share``.
         val_path: Such a file of the validation images.
         test_path: Such a file of the test images.
         root: Folder that the paths in the files are relative to; null for the folder of ``path``.
@@ -67,7 +67,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
         """Read the tables.
 
         Raises:
-            SettingError: A file, a column or a value is missing, or two things say what the test set is.
+            SettingError: A file, a column or a value is missing, or both a file and the column define a part.
         """
         found: dict[str, Rows] = {}
         for part, file in self.files.items():
@@ -75,7 +75,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
                 continue
             if part in found:
                 raise SettingError(
-                    f"split_column={self.columns[2]} has rows of {part}, and {part}_path={file} names others: leave "
+                    f"split_column={self.columns[2]} has images of {part}, and {part}_path={file} lists others: leave "
                     "one of them out."
                 )
             for row in read_columns(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):

@@ -45,7 +45,7 @@ class ImageNetLTDataModule(PublishedListsDataModule):
         """Read the three lists; a class is named after its folder.
 
         Raises:
-            SettingError: A list is missing, or is none.
+            SettingError: A list is missing, or is not a list of paths and labels.
         """
         parts = []
         for part in ("train", "val", "test"):

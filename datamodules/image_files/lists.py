@@ -37,7 +37,7 @@ class ListedImages:
     def of(
         source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
     ) -> "ListedImages":
-        """Make it of paths as text and of labels as integers; a path that comes twice is taken once.
+        """Build it from paths as text and integer labels; a duplicate path is kept once.
 
         Args:
             source: Where the list comes from.
@@ -62,7 +62,7 @@ class ListedImages:
                 again.add(file)
         if again:
             rank_zero_warn(
-                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is taken once"
+                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is kept once"
             )
         packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
         return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))

@@ -39,7 +39,7 @@ class TrainLoader(ResumableLoader, DataLoader[Any]):
 
 
 class EvalLoader(DataLoader[Any]):
-    """The loader that :func:`eval_loader` makes: as many batches on every rank, the last one empty where rows lack."""
+    """The loader that :func:`eval_loader` makes: the same number of batches on every rank."""
 
     sampler: EvalSampler
 
@@ -52,7 +52,7 @@ class EvalLoader(DataLoader[Any]):
         return -(-largest // (self.batch_size or 1))
 
     def __iter__(self) -> Any:
-        """Yield the batches; where this rank has one less, the first sample's batch without its row at the end."""
+        """Yield the batches; where this rank has one fewer, an empty batch at the end."""
         number = 0
         for batch in super().__iter__():
             number += 1
@@ -78,7 +78,7 @@ def train_loader(
 
     Args:
         dataset: The training set: see :class:`SeededSamples` for what may be random in it.
-        batch_size: Rows of this process's batch.
+        batch_size: Samples in a batch of this process.
         collate_fn: See :class:`SeededCollate`; None for PyTorch's own.
         num_workers: Loader processes; with 0 the batches are made in the main process.
         seed: Seed of order and augmentation; None for that of Lightning's ``seed_everything``, or 0.
@@ -109,12 +109,12 @@ def eval_loader(
 ) -> EvalLoader:
     """This process's share of an evaluation set, in order and without repeats.
 
-    Every rank has as many batches, one without a row where its share is shorter, so that sums over the ranks
-    (torchmetrics) count every sample once and nobody waits for a rank that has nothing to say.
+    Every rank has the same number of batches, an empty one where its share is shorter, so that sums over the ranks
+    (torchmetrics) count every sample once and no rank waits for one that has finished.
 
     Args:
         dataset: The validation, test or prediction set.
-        batch_size: Rows of this process's batch.
+        batch_size: Samples in a batch of this process.
         collate_fn: The loader's ``collate_fn``; None for PyTorch's own.
         num_workers: Loader processes; with 0 the batches are made in the main process.
         num_replicas: Number of processes that share the data, see :func:`ranks`.

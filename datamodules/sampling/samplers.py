@@ -41,13 +41,13 @@ def ranks(trainer: Any = None) -> dict[str, int]:
 class TrainSampler(DistributedSampler[Key]):
     """A random order that depends on (seed, epoch) alone; rank r of k takes its positions r, r + k, r + 2k, ...
 
-    Every rank has the same number of batches. The last joint batch may be smaller, and its rows may not divide
+    Every rank has the same number of batches. The last joint batch may be smaller, and its samples may not divide
     evenly; the ranks' gradients are then averaged as DDP does it, the mean of the ranks' means. Where it has fewer
-    rows than there are ranks, the ranks without a row repeat one of its rows.
+    samples than there are ranks, the ranks without one repeat one of its samples.
 
     Args:
         dataset: The training set, with a length.
-        batch_size: Rows of this process's batch.
+        batch_size: Samples in a batch of this process.
         seed: Seed of the order.
         num_replicas: Number of processes k.
         rank: Number of this process, in [0, k).
@@ -82,7 +82,7 @@ class TrainSampler(DistributedSampler[Key]):
         self.first_batch = 0
 
     def __len__(self) -> int:
-        """Rows of this rank, at least one in every joint batch."""
+        """Samples of this rank, at least one in every joint batch."""
         size, joint = len(self.dataset), self.num_replicas * self.batch_size  # type: ignore[arg-type]
         full_batches = (max(size, 1) - 1) // joint  # all but the last
         own = len(range(self.rank, size, self.num_replicas))
@@ -119,7 +119,7 @@ class EvalSampler(DistributedSampler[int]):
         super().__init__(dataset, num_replicas, rank, shuffle=False)
 
     def __len__(self) -> int:
-        """Rows of this rank."""
+        """Samples of this rank."""
         return len(self._indices())
 
     def __iter__(self) -> Iterator[int]:

@@ -104,5 +104,5 @@ def test_numbers_with_leading_zeros_are_names(tmp_path):
 def test_two_lists_of_test_images(tmp_path):
     path = table(tmp_path / "list.csv", [("a.jpg", "x", "train"), ("b.jpg", "x", "test")], ("path", "label", "split"))
     test = table(tmp_path / "test.csv", [("c.jpg", "x")])
-    with pytest.raises(SettingError, match=r"split_column=split has rows of test, and test_path=.*test.csv names"):
+    with pytest.raises(SettingError, match=r"split_column=split has images of test, and test_path=.*test.csv lists"):
         ImageListLTDataModule(path, split_column="split", test_path=test).prepare_data()

@@ -79,8 +79,8 @@ def test_the_test_part_is_the_same_share_of_every_class():
             hold_out_test(images, ["ant", "bee", "cat", "dog"], share)
 
 
-def test_a_path_that_comes_twice_is_taken_once():
-    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is taken once"):
+def test_a_duplicate_path_is_kept_once():
+    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is kept once"):
         images = listed(("a.jpg", 0), ("b.jpg", 1), ("./a.jpg", 0), ("b.jpg", 1))
     assert (texts(images), images.labels.tolist()) == (["a.jpg", "b.jpg"], [0, 1])
 
