@@ -13,7 +13,7 @@ from datamodules.anomaly.batches import (
     EpochRows,
     Sampling,
     TrainBatchLoader,
-    in_order,
+    ordered_batches,
     validation_rows,
 )
 from datamodules.sampling.stratified import check_val_share
@@ -98,7 +98,7 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         if self._val is None:
             return []
         features, labels, known = self._val
-        loaders = [in_order(features, labels, self.eval_batch_size)]
+        loaders = [ordered_batches(features, labels, self.eval_batch_size)]
         if known.any():
             rows = validation_rows(known, self.sampling, self.eval_batch_size, self.seed)
             loaders.append(BatchLoader(features, known, rows))
@@ -108,7 +108,7 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         """The test batches, in order."""
         self._check_set_up()
         assert self._test is not None
-        return in_order(*self._test, self.eval_batch_size)
+        return ordered_batches(*self._test, self.eval_batch_size)
 
     def _check_set_up(self) -> None:
         if self._test is None:

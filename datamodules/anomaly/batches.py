@@ -136,7 +136,7 @@ class TrainBatchLoader(ResumableLoader, BatchLoader):
         self.batch_size = sampler.batch_size
 
 
-def in_order(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
+def ordered_batches(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
     """Batches in the order of the rows."""
     return BatchLoader(features, labels, torch.split(torch.arange(len(features)), batch_size))
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
-from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
+from datamodules.anomaly.batches import BatchLoader, Sampling, ordered_batches
 from datamodules.anomaly.labels import anomaly_labels
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import Scaling, TableEncoder
@@ -169,7 +169,7 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
             rank_zero_info(f"{table.source}: values that training did not see in: {first_few(unseen, 10)}")
-        return in_order(features, None, self.eval_batch_size)
+        return ordered_batches(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""

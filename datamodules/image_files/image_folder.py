@@ -104,4 +104,4 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
             f"{folder} has classes without an image ({', '.join(IMG_EXTENSIONS)}): {first_few(empty)}. Fill or remove "
             "them."
         )
-    return ListedImages.of(os.fspath(folder), paths, labels)
+    return ListedImages.from_paths(os.fspath(folder), paths, labels)

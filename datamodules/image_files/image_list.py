@@ -111,4 +111,4 @@ def _listed(source: str, rows: Rows, names: list[str]) -> ListedImages:
     index = {name: i for i, name in enumerate(names)}
     if strange := sorted({label for _, label in rows} - index.keys()):
         raise SettingError(f"{source} has classes without a training image: {first_few(strange)}.")
-    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows], names)
+    return ListedImages.from_paths(source, [path for path, _ in rows], [index[label] for _, label in rows], names)

@@ -75,7 +75,7 @@ def _read_json(train: Path, val: Path) -> ImageSplits:
         if unknown := sorted({category for _, category in found} - label_of.keys()):
             raise SettingError(f"{path} has annotations of category {unknown[0]}, which {train.name} does not name.")
         paths, labels = [name for name, _ in found], [label_of[category] for _, category in found]
-        parts.append(ListedImages.of(path.name, paths, labels))
+        parts.append(ListedImages.from_paths(path.name, paths, labels))
     return ImageSplits(names, parts[0], None, parts[1])
 
 

@@ -34,7 +34,7 @@ class ListedImages:
     labels: Tensor
 
     @staticmethod
-    def of(
+    def from_paths(
         source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
     ) -> "ListedImages":
         """Build it from paths as text and integer labels; a duplicate path is kept once.
@@ -114,7 +114,7 @@ def read_txt(path: Path) -> ListedImages:
                 raise SettingError(f"{path}, line {number}: {line.strip()[:80]!r} is not a path and a label from 0.")
     if not paths:
         raise SettingError(f"{path} lists no image.")
-    return ListedImages.of(path.name, paths, labels)
+    return ListedImages.from_paths(path.name, paths, labels)
 
 
 def check_classes(splits: ImageSplits) -> None:

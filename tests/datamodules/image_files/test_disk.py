@@ -8,7 +8,7 @@ from imbsam import SettingError
 
 
 def listed(*lines, source="train.txt"):
-    return ListedImages.of(source, [path for path, _ in lines], [label for _, label in lines])
+    return ListedImages.from_paths(source, [path for path, _ in lines], [label for _, label in lines])
 
 
 def test_missing_files_are_counted_and_the_first_five_named(tmp_path):

@@ -15,7 +15,7 @@ from imbsam import SettingError
 
 
 def listed(*lines, source="train.txt"):
-    return ListedImages.of(source, [path for path, _ in lines], [label for _, label in lines])
+    return ListedImages.from_paths(source, [path for path, _ in lines], [label for _, label in lines])
 
 
 def texts(images):
@@ -89,7 +89,7 @@ def test_an_image_with_two_labels_is_refused():
     with pytest.raises(SettingError, match=r"train.txt: a.jpg has two labels, 0 and 1: keep one"):
         listed(("a.jpg", 0), ("b.jpg", 1), ("a.jpg", 1))
     with pytest.raises(SettingError, match=r"a.jpg has two labels, ant and bee: keep one"):
-        ListedImages.of("train.csv", ["a.jpg", "a.jpg"], [0, 1], ["ant", "bee"])
+        ListedImages.from_paths("train.csv", ["a.jpg", "a.jpg"], [0, 1], ["ant", "bee"])
     train, test = listed(("a.jpg", 0), ("b.jpg", 1)), listed(("b.jpg", 0), source="test.txt")
     with pytest.raises(SettingError, match=r"b.jpg has two labels, bee in train.txt and ant in test.txt"):
         check_classes(ImageSplits(["ant", "bee"], train, None, test))
