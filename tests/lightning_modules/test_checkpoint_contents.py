@@ -117,9 +117,7 @@ def test_classes_in_another_order_and_other_numbers_of_classes():
     check_class_names(["ant", "bee"], SimpleNamespace())
     with pytest.raises(SettingError, match="in another order: class 0 is ant there and bee in the data"):
         check_class_names(["ant", "bee"], SimpleNamespace(class_names=["bee", "ant"]))
-    with pytest.raises(
-        SettingError, match=r"the data have 2, 3, 4, 5, 6 and 2 more, which the checkpoint does"
-    ):
+    with pytest.raises(SettingError, match=r"the data have 2, 3, 4, 5, 6 and 2 more, which the checkpoint does"):
         check_class_names(["0", "1"], SimpleNamespace(class_names=list("012345678")))
 
 
