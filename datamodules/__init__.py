@@ -8,8 +8,9 @@ from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDat
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
 from datamodules.image_files.image_folder import ImageFolderLTDataModule
 from datamodules.image_files.image_list import ImageListLTDataModule
-from datamodules.image_files.imagenet_lt import ImageNetLTDataModule, PlacesLTDataModule
+from datamodules.image_files.imagenet_lt import ImageNetLTDataModule
 from datamodules.image_files.inaturalist2018 import INaturalist2018DataModule
+from datamodules.image_files.places_lt import PlacesLTDataModule
 
 __all__ = [
     "AnomalyDataModule",

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imbsam import SettingError
-
-_SHOWN = 5
-"""How many names a message gives."""
+from imbsam.messages import first_few
 
 
 def check_class_names(trained: Sequence[str], data: Any, source: str = "the checkpoint") -> None:
@@ -29,8 +27,8 @@ def check_class_names(trained: Sequence[str], data: Any, source: str = "the chec
     lacking = [name for name in trained if name not in set(names)]
     unknown = [name for name in names if name not in set(trained)]
     if lacking or unknown:
-        parts = [f"{source} knows {_few(lacking)}, which the data lack"] if lacking else []
-        parts += [f"the data have {_few(unknown)}, which {source} does not know"] if unknown else []
+        parts = [f"{source} knows {first_few(lacking)}, which the data lack"] if lacking else []
+        parts += [f"the data have {first_few(unknown)}, which {source} does not know"] if unknown else []
         fix = "rename the classes as they were" if len(lacking) == len(unknown) else "use the data it was trained on"
         raise SettingError(f"the classes of the data are not those of {source}: {'; '.join(parts)}: {fix}")
     first = next(i for i, name in enumerate(trained) if name != names[i])
@@ -38,8 +36,3 @@ def check_class_names(trained: Sequence[str], data: Any, source: str = "the chec
         f"the classes of the data are those of {source} in another order: class {first} is {trained[first]} there and "
         f"{names[first]} in the data: give class_names and labels in the order of the training"
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > _SHOWN else shown

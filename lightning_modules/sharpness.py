@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from imbsam import SettingError
+from imbsam.checks import check_whole_numbers
 from imbsam.distributed import fsdp_modules
 from imbsam.sharpness import MEASURES, Estimate, SharpnessMeasures, loss_slice
 from imbsam.snapshot import RandomState
@@ -47,7 +48,7 @@ class GroupSamples:
     """
 
     def __init__(self, model: Any, datamodule: Any, split: Split, samples: int, chunk_size: int, seed: int) -> None:
-        check_sizes(samples, chunk_size)
+        check_whole_numbers(samples=samples, chunk_size=chunk_size)
         if not hasattr(model, "test_accuracy") or not hasattr(model, "loss"):
             raise SettingError(
                 f"model {type(model).__name__} has no loss or no test_accuracy: use a LongTailedClassifier"
@@ -139,7 +140,7 @@ class SharpnessOfGroups(Callback):
     ) -> None:
         if every_n_epochs is not None and every_n_epochs < 1:
             raise SettingError(f"every_n_epochs is {every_n_epochs}: give a number from 1, or null for the end only")
-        check_sizes(samples, chunk_size)
+        check_whole_numbers(samples=samples, chunk_size=chunk_size)
         self.every_n_epochs = every_n_epochs
         self.split: Split = split
         self.samples = samples
@@ -249,17 +250,6 @@ class SharpnessTrainer(Trainer):
             plot_slices(arrays, out / "loss_slices.png")
             Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)
         return found
-
-
-def check_sizes(samples: int, chunk_size: int) -> None:
-    """Refuse numbers of samples below 1.
-
-    Raises:
-        SettingError: one is.
-    """
-    for name, value in (("samples", samples), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise SettingError(f"{name} is {value}: give a number from 1")
 
 
 def print_table(found: Found, sizes: dict[str, int], split: Split, measures: SharpnessMeasures, title: str) -> None:

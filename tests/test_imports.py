@@ -18,6 +18,8 @@ BESIDE = {
     "imbsam/sharpness.py": {"scipy"},
 }
 """What single files of the method may import beside torch and NumPy."""
+ROOMS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
+"""The rooms of datamodules/: each may import those before it."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}
 HAND_OVER = ("imbsam/command.py", "lightning_modules")
 """The one arrow that points up: the console script starts the command line."""
@@ -62,7 +64,7 @@ def test_imports_point_down(path):
     ("path", "statement"),
     [
         ("imbsam/backward.py", "from lightning_modules.cost import Cost"),
-        ("imbsam/backward.py", "def f():\n    import datamodules.base"),
+        ("imbsam/backward.py", "def f():\n    import datamodules.base.long_tailed"),
         ("imbsam/backward.py", "from torchmetrics import Metric"),
         ("imbsam/backward.py", "from imbsam.report.runs import read_runs"),
         ("imbsam/backward.py", "import importlib\nimportlib.import_module('lightning')"),
@@ -76,6 +78,37 @@ def test_imports_point_down(path):
 )
 def test_a_wrong_import_is_found(path, statement):
     assert refused(path, statement)
+
+
+def refused_in_room(room: str, source: str) -> set[str]:
+    """What a file of a room of datamodules/ imports and must not."""
+    allowed = {f"datamodules.{name}" for name in ROOMS[: ROOMS.index(room) + 1]}
+    ours = {n for n in imported(source) if n.split(".")[0] in ("datamodules", "lightning_modules")}
+    return {n for n in ours if ".".join(n.split(".")[:2]) not in allowed}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_data_point_down(room):
+    files = sorted((REPOSITORY / "datamodules" / room).rglob("*.py"))
+    assert files
+    assert {p.name: names for p in files if (names := refused_in_room(room, p.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("room", "statement"),
+    [
+        ("sampling", "from datamodules.base.long_tail import Profile"),
+        ("tables", "from datamodules.image_files.lists import ListedImages"),
+        ("anomaly", "from lightning_modules.csv_logger import ResumableCSVLogger"),
+        ("base", "from datamodules import DigitsLTDataModule"),
+    ],
+)
+def test_a_wrong_import_of_the_data_is_found(room, statement):
+    assert refused_in_room(room, statement)
+
+
+def test_every_room_of_the_data_is_checked():
+    assert {p.parent.name for p in (REPOSITORY / "datamodules").rglob("*.py")} == {"datamodules", *ROOMS}
 
 
 def test_one_statement_hands_over_to_the_command_line():

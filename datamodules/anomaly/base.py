@@ -13,10 +13,11 @@ from datamodules.anomaly.batches import (
     EpochRows,
     Sampling,
     TrainBatchLoader,
-    in_order,
+    ordered_batches,
     validation_rows,
 )
-from datamodules.base.long_tail import check_val_share
+from datamodules.sampling.stratified import check_val_share
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -65,16 +66,11 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         self.save_hyperparameters()
         if sampling not in get_args(Sampling):
             raise SettingError(f"sampling={sampling!r} is unknown: choose one of {', '.join(get_args(Sampling))}")
-        least = {"pairs": 4, "balanced": 2}.get(sampling, 1)
-        for name, value, smallest in (
-            ("batch_size", batch_size, least),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < smallest:
-                raise SettingError(f"{name}={value} is too small: pass at least {smallest}")
-        if batches_per_epoch is not None and batches_per_epoch < 1:
-            raise SettingError(f"batches_per_epoch={batches_per_epoch} is too small: pass at least 1, or null")
+        check_whole_numbers({"pairs": 4, "balanced": 2}.get(sampling, 1), batch_size=batch_size)
+        check_whole_numbers(eval_batch_size=eval_batch_size)
+        check_whole_numbers(0, seed=seed)
+        if batches_per_epoch is not None:
+            check_whole_numbers(batches_per_epoch=batches_per_epoch)
         check_val_share(val_share)
         self.sampling: Sampling = sampling
         self.batch_size = batch_size
@@ -102,7 +98,7 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         if self._val is None:
             return []
         features, labels, known = self._val
-        loaders = [in_order(features, labels, self.eval_batch_size)]
+        loaders = [ordered_batches(features, labels, self.eval_batch_size)]
         if known.any():
             rows = validation_rows(known, self.sampling, self.eval_batch_size, self.seed)
             loaders.append(BatchLoader(features, known, rows))
@@ -112,7 +108,7 @@ class SemiSupervisedDataModule(LightningDataModule, ABC):
         """The test batches, in order."""
         self._check_set_up()
         assert self._test is not None
-        return in_order(*self._test, self.eval_batch_size)
+        return ordered_batches(*self._test, self.eval_batch_size)
 
     def _check_set_up(self) -> None:
         if self._test is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from imbsam.errors import SettingError
+from datamodules.sampling.resumable import ResumableLoader
 
 Sampling = Literal["natural", "balanced", "pairs", "natural_pairs"]
 
@@ -48,7 +48,7 @@ class EpochRows(Sampler[Tensor]):
         self.first_batch = 0  # batch at which the next iteration starts; 0 again afterwards
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Lightning does. Without it every iteration is a new epoch."""
+        """Choose the epoch of the next iteration, as Lightning does."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -60,7 +60,6 @@ class EpochRows(Sampler[Tensor]):
         # SeedSequence mixes the two, so that seed 0, epoch 1 is not seed 1, epoch 0
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state))
-        self.epoch += 1
         first, self.first_batch = self.first_batch, 0
         rows = self._natural(generator) if self.sampling == "natural" else self._drawn(generator)
         return iter(rows[first:])
@@ -121,7 +120,7 @@ class BatchLoader:
             yield x if self.labels is None else (x, self.labels[rows])
 
 
-class TrainBatchLoader(BatchLoader):
+class TrainBatchLoader(ResumableLoader, BatchLoader):
     """The training batches, which can start at any batch of any epoch.
 
     Args:
@@ -134,46 +133,10 @@ class TrainBatchLoader(BatchLoader):
 
     def __init__(self, features: Tensor, labels: Tensor, sampler: EpochRows) -> None:
         super().__init__(features, labels, sampler)
-        self._handed_out = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of the sampler's epoch, drawn when the first is asked for."""
-        self._handed_out = self.sampler.first_batch
-        for batch in super().__iter__():
-            self._handed_out += 1
-            yield batch
-        self._handed_out = 0
-
-    @property
-    def joint_batch_size(self) -> int:
-        """Rows, or pairs, of a batch."""
-        return self.sampler.batch_size
-
-    def state_dict(self) -> dict[str, int]:
-        """Seed, epoch, the number of batches of it that were handed out, and their size."""
-        return {
-            "seed": self.sampler.seed,
-            "epoch": self.sampler.epoch - (self._handed_out > 0),  # the sampler counts the next one already
-            "batch": self._handed_out,
-            "joint_batch_size": self.joint_batch_size,
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration at the batch after those that were handed out.
-
-        Raises:
-            SettingError: Amid an epoch, the batches are of another size than those that were handed out.
-        """
-        if state["batch"] > 0 and self.joint_batch_size != state["joint_batch_size"]:
-            raise SettingError(
-                f"batch_size={self.joint_batch_size}, and the checkpoint is of an epoch with "
-                f"{state['joint_batch_size']}: keep that, or go on from an epoch's end"
-            )
-        self.sampler.seed, self.sampler.epoch = state["seed"], state["epoch"]
-        self.sampler.first_batch = state["batch"]
+        self.batch_size = sampler.batch_size
 
 
-def in_order(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
+def ordered_batches(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
     """Batches in the order of the rows."""
     return BatchLoader(features, labels, torch.split(torch.arange(len(features)), batch_size))
 

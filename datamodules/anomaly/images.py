@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
-from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
-from datamodules.base.long_tail import validation_mask
+from datamodules.anomaly.batches import BatchLoader, Sampling, ordered_batches
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
+from datamodules.sampling.stratified import validation_mask
 from imbsam.errors import SettingError
 
 Images = Literal["digits", "cifar10"]
@@ -133,19 +133,19 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
         """The test images, without labels."""
         self._check_set_up()
         assert self._test is not None
-        return in_order(self._test[0], None, self.eval_batch_size)
+        return ordered_batches(self._test[0], None, self.eval_batch_size)
 
     def _draw(self, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows of the training images and their group: 0 normal, 1 hidden anomaly, 2 labelled anomaly."""
         shuffled = torch.randperm(len(classes), generator=generator)
-        of_class = classes[shuffled]
-        normal = shuffled[of_class == self.normal_class]
+        shuffled_classes = classes[shuffled]
+        normal = shuffled[shuffled_classes == self.normal_class]
         hidden_count = round(len(normal) * self.pollution / (1 - self.pollution))
         unlabelled = len(normal) + hidden_count
         labelled_count = max(1, round(unlabelled * self.labelled_ratio / (1 - self.labelled_ratio)))
-        known = shuffled[torch.isin(of_class, torch.tensor(self.anomaly_classes))]
+        known = shuffled[torch.isin(shuffled_classes, torch.tensor(self.anomaly_classes))]
         labelled = known[:labelled_count]
-        others = shuffled[(of_class != self.normal_class) & ~torch.isin(shuffled, labelled)]
+        others = shuffled[(shuffled_classes != self.normal_class) & ~torch.isin(shuffled, labelled)]
         # in a new order: the front of the old one lacks the labelled images' classes
         hidden = others[torch.randperm(len(others), generator=generator)[:hidden_count]]
         for name, value, drawn, wanted in (

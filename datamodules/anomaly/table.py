@@ -10,11 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
-from datamodules.anomaly.batches import BatchLoader, Sampling, in_order
+from datamodules.anomaly.batches import BatchLoader, Sampling, ordered_batches
+from datamodules.anomaly.labels import anomaly_labels
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import Scaling, TableEncoder
-from datamodules.tables.reading import Table, anomaly_labels, listed, read_table
+from datamodules.tables.reading import Table, read_table
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 class AnomalyDataModule(SemiSupervisedDataModule):
@@ -166,8 +168,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         table = self._read(self.predict or self.path, self._encoder.columns)
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
-            rank_zero_info(f"{table.source}: values that training did not see in: {listed(unseen)}")
-        return in_order(features, None, self.eval_batch_size)
+            rank_zero_info(f"{table.source}: values that training did not see in: {first_few(unseen, 10)}")
+        return ordered_batches(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""

@@ -9,17 +9,13 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from datamodules.base.long_tail import (
-    Profile,
-    check_imbalance,
-    check_val_share,
-    imbalanced_class_counts,
-    subsample,
-    validation_mask,
-)
+from datamodules.base.long_tail import Profile, check_imbalance, imbalanced_class_counts
 from datamodules.sampling.class_sampling import ClassSampling, Sampling, check_sampling, class_probabilities
-from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, ranks, train_loader
+from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from datamodules.sampling.mixing import MixedBatches, check_mixing
+from datamodules.sampling.samplers import ranks
+from datamodules.sampling.stratified import check_val_share, subsample, validation_mask
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -48,8 +44,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
             or "none" (every training sample is kept, and the ratio plays no part).
         val_share: Share of the long-tailed training samples to hold out for validation, in [0, 1). With 0
             there is no validation: nothing is ever selected on the test set.
-        batch_size: Rows of a training batch.
-        eval_batch_size: Rows of a validation, test or prediction batch.
+        batch_size: Samples in a training batch.
+        eval_batch_size: Samples in a validation, test or prediction batch.
         num_workers: Loader processes; with 0 the batches are made in the main process.
         sampler: How often training draws each class: "instance_balanced" (every sample once an epoch),
             "class_balanced" (all classes alike), "square_root" (as the roots of the class counts), or
@@ -91,13 +87,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         check_val_share(val_share)
         check_sampling(sampler)
         check_mixing(mixup, cutmix)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise SettingError(f"{name}={value} is too small: pass at least {least}.")
+        check_whole_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_whole_numbers(0, num_workers=num_workers)
         self.ratio = ratio
         self.profile = profile
         self.val_share = val_share
@@ -134,8 +125,8 @@ class LongTailedDataModule(LightningDataModule, ABC):
         """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
 
         Args:
-            stage: Lightning's stage. All need the class counts, and so do the same, but "predict" of other samples than
-                the data set's own: a trained model knows its classes, and nothing is read.
+            stage: Lightning's stage. All need the class counts, so all do the same, except "predict" on samples that
+                are not the data set's own: a trained model knows its classes, and nothing is read.
 
         Raises:
             SettingError: A label is outside the classes, the ratio leaves a class without a sample, or ``val_share`` is

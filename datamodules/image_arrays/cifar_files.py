@@ -1,7 +1,10 @@
-"""The files of CIFAR-10 and CIFAR-100 in torchvision's layout: fetched where missing, read without trust."""
+"""The files of CIFAR-10 and CIFAR-100: fetched by torchvision where missing, read by an unpickler that runs no code.
+
+torchvision's own reader refuses files whose checksums are not those of the original archive, such as files that were
+rebuilt from lossless images, and would run code that a pickle holds if it did not.
+"""
 
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,14 @@ _PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 def fetch_cifar(root: Path, source: type[CIFAR10]) -> None:
     """Download and extract the archive where its folder is missing; a folder that is there is never touched.
 
-    The checksum of the archive is checked. An archive that already lies in ``root`` is not downloaded again.
+    The checksum of the archive is checked. An archive that is already in ``root`` is not downloaded again.
 
     Args:
-        root: Folder that holds, or shall hold, the data set's folder.
+        root: Folder that holds, or will hold, the data set's folder.
         source: torchvision's class of the data set, for its names, address and checksum.
 
     Raises:
-        SettingError: The folder is missing and the archive cannot be had.
+        SettingError: The folder is missing and the archive cannot be downloaded.
     """
     if (root / source.base_folder).exists():
         return
@@ -41,14 +44,13 @@ def fetch_cifar(root: Path, source: type[CIFAR10]) -> None:
         download_and_extract_archive(source.url, root, filename=source.filename, md5=source.tgz_md5)
     except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a wrong checksum
         reason = " ".join(str(error).split())
-        raise SettingError(_missing(root, source, f"downloading {source.filename} failed ({reason})")) from error
+        raise _missing(root, source, f"downloading {source.filename} failed ({reason})") from error
 
 
 def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArrays, list[str]]:
     """Read the training set, the test set and the class names.
 
-    Files are read as found, whatever their checksums, by an unpickler that makes numpy arrays and basic
-    types only.
+    Files are read as found, whatever their checksums, by an unpickler that makes numpy arrays and basic types only.
 
     Args:
         root: Folder that holds the data set's folder.
@@ -62,50 +64,52 @@ def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArr
     """
     folder = root / source.base_folder
     if not folder.exists():
-        raise SettingError(_missing(root, source, "it was not downloaded (prepare_data() does that)"))
-    meta = _unpickle(root, source, source.meta["filename"])
-    names = meta.get(source.meta["key"])
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise SettingError(_broken(root, source, source.meta["filename"], "has no class names"))
-    train = _read_batches(root, source, [name for name, _ in source.train_list], len(names))
-    test = _read_batches(root, source, [name for name, _ in source.test_list], len(names))
-    return train, test, names
-
-
-def _read_batches(root: Path, source: type[CIFAR10], files: Sequence[str], num_classes: int) -> ImageArrays:
-    images, labels = [], []
-    for file in files:
-        batch = _unpickle(root, source, file)
-        pixels = batch.get("data")
-        targets = np.asarray(batch.get("fine_labels", batch.get("labels")))
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.shape[1:] != (3 * 32 * 32,)
-            or len(pixels) == 0
-        ):
-            raise SettingError(_broken(root, source, file, "has no uint8 pixels of shape (N, 3072)"))
-        if targets.shape != pixels.shape[:1] or targets.dtype.kind not in "iu":
-            raise SettingError(_broken(root, source, file, f"has no labels for its {len(pixels)} images"))
-        if targets.min() < 0 or targets.max() >= num_classes:
-            raise SettingError(_broken(root, source, file, f"has labels outside [0, {num_classes})"))
-        images.append(pixels)
-        labels.append(targets)
-    pixels = torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32)
-    return ImageArrays(pixels, torch.from_numpy(np.concatenate(labels)).long())
-
-
-def _unpickle(root: Path, source: type[CIFAR10], file: str) -> dict[str, Any]:
+        raise _missing(root, source, "it was not downloaded (prepare_data() does that)")
+    file = source.meta["filename"]
     try:
-        with (root / source.base_folder / file).open("rb") as stream:
+        names = _unpickle(folder / file).get(source.meta["key"])
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise _Damaged("has no class names")
+        parts = []
+        for files in (source.train_list, source.test_list):
+            batches = []
+            for file, _ in files:
+                batches.append(_labelled_pixels(_unpickle(folder / file), len(names)))
+            pixels, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
+            parts.append(ImageArrays(pixels.view(-1, 3, 32, 32), labels.long()))
+    except _Damaged as damage:
+        raise SettingError(
+            f"data.root={str(root)!r}: {source.base_folder}/{file} {damage}: delete that folder and run again to "
+            f"download it, or extract {source.filename} (from {_PAGE}) there again."
+        ) from damage.__cause__
+    return parts[0], parts[1], names
+
+
+class _Damaged(Exception):
+    """What is wrong with a file, after its name."""
+
+
+def _labelled_pixels(batch: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
+    pixels, labels = batch.get("data"), np.asarray(batch.get("fine_labels", batch.get("labels")))
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,) or not len(pixels):
+        raise _Damaged("has no uint8 pixels of shape (N, 3072)")
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+        raise _Damaged(f"has no labels for its {len(pixels)} images")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise _Damaged(f"has labels outside [0, {num_classes})")
+    return pixels, labels
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except FileNotFoundError as error:
-        raise SettingError(_broken(root, source, file, "is missing")) from error
+        raise _Damaged("is missing") from error
     except Exception as error:  # a damaged pickle may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SettingError(_broken(root, source, file, f"cannot be read ({reason})")) from error
+        raise _Damaged(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise SettingError(_broken(root, source, file, f"holds a {type(content).__name__}, not a dictionary"))
+        raise _Damaged(f"holds a {type(content).__name__}, not a dictionary")
     return content
 
 
@@ -121,15 +125,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ARRAY_NAMES[name]
 
 
-def _missing(root: Path, source: type[CIFAR10], what: str) -> str:
-    return (
+def _missing(root: Path, source: type[CIFAR10], what: str) -> SettingError:
+    return SettingError(
         f"data.root={str(root)!r} has no folder {source.base_folder}, and {what}: set data.root to the "
         f"folder that holds {source.base_folder}, or extract {source.filename} (from {_PAGE}) there."
-    )
-
-
-def _broken(root: Path, source: type[CIFAR10], file: str, what: str) -> str:
-    return (
-        f"data.root={str(root)!r}: {source.base_folder}/{file} {what}: delete that folder and run again to "
-        f"download it, or extract {source.filename} (from {_PAGE}) there anew."
     )

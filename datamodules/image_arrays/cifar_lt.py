@@ -14,9 +14,10 @@ from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.packed_images import PackedImages, read_packed
-from datamodules.image_files.dataset import ImageFiles, ReadableRows
+from datamodules.image_files.dataset import ImageFiles, ReadableImages
 from datamodules.image_files.images_to_predict import as_text, images_to_predict
-from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+from datamodules.sampling.loaders import EvalLoader, eval_loader
+from datamodules.sampling.samplers import ranks
 from imbsam.errors import SettingError
 
 SIZE = 32
@@ -91,7 +92,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         pixels = [v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.PILToTensor(), v2.ToDtype(torch.float32)]
         transform = v2.Compose([*pixels, v2.Normalize(self.mean, self.std)])
         images = ImageFiles(root, listed.paths, listed.labels, [], transform, with_paths=True)
-        collate = ReadableRows(SIZE, with_paths=True)
+        collate = ReadableImages(SIZE, with_paths=True)
         return eval_loader(images, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
 
 

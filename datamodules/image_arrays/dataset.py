@@ -18,7 +18,7 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
         labels: Class indices, int64 (N,).
 
     Raises:
-        SettingError: Another dtype or shape, or as many labels as images are not there.
+        SettingError: A wrong dtype or shape, or not one label for each image.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:

@@ -20,7 +20,7 @@ class DigitsLTDataModule(LongTailedDataModule):
 
     Args:
         ratio: Imbalance ratio, largest class / smallest class, at least 1.
-        batch_size: Rows of a training batch.
+        batch_size: Images in a training batch.
         augment: Shift each training image by up to one pixel at random.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
     """

@@ -14,12 +14,12 @@ from imbsam.errors import SettingError
 
 
 class PackedImages(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of N images of which M are there; like :class:`ImageArrays` for those.
+    """A data set of N images, M of which are present; like :class:`ImageArrays` for those.
 
     It keeps the labels of all N images, so that the same seed draws the same samples from it as from the whole set.
 
     Args:
-        images: The images that are there, uint8 (M, C, H, W).
+        images: The images that are present, uint8 (M, C, H, W).
         indices: Their indices in the whole set, int64 (M,).
         labels: Class indices of the whole set, int64 (N,).
     """
@@ -63,7 +63,7 @@ def pack_images(path: Path, data: LongTailedDataModule) -> None:
         data: A DataModule of :class:`~datamodules.image_arrays.dataset.ImageArrays`.
 
     Raises:
-        SettingError: The DataModule has other data sets.
+        SettingError: The DataModule's images are not arrays in memory.
     """
     data.setup()
     indices = data.kept_samples
@@ -99,5 +99,5 @@ def read_packed(path: Path) -> tuple[PackedImages, ImageArrays, list[str]]:
     except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise SettingError(
-            f"data.root={str(path)!r} cannot be read ({reason}): make the file anew with scripts/reproduce.py pack"
+            f"data.root={str(path)!r} cannot be read ({reason}): make the file again with scripts/reproduce.py pack"
         ) from error

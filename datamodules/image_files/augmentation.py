@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 Augment = Literal["none", "standard", "randaugment", "autoaugment"]
@@ -22,7 +23,7 @@ class ImageTransform:
     2019; the policy found on ImageNet) come after these two. At the end: float32 in [0, 1], ``(pixel - mean) / std``.
 
     All of torchvision's draws here come from torch's default generator, so that under a seed of its own a sample's
-    augmentation depends on that seed alone (:class:`~datamodules.sampling.loaders.SeededSamples`).
+    augmentation depends on that seed alone (:class:`~datamodules.sampling.seeded_samples.SeededSamples`).
 
     Args:
         augment: none, standard, randaugment or autoaugment.
@@ -41,8 +42,7 @@ class ImageTransform:
     ) -> None:
         if augment not in get_args(Augment):
             raise SettingError(f"augment={augment!r} is unknown: choose one of {', '.join(get_args(Augment))}.")
-        if image_size < 1:
-            raise SettingError(f"image_size={image_size} is too small: pass the images' side in pixels.")
+        check_whole_numbers(image_size=image_size)
         if not 0 <= color_jitter <= 1:
             raise SettingError(f"color_jitter={color_jitter} is outside [0, 1].")
         if augment == "none":

@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_files.augmentation import Augment, ImageTransform
-from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableRows
+from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
+from datamodules.image_files.disk import check_files
 from datamodules.image_files.images_to_predict import as_text, images_to_predict
-from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes, check_files
-from datamodules.sampling.loaders import EvalLoader, eval_loader, ranks
+from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes
+from datamodules.sampling.loaders import EvalLoader, eval_loader
+from datamodules.sampling.samplers import ranks
 
 
 class ImageFilesDataModule(LongTailedDataModule):
@@ -32,8 +34,8 @@ class ImageFilesDataModule(LongTailedDataModule):
         color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
         corrupt_images: What a damaged image does: fail, or skip (warn, train on another image of its class in its
             place, and evaluate without it).
-        batch_size: Rows of a training batch.
-        eval_batch_size: Rows of a validation, test or prediction batch.
+        batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation, test or prediction batch.
         predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
             file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. Nothing
             else is then read: the data that the model was trained on need not be there. Null for the test images.
@@ -51,8 +53,6 @@ class ImageFilesDataModule(LongTailedDataModule):
     """Where to get the files."""
     path_column: str = "path"
     """Column of the paths in a list of images to predict."""
-    published: ClassVar[dict[str, int]] = {}
-    """What the published data set has, by the names in :meth:`_compare_with_published`."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.corrupt_images = corrupt_images
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
         self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
-        self.eval_collate = ReadableRows(image_size)
+        self.eval_collate = ReadableImages(image_size)
         self.check_validation()
         self._checked = False
-        self._told: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
 
     @abstractmethod
     def read_splits(self) -> ImageSplits:
@@ -96,7 +96,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         return splits
 
     def prepare_data(self) -> None:
-        """Look for every listed file, on one process of each node and once a run.
+        """Look for every listed file, once a run, on one process per node.
 
         Raises:
             SettingError: A list or files are missing, or a label has no class.
@@ -110,7 +110,6 @@ class ImageFilesDataModule(LongTailedDataModule):
     def load_datasets(self) -> tuple[ImageFiles, Tensor, ImageFiles]:
         """The images by their paths, and ``class_names``."""
         self.class_names = self.splits.class_names
-        self._compare_with_published()
         train = self._files(self.splits.train)
         return train, train.labels, self._files(self.splits.test)
 
@@ -146,7 +145,7 @@ class ImageFilesDataModule(LongTailedDataModule):
             root, listed = images_to_predict(self.predict, self.path_column)
             images = self._files(listed, root)
         named = images.select(torch.arange(len(images)), with_paths=True)
-        collate = ReadableRows(self.image_size, with_paths=True)
+        collate = ReadableImages(self.image_size, with_paths=True)
         workers = 0 if len(named) <= self.eval_batch_size else self.num_workers
         return eval_loader(named, self.eval_batch_size, collate, workers, **ranks(self.trainer))
 
@@ -163,17 +162,17 @@ class ImageFilesDataModule(LongTailedDataModule):
         return found
 
     def teardown(self, stage: str) -> None:
-        """Tell how many damaged images this process has met, where there are more than when it told last."""
+        """Report how many damaged images this process has met, if more than at the last report."""
         for name, images, what in (
             ("training", self._train, "replaced by others of their classes"),
             ("validation", self._val, "left out"),
             ("test", self._test, "left out"),
         ):
             number = int(images.damaged.sum()) if isinstance(images, ImageFiles) else 0
-            if number > self._told.get(name, 0):
+            if number > self._reported.get(name, 0):
                 rank = self.trainer.global_rank if self.trainer is not None else 0
                 print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
-                self._told[name] = number
+                self._reported[name] = number
 
     def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
         return ImageFiles(
@@ -195,21 +194,6 @@ class ImageFilesDataModule(LongTailedDataModule):
                     f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
                     f"{os.fsdecode(shared[0])}: results on images that were trained on say nothing"
                 )
-
-    def _compare_with_published(self) -> None:
-        """Warn of lists that are not the published ones: numbers from them are not comparable."""
-        splits, counts = self.splits, torch.bincount(self.splits.train.labels)
-        found = {
-            "classes": len(splits.class_names),
-            "training images": len(splits.train),
-            "validation images": len(splits.val) if splits.val is not None else 0,
-            "test images": len(splits.test),
-            "images in the largest class": int(counts.max()),
-            "images in the smallest class": int(counts.min()),
-        }
-        wrong = [f"{found[name]:,} {name}, not {n:,}" for name, n in self.published.items() if found[name] != n]
-        if wrong:
-            rank_zero_warn(f"{type(self).__name__}: these lists are not the published ones: {'; '.join(wrong)}.")
 
 
 def _cores() -> int:

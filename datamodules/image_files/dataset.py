@@ -1,4 +1,4 @@
-"""Images that are read from files one by one, and what happens where a file is no image."""
+"""Images read from files one by one, and what happens where a file is no image."""
 
 import os
 import warnings
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from datamodules.image_files.decoding import failure_reason, read_rgb
 from imbsam.errors import SettingError
 
 CorruptImages = Literal["skip", "fail"]
@@ -42,7 +42,7 @@ class ImageFiles(Dataset[Any]):
         labels: Class indices, int64 (N,).
         class_names: Names of the classes, for messages.
         transform: Makes the sample of an RGB image.
-        corrupt_images: What a damaged file does: ``fail`` raises, ``skip`` warns once per file and goes on.
+        corrupt_images: What a damaged file does: ``fail`` raises, ``skip`` warns once per file and continues.
         replace: With ``skip``: put the next readable image of the class in the damaged one's place, in the order of the
             files, so that it depends on the index alone; otherwise the sample is None.
         with_paths: Samples are (image, label, path), not (image, label).
@@ -97,7 +97,7 @@ class ImageFiles(Dataset[Any]):
                     break
             else:
                 name = self.class_names[int(self.labels[index])]
-                raise UnreadableImage(f"corrupt_images=skip: class {name} has no readable training image: mend one.")
+                raise UnreadableImage(f"corrupt_images=skip: class {name} has no readable training image: fix one.")
         if image is None:
             return None
         sample = self.transform(image), int(self.labels[index])
@@ -136,12 +136,12 @@ class ImageFiles(Dataset[Any]):
         except MemoryError:
             raise
         except Exception as error:  # a damaged file may raise anything
-            reason = _reason(path, error)
+            reason = failure_reason(path, error)
             if isinstance(error, OSError) and error.errno is not None:
                 raise UnreadableImage(f"image {path} cannot be read: {reason}.") from error
             if self.corrupt_images == "fail":
                 raise UnreadableImage(
-                    f"image {path} is corrupt: {reason}: mend or remove it, or set data.corrupt_images to skip."
+                    f"image {path} is corrupt: {reason}: fix or remove it, or set data.corrupt_images to skip."
                 ) from error
         if not self.damaged[index]:
             self.damaged[index] = True
@@ -168,12 +168,12 @@ class _Reasons(Dataset[Any]):
         except MemoryError:
             raise
         except Exception as error:  # a damaged file may raise anything
-            return str(path), _reason(path, error)
+            return str(path), failure_reason(path, error)
         return None
 
 
-class ReadableRows:
-    """A ``collate_fn`` that leaves out the damaged images, down to a batch of no rows.
+class ReadableImages:
+    """A ``collate_fn`` that leaves out the damaged images, down to an empty batch.
 
     Args:
         image_size: Side of the images, for a batch without one.
@@ -191,28 +191,3 @@ class ReadableRows:
             return default_collate(readable)
         images = torch.empty(0, 3, self.image_size, self.image_size)
         return [images, torch.empty(0, dtype=torch.int64), *([[]] if self.with_paths else [])]
-
-
-def read_rgb(path: Path) -> Image.Image:
-    """Decode an image file to 8-bit RGB, whatever its colours: grey, palette, CMYK, 16 bits.
-
-    As in torchvision's ImageFolder the EXIF orientation is ignored, and transparency is dropped. 16-bit grey keeps its
-    upper 8 bits (PIL alone would cut off at 255).
-
-    Raises:
-        Exception: What PIL raises on a damaged file.
-    """
-    with warnings.catch_warnings(), path.open("rb") as file:
-        warnings.simplefilter("ignore", UserWarning)  # transparency in palettes, broken EXIF: no harm to the pixels
-        image: Image.Image = Image.open(file)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if path.stat().st_size == 0 else "the file is no image"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,8 +11,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
-from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test, images_below, shorten
+from datamodules.image_files.disk import images_below
+from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 class ImageFolderLTDataModule(ImageFilesDataModule):
@@ -44,7 +46,7 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         self.check_validation()
 
     def prepare_data(self) -> None:
-        """Find the images; what is found there need not be looked for.
+        """Find the images; what was just found need not be checked on disk again.
 
         Raises:
             SettingError: A folder is missing, a class has no image, or links lead in a circle.
@@ -64,7 +66,7 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         if unread := sorted(set(_classes(self.root)) - {"train", "val", "test"}):
             rank_zero_warn(
                 f"root={os.fspath(self.root)!r} has a folder train, so only train, val and test are read, not "
-                f"{shorten(unread)}."
+                f"{first_few(unread)}."
             )
         names = _classes(self.root / "train")
         parts = {
@@ -87,7 +89,7 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
     """The images of every class, sorted."""
     folder = root / part
     if strange := sorted(set(_classes(folder)) - set(names)):
-        raise SettingError(f"{folder} has classes that {root / 'train'} has not: {shorten(strange)}.")
+        raise SettingError(f"{folder} has classes that {root / 'train'} does not have: {first_few(strange)}.")
     console = Console(stderr=True)
     classes = track(names, f"reading {folder}", console=console, transient=True, disable=not console.is_terminal)
     paths, labels, empty = [], [], []
@@ -99,7 +101,7 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
             empty.append(name)
     if empty and part in ("", "train"):
         raise SettingError(
-            f"{folder} has classes without an image ({', '.join(IMG_EXTENSIONS)}): {shorten(empty)}. Fill or remove "
+            f"{folder} has classes without an image ({', '.join(IMG_EXTENSIONS)}): {first_few(empty)}. Fill or remove "
             "them."
         )
-    return ListedImages.of(os.fspath(folder), paths, labels)
+    return ListedImages.from_paths(os.fspath(folder), paths, labels)

@@ -6,9 +6,10 @@ from typing import Any
 
 from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
-from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test, shorten
+from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
 from datamodules.tables.columns import read_columns
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 Rows = list[tuple[str, str]]
 """Path and label of every image."""
@@ -21,8 +22,8 @@ class ImageListLTDataModule(ImageFilesDataModule):
 
     Args:
         path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
-            (``pip install pandas pyarrow``), of the training images; or of all images, whose other parts
-            ``split_column`` or ``test_share`` says.
+            (``pip install pandas pyarrow``), of the training images; or of all images, divided by
+            ``split_column`` or ``test_share``.
         val_path: Such a file of the validation images.
         test_path: Such a file of the test images.
         root: Folder that the paths in the files are relative to; null for the folder of ``path``.
@@ -66,7 +67,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
         """Read the tables.
 
         Raises:
-            SettingError: A file, a column or a value is missing, or two things say what the test set is.
+            SettingError: A file, a column or a value is missing, or both a file and the column define a part.
         """
         found: dict[str, Rows] = {}
         for part, file in self.files.items():
@@ -74,13 +75,13 @@ class ImageListLTDataModule(ImageFilesDataModule):
                 continue
             if part in found:
                 raise SettingError(
-                    f"split_column={self.columns[2]} has rows of {part}, and {part}_path={file} names others: leave "
+                    f"split_column={self.columns[2]} has images of {part}, and {part}_path={file} lists others: leave "
                     "one of them out."
                 )
             for row in read_columns(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
                 found.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
         if strange := sorted(found.keys() - self.files.keys()):
-            raise SettingError(f"split_column={self.columns[2]} has {shorten(strange)}: write train, val or test.")
+            raise SettingError(f"split_column={self.columns[2]} has {first_few(strange)}: write train, val or test.")
         if "train" not in found:
             raise SettingError(f"{self.files['train']} has no training image.")
         names = _class_names([label for _, label in found["train"]], str(self.files["train"]))
@@ -99,7 +100,7 @@ def _class_names(labels: list[str], source: str) -> list[str]:
         numbers = {int(label) for label in found}
         if gaps := sorted(set(range(max(numbers) + 1)) - numbers):
             raise SettingError(
-                f"{source} has labels up to {max(numbers)}, but no training image of {shorten(gaps)}: number the "
+                f"{source} has labels up to {max(numbers)}, but no training image of {first_few(gaps)}: number the "
                 "classes from 0 without a gap, or write names."
             )
         return [str(number) for number in sorted(numbers)]
@@ -109,5 +110,5 @@ def _class_names(labels: list[str], source: str) -> list[str]:
 def _listed(source: str, rows: Rows, names: list[str]) -> ListedImages:
     index = {name: i for i, name in enumerate(names)}
     if strange := sorted({label for _, label in rows} - index.keys()):
-        raise SettingError(f"{source} has classes without a training image: {shorten(strange)}.")
-    return ListedImages.of(source, [path for path, _ in rows], [index[label] for _, label in rows], names)
+        raise SettingError(f"{source} has classes without a training image: {first_few(strange)}.")
+    return ListedImages.from_paths(source, [path for path, _ in rows], [index[label] for _, label in rows], names)

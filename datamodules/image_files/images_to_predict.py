@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.image_files.lists import ListedImages, check_files, images_below
+from datamodules.image_files.disk import check_files, images_below
+from datamodules.image_files.lists import ListedImages
 from datamodules.tables.columns import read_columns
 from imbsam.errors import SettingError
 
@@ -42,7 +43,7 @@ def images_to_predict(given: str | Sequence[str], path_column: str = "path") -> 
             root, paths = Path(), _files(given)
     if not paths:
         raise SettingError(f"data.predict is {source}: there is no image")
-    images = ListedImages.of(source, paths, [-1] * len(paths))
+    images = ListedImages.from_paths(source, paths, [-1] * len(paths))
     check_files(root, [images], "Paths in a list are relative to its folder.")
     return root, images
 

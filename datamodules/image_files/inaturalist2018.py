@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.image_files.base import ImageFilesDataModule
 from datamodules.image_files.lists import ImageSplits, ListedImages, names_of_folders, read_txt
+from datamodules.image_files.published import PublishedListsDataModule
 from imbsam.errors import SettingError
 
 
-class INaturalist2018DataModule(ImageFilesDataModule):
+class INaturalist2018DataModule(PublishedListsDataModule):
     """iNaturalist 2018: 8,142 species, 437,513 training images of 1,000 to 2 a species.
 
     As in all of the literature the official validation set, 3 images a species, is the test set. For a validation set
@@ -36,10 +36,9 @@ class INaturalist2018DataModule(ImageFilesDataModule):
     }
 
     def __init__(self, root: str | Path = "data/inaturalist", lists: str | Path | None = None, **settings: Any) -> None:
-        root = os.fspath(root)  # checkpoints refuse a Path
+        root = os.fspath(root)  # in each constructor, whose arguments are recorded in checkpoints
         lists = None if lists is None else os.fspath(lists)
-        super().__init__(root, ratio=1, profile="none", **settings)
-        self.lists = self.root if lists is None else Path(lists).expanduser()
+        super().__init__(root, lists, **settings)
 
     def read_splits(self) -> ImageSplits:
         """Read the JSON files, whose categories name the classes, or the lists.
@@ -76,7 +75,7 @@ def _read_json(train: Path, val: Path) -> ImageSplits:
         if unknown := sorted({category for _, category in found} - label_of.keys()):
             raise SettingError(f"{path} has annotations of category {unknown[0]}, which {train.name} does not name.")
         paths, labels = [name for name, _ in found], [label_of[category] for _, category in found]
-        parts.append(ListedImages.of(path.name, paths, labels))
+        parts.append(ListedImages.from_paths(path.name, paths, labels))
     return ImageSplits(names, parts[0], None, parts[1])
 
 

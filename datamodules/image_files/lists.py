@@ -3,7 +3,7 @@
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.base.long_tail import subsample
+from datamodules.sampling.stratified import held_out_counts, subsample
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,10 @@ class ListedImages:
     labels: Tensor
 
     @staticmethod
-    def of(
+    def from_paths(
         source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
     ) -> "ListedImages":
-        """Make it of paths as text and of labels as integers; a path that comes twice is taken once.
+        """Build it from paths as text and integer labels; a duplicate path is kept once.
 
         Args:
             source: Where the list comes from.
@@ -64,7 +62,7 @@ class ListedImages:
                 again.add(file)
         if again:
             rank_zero_warn(
-                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is taken once"
+                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is kept once"
             )
         packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
         return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))
@@ -116,7 +114,7 @@ def read_txt(path: Path) -> ListedImages:
                 raise SettingError(f"{path}, line {number}: {line.strip()[:80]!r} is not a path and a label from 0.")
     if not paths:
         raise SettingError(f"{path} lists no image.")
-    return ListedImages.of(path.name, paths, labels)
+    return ListedImages.from_paths(path.name, paths, labels)
 
 
 def check_classes(splits: ImageSplits) -> None:
@@ -146,8 +144,8 @@ def check_classes(splits: ImageSplits) -> None:
         outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
         if outside:
             raise SettingError(
-                f"{part.source} has labels {shorten(outside)}, and {splits.train.source} has the {len(names)} classes "
-                f"0 to {len(names) - 1}: every class needs training images."
+                f"{part.source} has labels {first_few(outside)}, and {splits.train.source} has the {len(names)} "
+                f"classes 0 to {len(names) - 1}: every class needs training images."
             )
     for part, other in combinations(splits.parts(), 2):
         _, here, there = np.intersect1d(part.paths, other.paths, return_indices=True)
@@ -161,76 +159,9 @@ def check_classes(splits: ImageSplits) -> None:
     if empty:
         shown = [str(c) if names[c] == str(c) else f"{c} ({names[c]})" for c in empty]
         raise SettingError(
-            f"{splits.train.source} has no image of class {shorten(shown)}: add some, or leave the class out and "
+            f"{splits.train.source} has no image of class {first_few(shown)}: add some, or leave the class out and "
             "number the others from 0 without a gap."
         )
-
-
-def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
-    """Look for every listed file, by reading each folder once instead of asking for each file.
-
-    Args:
-        root: Folder that the paths are relative to.
-        parts: The lists.
-        advice: Where to get what is missing.
-
-    Returns:
-        Number of different files.
-
-    Raises:
-        SettingError: Files are missing; it names the first five and counts them.
-    """
-    wanted: dict[str, set[str]] = {}
-    for part in parts:
-        for path in part.paths:
-            folder, _, name = os.fsdecode(path).rpartition("/")
-            wanted.setdefault(folder, set()).add(name)
-    console = Console(stderr=True)
-    folders = track(
-        wanted,
-        f"looking for {sum(map(len, wanted.values())):,} images",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    found = {folder: _files(root / folder) for folder in folders}
-    for part in parts:
-        missing = []
-        for path in part.paths:
-            folder, _, name = os.fsdecode(path).rpartition("/")
-            if name not in found[folder]:
-                missing.append(os.fsdecode(path))
-        if missing:
-            raise SettingError(
-                f"{len(missing):,} of the {len(part):,} images in {part.source} are not in {root}: "
-                f"{shorten(missing)}. {advice}"
-            )
-    return sum(map(len, wanted.values()))
-
-
-def images_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Paths of the images in a folder and those below it, links followed.
-
-    Args:
-        folder: The folder.
-        above: Device and inode of the folders it lies in; those of the first call are found.
-
-    Raises:
-        SettingError: A link leads to a folder that it lies in, or to nothing, or a folder cannot be read.
-    """
-    try:
-        above = above or tuple(map(_identity, folder.absolute().parents))
-        own = _identity(folder)
-        if own in above:
-            raise SettingError(f"{folder} is a link to a folder that it lies in: remove that link.")
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
-                    yield entry.path
-                elif entry.is_dir():
-                    yield from images_below(Path(entry.path), (*above, own))
-    except OSError as error:
-        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
 
 
 def hold_out_test(
@@ -254,18 +185,11 @@ def hold_out_test(
     if not 0 < test_share < 1:
         raise SettingError(f"test_share={test_share} is outside (0, 1): pass the share of each class to test on.")
     counts = torch.bincount(images.labels, minlength=len(class_names))
-    held_out = (counts.double() * test_share).round().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
     if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
-        warnings.warn(f"no test image for the classes with a single image: {shorten(single)}.", stacklevel=2)
+        warnings.warn(f"no test image for the classes with a single image: {first_few(single)}.", stacklevel=2)
     test = torch.zeros(len(images), dtype=torch.bool)
-    test[subsample(images.labels, held_out, torch.Generator().manual_seed(0))] = True
+    test[subsample(images.labels, held_out_counts(counts, test_share), torch.Generator().manual_seed(0))] = True
     return images.take(~test), images.take(test)
-
-
-def shorten(names: Sequence[Any], most: int = 5) -> str:
-    """The first names, and how many there are in all."""
-    shown = ", ".join(str(name) for name in names[:most])
-    return f"{shown}, ... ({len(names):,} in all)" if len(names) > most else shown
 
 
 def names_of_folders(train: ListedImages) -> list[str]:
@@ -276,19 +200,3 @@ def names_of_folders(train: ListedImages) -> list[str]:
     folder_of = dict(zip(labels.tolist(), folders, strict=True))
     names = [folder_of.get(c, "") for c in range(num_classes)]
     return names if all(names) and len(set(names)) == num_classes else [str(c) for c in range(num_classes)]
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _files(folder: Path) -> set[str]:
-    """Names in a folder; a link counts where it leads somewhere."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    except OSError as error:
-        raise SettingError(f"folder {folder} cannot be read: {error.strerror}.") from error

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from datamodules.base.long_tail import shuffled_by_class
+from datamodules.sampling.stratified import shuffled_by_class
 from imbsam.errors import SettingError
 
 Sampling = Literal["instance_balanced", "class_balanced", "square_root", "progressively_balanced"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datamodules.sampling.loaders import SeededCollate
 from datamodules.sampling.sample_seeds import seeded
+from datamodules.sampling.seeded_samples import SeededCollate
 from imbsam.errors import SettingError
 
 
@@ -28,7 +28,7 @@ def check_mixing(mixup: float, cutmix: float) -> None:
 class MixedBatches:
     """A ``collate_fn`` that mixes every image of a batch with its neighbour.
 
-    A mixed image is one row with the target p_i = lambda * onehot(own class) + (1 - lambda) * onehot(neighbour's).
+    A mixed image has the target p_i = lambda * onehot(own class) + (1 - lambda) * onehot(neighbour's).
     lambda is one for the batch, from Beta(alpha, alpha), and drawn under the first sample's seed, so that it depends on
     (seed, epoch, draw) alone. For CutMix it is the share of the image that the pasted box leaves.
 

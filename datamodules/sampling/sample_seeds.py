@@ -1,7 +1,7 @@
 """Random numbers that depend on (seed, epoch, sample) alone, for a whole batch of samples at once.
 
 Nothing here has a state. So an augmented image is the same in any worker, on any number of processes, and in a
-run that was interrupted and goes on.
+run that was interrupted and resumed.
 """
 
 import contextlib

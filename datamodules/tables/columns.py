@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.image_files.lists import shorten
 from datamodules.tables.reading import shown_value
 from datamodules.tables.separators import open_text, text_format
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 
 def read_columns(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
@@ -32,7 +32,7 @@ def read_columns(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
         raise SettingError(f"path={os.fspath(path)!r}: give a file that ends in .csv, .tsv or .parquet.")
     if missing := [name for name in columns if name not in names]:
         raise SettingError(
-            f"{path} has no column {shorten(missing)}: it has {shorten(names, 10)}; set data.path_column, "
+            f"{path} has no column {first_few(missing)}: it has {first_few(names, 10)}; set data.path_column, "
             "data.label_column or data.split_column."
         )
     rows = list(zip(*(cells[name] for name in columns), strict=True))

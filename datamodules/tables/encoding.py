@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.tables.reading import DATES_TO_NUMBERS, Table, listed, shown_value
+from datamodules.tables.reading import DATES_TO_NUMBERS, Table, shown_value
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 Scaling = Literal["standard", "robust", "quantile", "min_max", "none"]
 
@@ -96,14 +97,14 @@ class TableEncoder:
             self.categories[name] = found
         table.refuse(refused)
         if constant:
-            self.notices.append(f"left out, a single value in training: {listed(constant)}")
+            self.notices.append(f"left out, a single value in training: {first_few(constant)}")
         if filled:
             self.notices.append(
-                f"missing numbers are filled with the training median, in training in: {listed(filled)}"
+                f"missing numbers are filled with the training median, in training in: {first_few(filled)}"
             )
         if self.categories:
             counts = (f"{name} ({len(found)})" for name, found in self.categories.items())
-            self.notices.append(f"text becomes one feature per value: {listed(counts)}")
+            self.notices.append(f"text becomes one feature per value: {first_few(counts)}")
         if not self.feature_names:
             raise SettingError(f"{table.source}: no column varies in the training part: there is nothing to learn from")
 
@@ -134,9 +135,9 @@ class TableEncoder:
             raise SettingError(f"{table.source}: columns that the model was trained on: {'; '.join(unusable)}")
         columns = {**table.numbers, **table.texts}
         if lacking := [name for name in self.columns if name not in columns]:
-            raise SettingError(f"{table.source} lacks columns that the model was trained on: {listed(lacking)}")
+            raise SettingError(f"{table.source} lacks columns that the model was trained on: {first_few(lacking)}")
         if text := [name for name in self._numeric() if name in table.texts]:
-            examples = listed([f"{name} ({next(v for v in table.texts[name] if v is not None)!r})" for name in text])
+            examples = first_few([f"{name} ({next(v for v in table.texts[name] if v is not None)!r})" for name in text])
             raise SettingError(f"{table.source} holds text where the training part held numbers: {examples}")
         parts = []
         if self.names:
@@ -208,8 +209,8 @@ def _no_category(values: list[Any], found: list[str]) -> str | None:
         return f"holds dates ({next(value for value in known if DATE.fullmatch(value))}): {DATES_TO_NUMBERS}"
     if len(found) > MAX_CATEGORIES:
         return (
-            f"is text with {len(found)} values in the training part ({listed(found, 3)}), more than {MAX_CATEGORIES}: "
-            "group them"
+            f"is text with {len(found)} values in the training part ({first_few(found, 3)}), more than "
+            f"{MAX_CATEGORIES}: group them"
         )
     return None
 

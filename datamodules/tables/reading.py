@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.tables.separators import text_format
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 
 SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
@@ -101,9 +102,11 @@ def read_table(
         label = label or "y"
         labels = columns.pop(label, None)
         if labels is None:
-            raise SettingError(f"label={label}: {path.name} has no such column; it has {listed(columns)}")
+            raise SettingError(f"label={label}: {path.name} has no such column; it has {first_few(columns)}")
         if unknown := [name for name in drop_columns if name not in columns and name != label]:
-            raise SettingError(f"drop_columns: {path.name} has no column {listed(unknown)}; it has {listed(columns)}")
+            raise SettingError(
+                f"drop_columns: {path.name} has no column {first_few(unknown)}; it has {first_few(columns)}"
+            )
         columns = {name: values for name, values in columns.items() if name not in drop_columns}
         try:
             labels = _plain(labels)
@@ -124,49 +127,6 @@ def read_table(
     return table
 
 
-def anomaly_labels(values: Any, column: str, source: str, anomaly_value: Any = None) -> tuple[Any, str]:
-    """Which rows are anomalies.
-
-    Args:
-        values: The label column, float64 or object (N,).
-        column: Its name, for messages.
-        source: The file's name, for messages.
-        anomaly_value: The anomalies' value; None is 1 in a column of 0 and 1 (or booleans), else the rarer of two.
-
-    Returns:
-        True for anomalies, bool (N,), and the value that marks them.
-
-    Raises:
-        SettingError: A value is missing, there is one value only, or nothing says which value is the anomalies'.
-    """
-    shown = np.array([shown_value(value) for value in values.tolist()], dtype=object)
-    found, counts = np.unique(shown.astype(str), return_counts=True)
-    sizes = dict(zip(found.tolist(), counts.tolist(), strict=True))
-    if missing := sizes.pop("", 0):
-        raise SettingError(
-            f"{source}: label {column} is missing in {missing} rows: write 0 there where nothing is known"
-        )
-    if len(sizes) == 1:
-        raise SettingError(f"{source}: label {column} is {found[-1]} in every row: there is nothing to tell apart")
-    if anomaly_value is not None:
-        chosen = shown_value(anomaly_value)
-        if chosen not in sizes:
-            raise SettingError(f"anomaly_value={anomaly_value}: label {column} of {source} is one of {listed(sizes)}")
-    elif set(sizes) == {"0", "1"}:
-        chosen = "1"
-    elif len(sizes) > 2:
-        raise SettingError(
-            f"{source}: label {column} has {len(sizes)} values ({listed(sizes)}): set anomaly_value to the anomalies'"
-        )
-    else:
-        chosen, other = sorted(sizes, key=lambda value: sizes[value])
-        if sizes[chosen] == sizes[other]:
-            raise SettingError(
-                f"{source}: label {column} is {chosen} as often as {other}: set anomaly_value to the anomalies'"
-            )
-    return shown == chosen, chosen
-
-
 def shown_value(value: Any) -> str:
     """A cell as text: 1 for 1.0 and True, nothing where it is missing."""
     if value is None or value != value:
@@ -176,18 +136,11 @@ def shown_value(value: Any) -> str:
     return str(value)
 
 
-def listed(names: Any, most: int = 10) -> str:
-    """The first names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def _read_npz(path: Path, label: str) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             if "X" not in file:
-                raise SettingError(f"{path.name} has no array X; it has {listed(file.files)}")
+                raise SettingError(f"{path.name} has no array X; it has {first_few(file.files)}")
             features, labels = file["X"], file.get(label)
     except SettingError:
         raise
@@ -229,7 +182,7 @@ def _read_frame(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors among them
         raise SettingError(f"path={path}: no table ({' '.join(str(error).split())})") from error
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise SettingError(f"{path.name} has more than one column {listed(twice)}: rename all but one")
+        raise SettingError(f"{path.name} has more than one column {first_few(twice)}: rename all but one")
     if unnamed:  # the row numbers that pandas writes beside a frame
         frame = frame.iloc[:, 1:]
     return {str(name): frame.iloc[:, i] for i, name in enumerate(frame.columns)}
@@ -266,7 +219,7 @@ def _plain(values: Any) -> Any:
         # mixed numbers, Decimals, booleans with gaps
         numbers = np.array([np.nan if gap else float(cell) for cell, gap in zip(cells, missing, strict=True)])
     except (TypeError, ValueError):
-        kind = listed(sorted(kind.__name__ for kind in kinds))
+        kind = first_few(sorted(kind.__name__ for kind in kinds))
         raise _UnusableColumn(f"holds {kind}: make numbers or text of it") from None
     return _finite(numbers)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 from lightning_modules.backbones.cifar_resnet import cifar_resnet20, cifar_resnet32, cifar_resnet34
-from lightning_modules.backbones.sizes import check_sizes
 from lightning_modules.backbones.small_cnn import small_cnn
 
 __all__ = [
@@ -57,7 +57,7 @@ def create_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         >>> type(create_backbone("cifar_resnet32", num_classes=100, norm="group")).__name__
         'CifarResNet'
     """
-    check_sizes(num_classes=num_classes)
+    check_whole_numbers(num_classes=num_classes)
     if name in _BUILDERS:
         known = [key for key in inspect.signature(_BUILDERS[name]).parameters if key != "num_classes"]
         for key in kwargs:

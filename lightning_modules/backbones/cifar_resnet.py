@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from lightning_modules.backbones.normalization import norm_layer
-from lightning_modules.backbones.sizes import check_sizes
 
 __all__ = ["CifarResNet", "cifar_resnet20", "cifar_resnet32", "cifar_resnet34"]
 
@@ -87,7 +87,7 @@ class CifarResNet(nn.Module):
         stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes, width=width, in_channels=in_channels, stem_stride=stem_stride)
+        check_whole_numbers(num_classes=num_classes, width=width, in_channels=in_channels, stem_stride=stem_stride)
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
         self.norm1 = norm_layer(norm, width)
         stages: list[nn.Module] = []

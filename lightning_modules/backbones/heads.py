@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
-from lightning_modules.backbones.sizes import check_sizes
 
 __all__ = ["HEADS", "CosineClassifier", "Head", "classifier_name", "classifier_of", "set_head"]
 
@@ -56,7 +56,7 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
-        check_sizes(in_features=in_features, num_classes=num_classes)
+        check_whole_numbers(in_features=in_features, num_classes=num_classes)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise SettingError(f"scale={scale!r} cannot work; give a number above 0 (30 is LDAM's)")
         self.in_features, self.out_features, self.scale = in_features, num_classes, float(scale)

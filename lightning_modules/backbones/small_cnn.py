@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 from lightning_modules.backbones.normalization import norm_layer
-from lightning_modules.backbones.sizes import check_sizes
 
 __all__ = ["SmallCNN", "small_cnn"]
 
@@ -17,7 +17,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, width: int, norm: str, dropout: float) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
+        check_whole_numbers(num_classes=num_classes, in_channels=in_channels, width=width)
         if not 0.0 <= dropout < 1.0:
             raise SettingError(f"dropout={dropout} is outside [0, 1); 0 is none")
         layers: list[nn.Module] = []

@@ -10,15 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from imbsam.messages import first_few
 from lightning_modules.backbones.heads import classifier_name
 
 __all__ = ["load_weights", "read_file"]
 
 _NESTED = ("state_dict", "model")
 """Under which keys training scripts keep the network's state_dict."""
-
-_SHOWN = 3
-"""How many names a message gives."""
 
 
 def load_weights(network: nn.Module, path: str | Path) -> list[str]:
@@ -56,7 +54,7 @@ def load_weights(network: nn.Module, path: str | Path) -> list[str]:
     if wrong:
         raise SettingError(
             f"backbone_weights={str(path)!r} does not fit {type(network).__name__}: "
-            + "; ".join(f"{len(names)} {what} ({_few(names)})" for names, what in wrong)
+            + "; ".join(f"{len(names)} {what} ({first_few(names, 3)})" for names, what in wrong)
         )
     network.load_state_dict(found, strict=False)
     stays = f"; as initialised: {', '.join(left)}" if left else ""
@@ -110,7 +108,3 @@ def _state_dict(path: str | Path) -> dict[str, Tensor]:
         if any(name.startswith(prefix) for name in found):
             found = {n.removeprefix(prefix): t for n, t in found.items() if others or n.startswith(prefix)}
     return found
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

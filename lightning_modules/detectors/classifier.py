@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
-from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
+from lightning_modules.detectors.detector import Detector, features_of, mlp
 
 
 class WeightedClassifier(Detector):
@@ -29,7 +30,7 @@ class WeightedClassifier(Detector):
 
     def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (20,), weighted: bool = True) -> None:
         super().__init__()
-        check_sizes(hidden=hidden)
+        check_whole_numbers(hidden=hidden)
         self.net: nn.Sequential = mlp([features_of("classifier", input_shape), *hidden, 1])
         self.weighted = weighted
         self.register_buffer("weight", torch.ones(2))

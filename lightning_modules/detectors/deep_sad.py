@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.deep_sad import CODE_SIZE, HIDDEN, DeepSADObjective, initialise
 from imbsam.errors import SettingError
 from lightning_modules.detectors.autoencoder import pretrain
-from lightning_modules.detectors.detector import Detector, check_sizes, mlp
+from lightning_modules.detectors.detector import Detector, mlp
 
 
 class DeepSAD(Detector):
@@ -40,7 +41,7 @@ class DeepSAD(Detector):
         super().__init__()
         images = len(input_shape) == 3
         hidden = list(hidden if hidden is not None else ((8, 16) if images else HIDDEN))
-        check_sizes(hidden=hidden, code_size=code_size)
+        check_whole_numbers(hidden=hidden, code_size=code_size)
         self.input_shape = tuple(input_shape)
         self.sizes = (hidden, code_size)
         self.pretrain_steps = pretrain_steps

@@ -58,11 +58,3 @@ def features_of(name: str, input_shape: Sequence[int]) -> int:
     if len(input_shape) != 1:
         raise SettingError(f"detector {name} takes tables, and the data has samples of shape {tuple(input_shape)}")
     return int(input_shape[0])
-
-
-def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse a size below 1."""
-    for name, value in sizes.items():
-        for size in [value] if isinstance(value, int) else value:
-            if size < 1:
-                raise SettingError(f"{name} is {value}: give sizes from 1")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
+from imbsam.checks import check_whole_numbers
+from lightning_modules.detectors.detector import Detector, features_of, mlp
 
 
 class DevNet(Detector):
@@ -38,7 +39,7 @@ class DevNet(Detector):
         reference_draws: int = 5000,
     ) -> None:
         super().__init__()
-        check_sizes(hidden=hidden, reference_draws=reference_draws)
+        check_whole_numbers(hidden=hidden, reference_draws=reference_draws)
         self.net: nn.Sequential = mlp([features_of("devnet", input_shape), *hidden, 1])
         self.margin = margin
         draws = torch.randn(reference_draws)

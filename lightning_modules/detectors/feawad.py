@@ -6,9 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 from lightning_modules.detectors.autoencoder import pretrain
-from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
+from lightning_modules.detectors.detector import Detector, features_of, mlp
 
 
 class FEAWAD(Detector):
@@ -42,7 +43,7 @@ class FEAWAD(Detector):
         pretrain_steps: int = 300,
     ) -> None:
         super().__init__()
-        check_sizes(encoder=encoder, hidden=hidden)
+        check_whole_numbers(encoder=encoder, hidden=hidden)
         if not encoder:
             raise SettingError("encoder is []: feawad needs an autoencoder, give at least one size")
         d = features_of("feawad", input_shape)

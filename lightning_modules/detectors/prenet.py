@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
-from lightning_modules.detectors.detector import Detector, check_sizes, features_of, mlp
+from lightning_modules.detectors.detector import Detector, features_of, mlp
 
 
 class PReNet(Detector):
@@ -46,7 +47,7 @@ class PReNet(Detector):
         references: int = 30,
     ) -> None:
         super().__init__()
-        check_sizes(hidden=hidden, references=references)
+        check_whole_numbers(hidden=hidden, references=references)
         if not hidden:
             raise SettingError("hidden is []: prenet compares features, give at least one size")
         if len(targets) != 3:

@@ -169,9 +169,9 @@ def test_unknown_name_is_one_line_with_the_closest(name, suggests):
     ("name", "settings", "says"),
     [
         ("cifar_resnet20", {"depth": 3}, "depth=3.*width, norm, in_channels"),
-        ("small_cnn", {"width": 0}, "width=0"),
-        ("small_cnn", {"width": 2.5}, "width=2.5"),
-        ("cifar_resnet32", {"in_channels": -1}, "in_channels=-1"),
+        ("small_cnn", {"width": 0}, "width is 0"),
+        ("small_cnn", {"width": 2.5}, "width is 2.5"),
+        ("cifar_resnet32", {"in_channels": -1}, "in_channels is -1"),
         ("cifar_resnet32", {"norm": "layer"}, "norm='layer'.*batch, group"),
         ("small_cnn", {"dropout": 1.0}, "dropout=1.0"),
         ("small_cnn", {"dropout": float("nan")}, "dropout=nan"),
@@ -188,5 +188,5 @@ def test_bad_setting_is_one_line_with_its_name(name, settings, says):
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, True, None])
 @pytest.mark.parametrize("name", ["cifar_resnet20", "squeezenet1_1"])
 def test_bad_num_classes_is_refused(name, num_classes):
-    with pytest.raises(SettingError, match="num_classes="):
+    with pytest.raises(SettingError, match="num_classes is "):
         create_backbone(name, num_classes)

@@ -117,9 +117,7 @@ def test_classes_in_another_order_and_other_numbers_of_classes():
     check_class_names(["ant", "bee"], SimpleNamespace())
     with pytest.raises(SettingError, match="in another order: class 0 is ant there and bee in the data"):
         check_class_names(["ant", "bee"], SimpleNamespace(class_names=["bee", "ant"]))
-    with pytest.raises(
-        SettingError, match=r"the data have 2, 3, 4, 5, 6, \.\.\. \(7 in all\), which the checkpoint does"
-    ):
+    with pytest.raises(SettingError, match=r"the data have 2, 3, 4, 5, 6 and 2 more, which the checkpoint does"):
         check_class_names(["0", "1"], SimpleNamespace(class_names=list("012345678")))
 
 
@@ -335,7 +333,7 @@ def test_other_data_take_no_settings_of_the_checkpoints(run_imbsam, work):
     """The images' are none of a long tail; the digits' settings would make them one of ratio 50."""
     images = ["--data=ImageFolderLTDataModule", "--data.root=pictures", "--data.num_workers=0"]
     line = refused(run_imbsam(work, "test", "--ckpt_path", last("digits_lt/imbsam"), *images))
-    assert "the checkpoint knows 0, 1, 2, 3, 4, ... (10 in all), which the data lack" in line
+    assert "the checkpoint knows 0, 1, 2, 3, 4 and 5 more, which the data lack" in line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 
 from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, ImageFolderLTDataModule, LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
-from datamodules.sampling.loaders import EvalSampler, TrainSampler
+from datamodules.sampling.samplers import EvalSampler, TrainSampler
 from imbsam.errors import SettingError
 
 COUNTS = [40, 20, 10]
@@ -135,9 +135,9 @@ def test_shuffled_classes_get_the_same_counts():
         ({"ratio": 0.01}, r"ratio=0\.01 .* inverse, ratio=100"),
         ({"profile": "exp"}, "profile='exp' .* exponential, step, none"),
         ({"val_share": 1.0}, r"val_share=1\.0 is outside \[0, 1\)"),
-        ({"batch_size": 0}, "^batch_size=0 .* at least 1"),
-        ({"eval_batch_size": -1}, "eval_batch_size=-1 .* at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 .* at least 0"),
+        ({"batch_size": 0}, "^batch_size is 0: give .* from 1$"),
+        ({"eval_batch_size": -1}, "^eval_batch_size is -1: give .* from 1$"),
+        ({"num_workers": -1}, "^num_workers is -1: give .* from 0$"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(settings, message):

@@ -48,7 +48,7 @@ def test_jitter_changes_colours():
     ("args", "message"),
     [
         (("trivial", 16, 0), "augment='trivial' .* none, standard, randaugment, autoaugment"),
-        (("standard", 0, 0), "image_size=0 is too small"),
+        (("standard", 0, 0), "image_size is 0: give"),
         (("standard", 16, 1.5), r"color_jitter=1.5 is outside \[0, 1\]"),
     ],
 )

@@ -80,7 +80,7 @@ def no_class(root):
     ("change", "message"),
     [
         (empty_class, r"train has classes without an image \(.jpg, .*\): cat\. Fill or remove them"),
-        (unknown_class, r"test has classes that .*train has not: cat"),
+        (unknown_class, r"test has classes that .*train does not have: cat"),
         (loop, r"train/ant/again is a link to a folder that it lies in: remove that link"),
         (no_train, r"has test, but no folder train"),
         (no_class, r"train has no folders: make one for each class"),

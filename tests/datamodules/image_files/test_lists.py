@@ -7,9 +7,7 @@ from datamodules.image_files.lists import (
     ImageSplits,
     ListedImages,
     check_classes,
-    check_files,
     hold_out_test,
-    images_below,
     names_of_folders,
     read_txt,
 )
@@ -17,7 +15,7 @@ from imbsam import SettingError
 
 
 def listed(*lines, source="train.txt"):
-    return ListedImages.of(source, [path for path, _ in lines], [label for _, label in lines])
+    return ListedImages.from_paths(source, [path for path, _ in lines], [label for _, label in lines])
 
 
 def texts(images):
@@ -66,61 +64,6 @@ def test_classes_are_named_after_folders_where_these_are_one_to_one():
     assert names_of_folders(listed(("1.jpg", 0), ("2.jpg", 1))) == ["0", "1"]
 
 
-def test_missing_files_are_counted_and_the_first_five_named(tmp_path):
-    (tmp_path / "a").mkdir()
-    for name in ("a/0.jpg", "a/1.jpg", "top.jpg"):
-        (tmp_path / name).touch()
-    (tmp_path / "a/link.jpg").symlink_to("0.jpg")
-    (tmp_path / "a/dangling.jpg").symlink_to("gone.jpg")
-    (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
-    there = listed(("a/0.jpg", 0), ("a/link.jpg", 0), ("top.jpg", 1), (str(tmp_path / "a/1.jpg"), 1), ("a/0.jpg", 0))
-    assert check_files(tmp_path, [there], "") == 4
-    missing = [("a/dangling.jpg", 0), ("a/loop.jpg", 0), *((f"none/{i}.jpg", 0) for i in range(5))]
-    message = (
-        rf"^7 of the 8 images in test.txt are not in {tmp_path}: a/dangling.jpg, a/loop.jpg, none/0.jpg, none/1.jpg, "
-        r"none/2.jpg, ... \(7 in all\)\. Get them there\.$"
-    )
-    with pytest.raises(SettingError, match=message):
-        check_files(tmp_path, [there, listed(("a/0.jpg", 0), *missing, source="test.txt")], "Get them there.")
-
-
-def test_a_folder_is_read_once_and_no_file_is_asked_for(tmp_path, monkeypatch):
-    for i in range(20):
-        (tmp_path / f"{i}.jpg").touch()
-    scanned, scan = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scan(path))
-    monkeypatch.setattr(os, "stat", lambda *args, **kw: pytest.fail("a stat"))
-    monkeypatch.setattr(os.path, "exists", lambda *args: pytest.fail("a stat"))
-    check_files(tmp_path, [listed(*((f"{i}.jpg", 0) for i in range(20)))], "")
-    assert scanned == [tmp_path]
-
-
-def test_images_below_a_folder_links_followed_once(tmp_path):
-    (tmp_path / "class/deep").mkdir(parents=True)
-    for name in ("class/deep/a.JPEG", "class/b.png", "class/.hidden.jpg", "class/notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/c.webp").touch()
-    (tmp_path / "class/linked").symlink_to(tmp_path / "elsewhere")
-    found = sorted(os.path.relpath(path, tmp_path) for path in images_below(tmp_path / "class"))
-    assert found == ["class/b.png", "class/deep/a.JPEG", "class/linked/c.webp"]
-
-
-@pytest.mark.parametrize(
-    ("link", "target", "reason"),
-    [
-        ("deep/up", "..", "is a link to a folder that it lies in"),
-        ("self", ".", "is a link to a folder that it lies in"),
-        ("loop", "loop", "cannot be read: Too many levels"),
-    ],
-)
-def test_links_in_a_circle_end_in_one_line(tmp_path, link, target, reason):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / link).symlink_to(target)
-    with pytest.raises(SettingError, match=rf"^{tmp_path}/{link} {reason}"):
-        list(images_below(tmp_path))
-
-
 def test_the_test_part_is_the_same_share_of_every_class():
     counts = torch.tensor([50, 10, 2, 1])
     images = listed(*((str(i), label) for i, label in enumerate(torch.arange(4).repeat_interleave(counts).tolist())))
@@ -136,8 +79,8 @@ def test_the_test_part_is_the_same_share_of_every_class():
             hold_out_test(images, ["ant", "bee", "cat", "dog"], share)
 
 
-def test_a_path_that_comes_twice_is_taken_once():
-    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is taken once"):
+def test_a_duplicate_path_is_kept_once():
+    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is kept once"):
         images = listed(("a.jpg", 0), ("b.jpg", 1), ("./a.jpg", 0), ("b.jpg", 1))
     assert (texts(images), images.labels.tolist()) == (["a.jpg", "b.jpg"], [0, 1])
 
@@ -146,7 +89,7 @@ def test_an_image_with_two_labels_is_refused():
     with pytest.raises(SettingError, match=r"train.txt: a.jpg has two labels, 0 and 1: keep one"):
         listed(("a.jpg", 0), ("b.jpg", 1), ("a.jpg", 1))
     with pytest.raises(SettingError, match=r"a.jpg has two labels, ant and bee: keep one"):
-        ListedImages.of("train.csv", ["a.jpg", "a.jpg"], [0, 1], ["ant", "bee"])
+        ListedImages.from_paths("train.csv", ["a.jpg", "a.jpg"], [0, 1], ["ant", "bee"])
     train, test = listed(("a.jpg", 0), ("b.jpg", 1)), listed(("b.jpg", 0), source="test.txt")
     with pytest.raises(SettingError, match=r"b.jpg has two labels, bee in train.txt and ant in test.txt"):
         check_classes(ImageSplits(["ant", "bee"], train, None, test))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from datamodules import DigitsLTDataModule
+from datamodules.sampling import train_loader
 from datamodules.sampling.class_sampling import ClassSampling, class_probabilities
-from datamodules.sampling.loaders import TrainSampler, train_loader
+from datamodules.sampling.samplers import TrainSampler
 from imbsam import SettingError
 
 COUNTS = [500, 90, 0, 12, 1]
@@ -45,8 +46,8 @@ def test_the_samples_of_a_class_take_turns():
     times = torch.bincount(draws % SIZE, minlength=SIZE)
     for label, count in enumerate(COUNTS):
         if count:
-            of_class = times[SHUFFLED.eq(label)]
-            assert of_class.max() - of_class.min() <= 1
+            shuffled_classes = times[SHUFFLED.eq(label)]
+            assert shuffled_classes.max() - shuffled_classes.min() <= 1
     repeats = torch.zeros(SIZE, dtype=torch.int64)
     repeats.scatter_reduce_(0, draws % SIZE, draws // SIZE, "amax")
     assert torch.equal(repeats, (times - 1).clamp(min=0))

@@ -6,7 +6,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
 from datamodules import DigitsLTDataModule
-from datamodules.sampling.loaders import EvalSampler, TrainSampler, eval_loader, ranks, train_loader
+from datamodules.sampling import eval_loader, ranks, train_loader
+from datamodules.sampling.samplers import EvalSampler, TrainSampler
 from imbsam import SettingError
 
 
@@ -179,11 +180,11 @@ def test_every_rank_has_as_many_evaluation_batches(size):
     assert sorted(torch.cat([batch for found in batches for batch in found]).tolist()) == list(range(size))
 
 
-def test_amid_an_epoch_the_batches_must_stay_as_large():
+def test_mid_epoch_the_batches_must_stay_as_large():
     data = DigitsLTDataModule()
     data.setup()
     state = {"seed": 0, "epoch": 1, "batch": 3, "joint_batch_size": 32}
     train_loader(data._train, 16, num_replicas=2).load_state_dict(state)
-    with pytest.raises(SettingError, match=r"makes batches of 64 rows .* and the checkpoint is of an epoch with 32"):
+    with pytest.raises(SettingError, match=r"batch_size gives 64 samples .* saved mid-epoch with 32: keep"):
         train_loader(data._train, 32, num_replicas=2).load_state_dict(state)
     train_loader(data._train, 32, num_replicas=2).load_state_dict({**state, "batch": 0})

@@ -1,0 +1,29 @@
+"""The check of settings that count something: sizes, numbers of samples, processes."""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+from imbsam.errors import SettingError
+
+
+def check_whole_numbers(least: int = 1, **settings: int | Sequence[int]) -> None:
+    """Refuse a setting that is not a whole number, or one of whose numbers is too small.
+
+    Args:
+        least: The smallest number that can work.
+        settings: The settings by name, such as ``width=16`` or ``hidden=[64, 32]``.
+
+    Raises:
+        SettingError: It names the first setting that cannot work.
+
+    Example:
+        >>> check_whole_numbers(width=0)
+        Traceback (most recent call last):
+        imbsam.errors.SettingError: width is 0: give a whole number from 1
+    """
+    for name, value in settings.items():
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        for number in value if several else [value]:  # type: ignore[union-attr]
+            if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+                what = "whole numbers" if several else "a whole number"
+                raise SettingError(f"{name} is {value!r}: give {what} from {least}")
