@@ -57,7 +57,7 @@ def test_a_wrong_setting_ends_it_with_one_line(imbsam, tmp_path):
 def test_two_processes_for_each_seed(tmp_path):
     """Lightning starts the second process anew for every seed."""
     arguments = ["fit", *SHORT, "--seeds", "0", "1", "--trainer.accelerator=cpu", "--trainer.devices=2"]
-    arguments += ["--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"]  # the bar hangs
+    arguments += ["--trainer.strategy=ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "lightning_modules.cli", *arguments],
         cwd=tmp_path,
