@@ -58,7 +58,6 @@ def test_rank_zero_prints_it_before_the_first_epoch(run_imbsam, tmp_path, proces
     """With the progress bar and the model summary of a user."""
     arguments = ["fit", "--config=configs/digits_lt/imbsam.yaml", "--trainer.accelerator=cpu"]
     arguments += [f"--trainer.devices={processes}", "--trainer.max_epochs=1"]
-    arguments += ["--trainer.enable_progress_bar=false"] if processes > 1 else []  # hangs, see the processes' branch
     done = run_imbsam(tmp_path, *arguments, processes=processes)
     assert done["codes"] == [0] * processes, done
     assert [out.count("336 training samples of 10 classes") for out in done["out"]] == [1, 0][:processes]
