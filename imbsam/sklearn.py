@@ -63,7 +63,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
     def _build(
         self, inputs: int, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
     ) -> tuple[nn.Sequential, torch.Generator]:
-        """An untrained multilayer perceptron on the device, and the generator that goes on to shuffle the rows."""
+        """An untrained multilayer perceptron on the device, and the generator that then shuffles the rows."""
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         layers: list[nn.Module] = []
         for size in outputs:

@@ -224,7 +224,7 @@ class AnomalyDetector(SharpnessAwareModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its data."""
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
-        checkpoint["train_loss"] = self._loss.cpu(), self._batches  # amid an epoch: its sum so far
+        checkpoint["train_loss"] = self._loss.cpu(), self._batches  # mid-epoch: its sum so far
         checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -275,8 +275,8 @@ class AnomalyDetector(SharpnessAwareModule):
         sampling = getattr(data, "sampling", None)
         if kind is None or sampling is None or kind.uses_pairs == sampling.endswith("pairs"):
             return  # an unknown name is refused where the detector is built
-        mend = "pairs or natural_pairs" if kind.uses_pairs else "natural or balanced"
-        raise SettingError(f"data.sampling is {sampling}, which {kind.__name__} cannot use: set it to {mend}")
+        fix = "pairs or natural_pairs" if kind.uses_pairs else "natural or balanced"
+        raise SettingError(f"data.sampling is {sampling}, which {kind.__name__} cannot use: set it to {fix}")
 
 
 def _in_tail(labels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the file, and come back when it is on the disk.
+        """Write the file, and return when it is on the disk.
 
         Raises:
             OSError: it cannot be written, for example because the disk is full. Nothing of it stays behind, and the
@@ -70,10 +70,10 @@ def check_checkpoint(path: Path) -> None:
     if path.is_dir() or (reason := _damage(path)) is None:
         return
     previous = path.with_name(PREVIOUS)
-    mend = "name another one, or start anew without --ckpt_path"
+    fix = "name another one, or start over without --ckpt_path"
     if previous != path and previous.exists() and _damage(previous) is None:
-        mend = f"the previous one is whole: --ckpt_path {previous}"
-    raise SettingError(f"ckpt_path is {path}: {reason}; {mend}")
+        fix = f"the previous one is whole: --ckpt_path {previous}"
+    raise SettingError(f"ckpt_path is {path}: {reason}; {fix}")
 
 
 def _damage(path: Path) -> str | None:

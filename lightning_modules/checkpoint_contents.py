@@ -46,7 +46,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise SettingError(
             f"ckpt_path is {path}: it holds {found[1] if found else 'a Python object'} beside tensors and plain data: "
-            "reading that could run code, so it is refused; save the checkpoint anew without that object"
+            "reading that could run code, so it is refused; save the checkpoint again without that object"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise SettingError(f"ckpt_path is {path}: it is a file of something else, not a checkpoint") from error

@@ -161,7 +161,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         hp = self.settings
         backbone = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
         set_head(backbone, hp.head, **(hp.head_args or {}))
-        # a checkpoint to go on from is loaded later; by then the file may be gone
+        # a checkpoint to resume from is loaded later; by then the file may be gone
         if hp.backbone_weights is not None and self._trainer is not None and self.trainer.state.fn == "fit":
             self._weights_missing = not Path(hp.backbone_weights).exists()
             if not self._weights_missing:

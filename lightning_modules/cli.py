@@ -250,7 +250,7 @@ class ImbSAMCLI(LightningCLI):
             logger.init_args.resume = logger.init_args.resume or "allow"
 
     def _find_checkpoint(self) -> None:
-        """Turn `--ckpt_path last` into a path, refuse a file that is not whole, go on in the folder of its run."""
+        """Turn `--ckpt_path last` into a path, refuse a file that is not whole, resume in the folder of its run."""
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         asked = path = config.get("ckpt_path")
@@ -280,11 +280,11 @@ class ImbSAMCLI(LightningCLI):
             newer = newer if path and newer != _run_of(path) else None
             if newer and subcommand == "fit":
                 raise SettingError(
-                    f"ckpt_path is {asked}: the newest run, {newer}, ended before its first checkpoint; start anew "
+                    f"ckpt_path is {asked}: the newest run, {newer}, ended before its first checkpoint; start over "
                     f"without --ckpt_path, or resume an older run with --ckpt_path {path}"
                 )
             found = f"checkpoint: {path}" + (f", since the newer run {newer.name} has none" if newer else "")
-            _say(found if path else f"no run in {runs} has a checkpoint yet: starting anew")
+            _say(found if path else f"no run in {runs} has a checkpoint yet: starting a new run")
         elif subcommand == "fit":
             _existing(Path(path))
         config.ckpt_path = path and str(path)
@@ -296,7 +296,7 @@ class ImbSAMCLI(LightningCLI):
         if differing := self._other_settings(run):
             if asked == "last":
                 raise SettingError(
-                    f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to go on with "
+                    f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to resume with "
                     "other settings, or train in another folder with --trainer.logger.init_args.save_dir"
                 )
             _say(f"other settings than in {run / 'config.yaml'}: {', '.join(differing)}")
@@ -322,8 +322,8 @@ class ImbSAMCLI(LightningCLI):
             return
         if self._restarting and not self._other_settings(run):
             return  # it ended before its first checkpoint
-        mend = "leave it out for the next free number, or resume that run with --ckpt_path last"
-        raise SettingError(f"trainer.logger.init_args.version is {version}: {run} holds another run; {mend}")
+        fix = "leave it out for the next free number, or resume that run with --ckpt_path last"
+        raise SettingError(f"trainer.logger.init_args.version is {version}: {run} holds another run; {fix}")
 
     def _log_beside_the_runs(self) -> None:
         """An evaluation's log has a folder of its own, test_0 beside version_0: a run's folder is the training's."""

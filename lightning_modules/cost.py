@@ -16,7 +16,7 @@ class Cost(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the device, and start the clock: a run that goes on amid an epoch does not start that one."""
+        """Log the device, and start the clock: a run resumed mid-epoch does not start that epoch."""
         self._start = time.monotonic()
         device = pl_module.device
         name = f"CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""A CSV log that a resumed run goes on with."""
+"""A CSV log that a resumed run continues."""
 
 import csv
 import os

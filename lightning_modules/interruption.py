@@ -1,4 +1,4 @@
-"""A run that may be killed at any moment and goes on as if nothing had happened.
+"""A run that may be killed at any moment and resumes as if nothing had happened.
 
 A checkpoint is written between two batches, when everything before it has been logged and nothing after it has begun:
 before a batch, before an epoch, or after the last one. Lightning's own checkpoints are written inside its hooks, before
@@ -59,7 +59,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     batch later: every batch starts one small all-reduce on the CPU, whose result is read a batch later, so that nobody
     waits for it.
 
-    To go on bit-identically the data must come from :func:`datamodules.sampling.train_loader`, or another
+    To resume bit-identically, the data must come from :func:`datamodules.sampling.train_loader`, or another
     :class:`PositionedLoader`.
 
     Args:
@@ -68,7 +68,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         every_n_steps: Write ``last.ckpt`` after every so many optimizer steps too.
         save_last: Keep ``last.ckpt``.
         save_top_k: How many of the best checkpoints to keep, by `monitor`; null: one where there is something to choose
-            by. They are for testing; to go on use the last.
+            by. They are for testing; resume from the last.
         **kwargs: The other settings of ModelCheckpoint, for the best checkpoints. Where `monitor` is null and the model
             has a ``selection_metric`` (val/all of the classifiers) and validates, that is it, and ``best.ckpt`` is the
             checkpoint of the epoch in which it was greatest. Never anything of the test set.
@@ -122,7 +122,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if epochs_done or trainer.should_stop or 0 <= trainer.max_steps <= self._resumed["step"]:
             print(f"imbsam: the run is finished: {epoch} epochs")
         else:
-            print(f"imbsam: going on at epoch {epoch}, batch {batch}")
+            print(f"imbsam: resuming at epoch {epoch}, batch {batch}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the data to where the checkpoint was written."""
@@ -242,13 +242,13 @@ class ResumableCheckpoint(ModelCheckpoint):
         found = checkpoint.get(KEY)
         if found is None:
             self._resumed = None
-            rank_zero_warn("this checkpoint is not a last.ckpt of ours: training goes on, but not as if uninterrupted")
+            rank_zero_warn("this checkpoint is not a last.ckpt of ours: training resumes, but not bit-identically")
             return
         self._resumed = {**found, "step": checkpoint["global_step"]}
         if len(found["ranks"]) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint is of {len(found['ranks'])} processes and this run has {trainer.world_size}: random "
-                "numbers and the mean of train/loss go on differently, so the run will not be bit-identical"
+                "numbers and the mean of train/loss will differ, so the run will not be bit-identical"
             )
         epochs_done = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= found["epoch"]
         finished = epochs_done or 0 <= trainer.max_steps <= checkpoint["global_step"]
@@ -311,7 +311,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         after = "resume with --ckpt_path last" if self.keep_last else unsaved
         name = signal.Signals(stop).name
         message = f"interrupted by {name} after epoch {trainer.current_epoch}, batch {batch}; {after}"
-        # a job that is told to end has obeyed; after Ctrl-C a script should not go on with its next line. Rank 0 says
+        # a job that is told to end has obeyed; after Ctrl-C a script should not run its next line. Rank 0 says
         # so alone: Lightning kills it, whatever it is still doing, once another process has ended with a code
         return Interrupted(message, 130 if stop == signal.SIGINT and trainer.is_global_zero else 0)
 

@@ -33,7 +33,7 @@ class SecondStageClassifier(LongTailedClassifier):
 
     Backbone and head are those of the checkpoint. What is trained, or changed, depends on the stage:
 
-    * ``crt``, classifier re-training (Kang et al.): the classifier is initialised anew and trained, with
+    * ``crt``, classifier re-training (Kang et al.): the classifier is re-initialised and trained, with
       class-balanced sampling. Published for ImageNet-LT: 10 epochs, learning rate 0.2 at batch 512, momentum 0.9,
       weight decay 5e-4, cosine.
     * ``lws``, learnable weight scaling (Kang et al.): one factor f_c for each class on the frozen classifier,
@@ -50,7 +50,7 @@ class SecondStageClassifier(LongTailedClassifier):
       layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. Three things are other there: its loss
       is a binary cross-entropy of the softmax outputs, and a mean over rows *and* classes, so about C times smaller
       than a cross-entropy (divide the learning rate and multiply the weight decay by C = 100 for the like); it
-      projects once an epoch; BatchNorm's statistics go on changing.
+      projects once an epoch; BatchNorm's statistics keep changing.
 
     The frozen backbone is in evaluation mode (BatchNorm's statistics stay) and gets no gradients, so the rows of a
     batch do not see each other and the perturbation of ImbSAM and SAM is one of the trained part alone. A run that has

@@ -77,7 +77,7 @@ class SharpnessAwareModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.sam: ClassAwareSAM
-        # a metric, so that a run that goes on amid an epoch goes on counting; every rank skips the same steps
+        # a metric, so that a run resumed mid-epoch continues the count; every rank skips the same steps
         self.skipped_steps = SumMetric(sync_on_compute=False)
         self._follows = False
         self._loss_scale = 0.0
@@ -146,7 +146,7 @@ class SharpnessAwareModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
     def on_train_start(self) -> None:
-        """Start with the loss scale of this moment: a run may go on amid an epoch."""
+        """Start with the loss scale of this moment: a run may resume mid-epoch."""
         self._loss_scale = self._scaler.get_scale() if self._scaler else 0.0
         if schedulers := self.lr_schedulers():
             self._check_length(schedulers)  # by now that of the checkpoint
@@ -185,7 +185,7 @@ class SharpnessAwareModule(LightningModule):
             self._step_scheduler()
 
     def check_loss(self, loss: Tensor) -> None:
-        """End a run whose weights are lost: a mean loss that is not finite never comes back.
+        """End a run whose weights are lost: a mean loss that is not finite never recovers.
 
         Args:
             loss: mean training loss of an epoch, alike on all ranks.

@@ -1,13 +1,13 @@
 """The tables of the papers: method after method and seed after seed, with resume, ending in Markdown.
 
 python scripts/reproduce.py cifar100_lt --root data                   # train what is missing, then print the table
-python scripts/reproduce.py cifar100_lt --root data --minutes 9       # at most this long; started again it goes on
+python scripts/reproduce.py cifar100_lt --root data --minutes 9       # at most this long; start it again to resume
 python scripts/reproduce.py cifar100_lt --table                       # the table of what is there
 python scripts/reproduce.py cifar100_lt --root data -- --config configs/trainer/gpu.yaml --model.compile true
 python scripts/reproduce.py pack --root data cifar100_lt_100.npz      # the images of ratio 100, seed 0, in one file
 
 A benchmark is one of those below; what follows ``--`` goes to every ``imbsam fit``. Runs lie in
-logs/reproduce/BENCHMARK/ROW/seed_N: one that was cut off goes on from its last checkpoint, a finished one is left be.
+logs/reproduce/BENCHMARK/ROW/seed_N: an interrupted one resumes from its last checkpoint, a finished one is left alone.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def tested(benchmark: str, row: Row, seed: int) -> Run | None:
 
 
 def command(benchmark: str, row: Row, seed: int, root: str | None, settings: Sequence[str]) -> list[str]:
-    """The ``imbsam fit`` that starts the run or goes on with it."""
+    """The ``imbsam fit`` that starts or resumes the run."""
     return [
         *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", str(CONFIGS / row.config), *row.settings),
         *((f"--data.root={root}",) if root else ()),
@@ -159,7 +159,7 @@ def run(arguments: Sequence[str], deadline: float | None) -> bool:
     except KeyboardInterrupt:  # the terminal has sent it to the run too; of SIGTERM it knows nothing
         process.terminate()
         process.wait()
-        raise SystemExit("interrupted; started again it goes on") from None
+        raise SystemExit("interrupted; start again to resume") from None
     # asked to stop before it began to train: it says so itself, or was still importing
     if code != 0 and not (stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM)):
         raise SystemExit(f"imbsam fit ended with code {code}")
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--root", help="where the data lie; default: the DataModule's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="some rows only, by their folders' names")
-    parser.add_argument("--minutes", type=float, help="stop after this time; started again it goes on")
+    parser.add_argument("--minutes", type=float, help="stop after this time; start again to resume")
     parser.add_argument("--table", action="store_true", help="print the table of what is there and train nothing")
     parser.add_argument("--ratio", type=float, default=100, help="pack: imbalance ratio; larger ones are in it too")
     args = parser.parse_intermixed_args(own)  # else a file after an option is not seen
@@ -243,7 +243,7 @@ def main() -> None:
             parser.error("pack: name the file to write, ending in .npz")
         pack(args.root or "data", args.file, args.ratio, args.seeds[0])
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would go on alone
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would outlive this script
     rows = BENCHMARKS[args.benchmark]
     if args.rows:
         names = [row.name for row in rows]
@@ -253,7 +253,7 @@ def main() -> None:
     done = args.table or train_missing(args.benchmark, rows, args.seeds, args.root, args.minutes, settings)
     print(table(args.benchmark, rows, args.seeds))
     if not done:
-        print("\nnot done yet: start again to go on", file=sys.stderr)
+        print("\nnot done yet: start again to resume", file=sys.stderr)
 
 
 if __name__ == "__main__":

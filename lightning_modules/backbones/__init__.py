@@ -104,8 +104,8 @@ def _timm_model(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Modul
         raise SettingError(f"backbone name={TIMM + name!r} needs timm: pip install timm") from error
     if not timm.is_model(name):
         closest = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.4)
-        mend = f"did you mean {', '.join(TIMM + other for other in closest)}?" if closest else "see timm.list_models()"
-        raise SettingError(f"backbone name={TIMM + name!r} is unknown; {mend}")
+        fix = f"did you mean {', '.join(TIMM + other for other in closest)}?" if closest else "see timm.list_models()"
+        raise SettingError(f"backbone name={TIMM + name!r} is unknown; {fix}")
     if kwargs.get("pretrained"):
         raise SettingError(
             f"pretrained={kwargs['pretrained']!r} downloads; leave it out and name a local file in backbone_weights"

@@ -91,7 +91,7 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
     last = run / "checkpoints/last.ckpt"
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--trainer.log_every_n_steps=5")
-    assert (code, "no run in logs/digits_lt/imbsam has a checkpoint yet: starting anew" in out) == (0, True)
+    assert (code, "no run in logs/digits_lt/imbsam has a checkpoint yet: starting a new run" in out) == (0, True)
     log, config = (run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()
 
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--trainer.log_every_n_steps=5")
@@ -104,7 +104,7 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
     assert "version_0 was trained with model.init_args.sam.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
     other = "--trainer.logger.init_args.version=other"
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3", other)
-    assert (code, "starting anew" in out) == (0, True)
+    assert (code, "starting a new run" in out) == (0, True)
     assert "rho: 0.3" in (run.parent / "other/config.yaml").read_text()
     code, _, err = imbsam("test", *SHORT, "--ckpt_path=last", "--trainer.logger.init_args.version=nowhere")
     assert (code, "has a checkpoint yet" in err) == (2, True)
@@ -113,7 +113,7 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
 
     more = ["--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2"]  # the longer run, by its path
     code, out, _ = imbsam("fit", *SHORT, *more, "--ckpt_path", last)
-    assert (code, "going on at epoch 1, batch 0" in out) == (0, True)
+    assert (code, "resuming at epoch 1, batch 0" in out) == (0, True)
     assert "T_max 1, not 2" in out
     assert (run / "checkpoints/previous.ckpt").exists()
     assert {path.name for path in run.parent.iterdir() if (path / "checkpoints").exists()} == {"version_0", "other"}
@@ -164,7 +164,7 @@ def test_last_names_a_newer_run_that_has_no_checkpoint(imbsam, tmp_path):
     assert (code, err.splitlines()[-1]) == (
         2,
         f"imbsam: error: ckpt_path is last: the newest run, {runs}/version_1, ended before its first checkpoint; start "
-        f"anew without --ckpt_path, or resume an older run with --ckpt_path {runs}/version_0/checkpoints/last.ckpt",
+        f"over without --ckpt_path, or resume an older run with --ckpt_path {runs}/version_0/checkpoints/last.ckpt",
     )
     code, out, _ = imbsam("test", *short, "--ckpt_path=last")
     said = f"imbsam: checkpoint: {runs}/version_0/checkpoints/last.ckpt, since the newer run version_1 has none"
@@ -172,7 +172,7 @@ def test_last_names_a_newer_run_that_has_no_checkpoint(imbsam, tmp_path):
 
 
 def test_a_run_restarted_before_its_first_checkpoint_keeps_its_folder(imbsam, tmp_path):
-    """As a job script does that names the run: --ckpt_path last starts it anew, but not with other settings."""
+    """As a job script does that names the run: --ckpt_path last starts it over, but not with other settings."""
     short = [*SHORT, "--trainer.limit_train_batches=1", "--trainer.logger.init_args.version=job"]
     assert imbsam("fit", *short, "--checkpoint.save_last=false")[0] == 0
     code, _, err = imbsam("fit", *short, "--ckpt_path=last", "--model.sam.rho=0.3")

@@ -46,7 +46,7 @@ def uninterrupted(run_imbsam, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     answer = run_imbsam(folder, *ARGS)
     assert answer["codes"] == [0], answer["err"]
-    assert "starting anew" in answer["out"][0]
+    assert "starting a new run" in answer["out"][0]
     return weights_optimizer_log(folder)
 
 
@@ -66,7 +66,7 @@ def kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number):
 def test_killed(run_imbsam, tmp_path, uninterrupted, kind, number):
     finished, lines = kill_and_go_on(run_imbsam, tmp_path, uninterrupted, kind, number)
     assert not finished
-    assert "going on at epoch" in lines[-1]
+    assert "resuming at epoch" in lines[-1]
     assert not lines[-1].endswith("epoch 0, batch 0")
 
 

@@ -83,7 +83,7 @@ def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
     assert "imbsam:" not in answer["out"][1]
     answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, alarm=ALARM)
     assert answer["codes"] == [0, 0], answer["err"]
-    assert "imbsam: going on at epoch 0, batch 6" in answer["out"][0]
+    assert "imbsam: resuming at epoch 0, batch 6" in answer["out"][0]
     (found, log), (wanted, wanted_log) = last(tmp_path / "stopped"), last(tmp_path / "whole")
     for name, value in wanted["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name

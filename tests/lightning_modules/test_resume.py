@@ -229,7 +229,7 @@ def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path
         with pytest.raises(SettingError, match=rf"{LAST}: it is {reason}.*; the previous one is whole: .*{PREVIOUS}$"):
             check_checkpoint(last)
     previous.write_bytes(b"")
-    with pytest.raises(SettingError, match=r"start anew without --ckpt_path$"):
+    with pytest.raises(SettingError, match=r"start over without --ckpt_path$"):
         check_checkpoint(last)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
 

@@ -45,7 +45,7 @@ def test_a_table_in_pieces(tmp_path):
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--minutes", "0.001", "--", *SHORT)
     assert code == 0, err
     assert "digits_lt: 0 of 1 runs are there" in out
-    assert "not done yet: start again to go on" in err
+    assert "not done yet: start again to resume" in err
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--", *SHORT)
     assert code == 0, err
     header, _, imbsam = table = out.strip().splitlines()[-3:]
