@@ -149,6 +149,16 @@ def image_list(image_folder_root: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Lightning writes LOCAL_RANK into the environment: a later test that starts two processes would start one."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The tensors here are small: a second thread costs more than it brings, the more so on a busy machine."""
