@@ -25,6 +25,7 @@ from sklearn.preprocessing import MinMaxScaler, QuantileTransformer, RobustScale
 from torch import Tensor, nn
 
 from datamodules.anomaly_batches import EpochRows, Sampling
+from imbsam.sklearn import ImbSAMOutlierDetector
 from lightning_modules.detectors import create_detector
 from lightning_modules.detectors.autoencoder import pretrain
 from lightning_modules.detectors.detector import Detector, mlp
@@ -228,6 +229,24 @@ def print_why(folder: Path) -> None:
             for share in SHARES
         ]
         print(f"{what:36s} 10 % labelled {means[0]:.1f}, all {means[1]:.1f}", flush=True)
+    means = [
+        np.mean(
+            [
+                100 * estimator_score(parts(folder / f"{table}.npz", share, seed, "standard"), seed)
+                for table, seed in itertools.product(TABLES, (0, 1))
+            ]
+        )
+        for share in SHARES
+    ]
+    print(f"{'the estimator of today':36s} 10 % labelled {means[0]:.1f}, all {means[1]:.1f}", flush=True)
+
+
+def estimator_score(data: dict[str, Part], seed: int) -> float:
+    """Average precision on the judging part of ImbSAMOutlierDetector, trained plainly."""
+    fit, judge = data["fit"], data["judge"]
+    model = ImbSAMOutlierDetector("sgd", random_state=seed)
+    model.fit(fit.x.numpy(), np.where(fit.known == 1, -1, 1))
+    return float(average_precision_score(judge.truth, -model.score_samples(judge.x.numpy())))
 
 
 if __name__ == "__main__":
