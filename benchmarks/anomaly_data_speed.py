@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from datamodules import AnomalyDataModule
+from datamodules.anomaly.batches import Sampling
 
-SAMPLINGS = ("natural", "balanced", "pairs")
+SAMPLINGS: tuple[Sampling, ...] = ("natural", "balanced", "pairs")
 
 
 def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:

@@ -65,17 +65,20 @@ def estimator(kind: Any, path: Path, share: float, seed: int) -> float:
 
     data = AnomalyDataModule(path=path, labelled_share=share, val_share=0.2, scaling="none", seed=seed)
     data.setup("fit")
-    (val, _), (_, known) = data._val[:2], data._val[1:]  # type: ignore[index]
-    rows = np.vstack([data.train_features.numpy(), val.numpy()])
-    labels = np.concatenate([data.train_labels.numpy(), known.numpy()])
-    test, truth = data._test  # type: ignore[misc]
+    _, val = data.val_dataloader()  # with the labels that are known
+    assert val.labels is not None
+    rows = np.vstack([data.train_features.numpy(), val.features.numpy()])
+    labels = np.concatenate([data.train_labels.numpy(), val.labels.numpy()])
+    test = data.test_dataloader()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind is ImbSAMOutlierDetector:
-            scores = -kind(random_state=seed).fit(rows, np.where(labels == 1, -1, 1)).score_samples(test.numpy())
+            scores = (
+                -kind(random_state=seed).fit(rows, np.where(labels == 1, -1, 1)).score_samples(test.features.numpy())
+            )
         else:
-            scores = kind(random_state=seed).fit(rows, labels).predict_proba(test.numpy())[:, 1]
-    return float(average_precision_score(truth, scores))
+            scores = kind(random_state=seed).fit(rows, labels).predict_proba(test.features.numpy())[:, 1]
+    return float(average_precision_score(test.labels, scores))
 
 
 def table(rows: list[dict[str, str]]) -> str:

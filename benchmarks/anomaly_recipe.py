@@ -1,0 +1,259 @@
+"""How the recipe of the anomaly configs was chosen, on validation parts: docs/anomaly.md has the tables.
+
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER why        # what the first configs' DeepSAD lacked
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER scaling    # how numbers are scaled
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER stopping   # what early stopping watches
+
+The test part of each table (30 %) is put aside and never looked at. The rest is split once more: 60 % to train on, 15 %
+to stop by, 25 % to judge. Plain training, without Lightning; average precision on the judging part by all true labels.
+"""
+
+import argparse
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
+from torch import Tensor, nn
+
+from datamodules.anomaly.batches import EpochRows, Sampling
+from imbsam.sklearn import ImbSAMOutlierDetector
+from lightning_modules.detectors import create_detector
+from lightning_modules.detectors.autoencoder import pretrain
+from lightning_modules.detectors.detector import Detector, mlp
+
+TABLES = (
+    "Classical/2_annthyroid",
+    "Classical/6_cardio",
+    "Classical/27_PageBlocks",
+    "CV_by_ResNet18/CIFAR10_0",
+    "NLP_by_BERT/20news_3",
+)
+SHARES = (0.1, 1.0)
+MAX_ROWS = 6000
+CHECK_EVERY = 50
+SCALERS = {
+    "standard": StandardScaler,
+    "quantile": lambda: QuantileTransformer(output_distribution="normal", random_state=0),
+    "min_max": MinMaxScaler,
+    "robust": RobustScaler,
+}
+SAMPLING: dict[str, Sampling] = {
+    "devnet": "balanced",
+    "prenet": "pairs",
+    "classifier": "natural",
+    "deep_sad": "natural",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows, float32 (N, d), and which of them are known anomalies, int64 (N,), and which are truly, int64 (N,)."""
+
+    x: Tensor
+    known: Tensor
+    truth: Any
+
+
+def parts(path: Path, share: float, seed: int, scaling: str) -> dict[str, Part]:
+    """The three parts, scaled by the first one."""
+    with np.load(path) as file:
+        x, y = file["X"].astype(np.float64), file["y"].astype(int)
+    random = np.random.RandomState(seed)
+    rows = np.arange(len(y))
+    if len(rows) > MAX_ROWS:
+        rows = random.choice(rows, MAX_ROWS, replace=False)
+    rest, _ = train_test_split(rows, test_size=0.3, stratify=y[rows], random_state=random)
+    rest, judge = train_test_split(rest, test_size=0.25, stratify=y[rest], random_state=random)
+    fit, stop = train_test_split(rest, test_size=0.2, stratify=y[rest], random_state=random)
+    varying = x[fit].std(0) > 0
+    scaler = SCALERS[scaling]().fit(x[fit][:, varying])
+    found = {}
+    for name, part in (("fit", fit), ("stop", stop), ("judge", judge)):
+        anomalies = np.flatnonzero(y[part])
+        known = np.zeros(len(part), int)
+        known[random.choice(anomalies, ceil(share * len(anomalies)), replace=False)] = 1
+        scaled = torch.from_numpy(scaler.transform(x[part][:, varying])).float()
+        found[name] = Part(scaled, torch.from_numpy(known), y[part])
+    return found
+
+
+@torch.no_grad()
+def validation_loss(detector: Detector, sampling: Sampling, part: Part) -> float:
+    """The training objective on the rows to stop by, with the labels known there."""
+    if sampling == "pairs":
+        rows = next(iter(EpochRows(part.known, "pairs", 512, 1, 0)))
+        return float(detector.losses(part.x[rows], part.known[rows]).mean())
+    losses = detector.losses(part.x, part.known)
+    if sampling == "balanced":
+        return float((losses[part.known == 1].mean() + losses[part.known == 0].mean()) / 2)
+    return float(losses.mean())
+
+
+def checks(data: dict[str, Part], name: str, lr: float, seed: int) -> Iterator[tuple[float, float, float, float]]:
+    """Train; every 50 steps the validation loss, the average precision to stop by (known, true) and that to judge."""
+    fit, stop, judge = data["fit"], data["stop"], data["judge"]
+    torch.manual_seed(seed)
+    detector = create_detector(name, (fit.x.shape[1],))
+    detector.prepare(fit.x, fit.known)
+    optimizer = torch.optim.Adam(detector.parameters(), lr, fused=True)
+    sampler = EpochRows(fit.known, SAMPLING[name], 256, CHECK_EVERY, seed)
+    while True:
+        for rows in sampler:
+            loss = detector.losses(fit.x[rows], fit.known[rows]).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            stopping, judging = (np.nan_to_num(detector.scores(part.x).numpy()) for part in (stop, judge))
+        yield (
+            validation_loss(detector, SAMPLING[name], stop),
+            average_precision_score(stop.known, stopping),
+            average_precision_score(stop.truth, stopping),
+            average_precision_score(judge.truth, judging),
+        )
+
+
+def print_scaling(folder: Path) -> None:
+    """Early stopping by the validation loss with a patience of 500 steps, at most 4,000; seeds 0 and 1."""
+    for name, scaling, share in itertools.product(SAMPLING, SCALERS, SHARES):
+        found = []
+        for table, seed in itertools.product(TABLES, (0, 1)):
+            best, judged, waited = inf, 0.0, 0
+            lr = 1e-3 if name == "deep_sad" else 5e-3
+            run = checks(parts(folder / f"{table}.npz", share, seed, scaling), name, lr, seed)
+            for loss, _, _, score in itertools.islice(run, 80):
+                best, judged, waited = (loss, score, 0) if loss < best else (best, judged, waited + 1)
+                if waited == 10:
+                    break
+            found.append(100 * judged)
+        print(f"{name:10s} {scaling:8s} labelled {share:3} average precision {np.mean(found):.1f}", flush=True)
+
+
+def print_stopping(folder: Path) -> None:
+    """Standard scaling, 3,000 steps at two learning rates, seed 0: the judge's average precision by each criterion."""
+    for share in SHARES:
+        chosen: dict[str, list[float]] = {}
+        for name, lr, table in itertools.product(("devnet", "prenet", "classifier"), (1e-3, 5e-3), TABLES):
+            run = checks(parts(folder / f"{table}.npz", share, 0, "standard"), name, lr, 0)
+            loss, known, true, judged = np.array(list(itertools.islice(run, 60))).T
+            smooth = np.convolve(np.pad(loss, 2, mode="edge"), np.ones(5) / 5, "valid")
+            for what, epoch in (
+                ("500 steps", 9),
+                ("3,000 steps", -1),
+                ("validation loss", loss.argmin()),
+                ("validation loss, mean of 5", smooth.argmin()),
+                ("average precision, known labels", known.argmax()),
+                ("average precision, true labels", true.argmax()),
+                ("best for the judge", judged.argmax()),
+            ):
+                chosen.setdefault(what, []).append(100 * judged[epoch])
+            for patience in (5, 10, 20):
+                best, at, waited = inf, 0, 0
+                for epoch, value in enumerate(loss):
+                    best, at, waited = (value, epoch, 0) if value < best else (best, at, waited + 1)
+                    if waited == patience:
+                        break
+                chosen.setdefault(f"validation loss, patience {patience}", []).append(100 * judged[at])
+        for what, values in chosen.items():
+            print(f"labelled {share:3} {what:32s} {np.mean(values):.1f}", flush=True)
+
+
+@dataclass(frozen=True)
+class FirstDeepSAD:
+    """DeepSAD as the configs had it at first; the fields are what was varied."""
+
+    scaling: str = "min_max"
+    hidden: tuple[int, ...] = (100, 20)
+    in_units_of_spread: bool = False
+    pretrain_steps: int = 200
+    lr: float = 1e-3
+    steps: int = 500
+
+    def score(self, data: dict[str, Part], seed: int) -> float:
+        """Average precision on the judging part."""
+        fit, judge = data["fit"], data["judge"]
+        torch.manual_seed(seed)
+        sizes = [fit.x.shape[1], *self.hidden]
+        encoder: nn.Sequential = mlp(sizes, bias=False, activation=nn.LeakyReLU)
+        pretrain(encoder, mlp(sizes[::-1], bias=False, activation=nn.LeakyReLU), fit.x, self.pretrain_steps)
+        with torch.no_grad():
+            codes = encoder(fit.x)
+            centre = codes.mean(0)
+            centre = torch.where(centre < 0, centre.clamp(max=-0.1), centre.clamp(min=0.1))
+            spread = (codes - centre).square().sum(1).mean() if self.in_units_of_spread else 1.0
+
+        def distance(x: Tensor) -> Tensor:
+            return (encoder(x) - centre).square().sum(1) / spread  # type: ignore[no-any-return]
+
+        optimizer = torch.optim.Adam(encoder.parameters(), self.lr, weight_decay=1e-6, fused=True)
+        for rows in EpochRows(fit.known, "natural", 256, self.steps, seed):
+            d = distance(fit.x[rows])
+            loss = torch.where(fit.known[rows] == 1, 1 / (d + 1e-6), d).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            return float(average_precision_score(judge.truth, distance(judge.x).numpy()))
+
+
+def print_why(folder: Path) -> None:
+    """One thing changed at a time, then together; seeds 0 and 1."""
+    first = FirstDeepSAD()
+    for what, variant in {
+        "as it was": first,
+        "3,000 steps": replace(first, steps=3000),
+        "learning rate 0.005": replace(first, lr=5e-3),
+        "network (64, 32)": replace(first, hidden=(64, 32)),
+        "no pretraining": replace(first, pretrain_steps=0),
+        "distances in units of their mean": replace(first, in_units_of_spread=True),
+        "standard scaling": replace(first, scaling="standard"),
+        "both": replace(first, in_units_of_spread=True, scaling="standard"),
+        "both, 3,000 steps": replace(first, in_units_of_spread=True, scaling="standard", steps=3000),
+    }.items():
+        means = [
+            np.mean(
+                [
+                    100 * variant.score(parts(folder / f"{table}.npz", share, seed, variant.scaling), seed)
+                    for table, seed in itertools.product(TABLES, (0, 1))
+                ]
+            )
+            for share in SHARES
+        ]
+        print(f"{what:36s} 10 % labelled {means[0]:.1f}, all {means[1]:.1f}", flush=True)
+    means = [
+        np.mean(
+            [
+                100 * estimator_score(parts(folder / f"{table}.npz", share, seed, "standard"), seed)
+                for table, seed in itertools.product(TABLES, (0, 1))
+            ]
+        )
+        for share in SHARES
+    ]
+    print(f"{'the estimator of today':36s} 10 % labelled {means[0]:.1f}, all {means[1]:.1f}", flush=True)
+
+
+def estimator_score(data: dict[str, Part], seed: int) -> float:
+    """Average precision on the judging part of ImbSAMOutlierDetector, trained plainly."""
+    fit, judge = data["fit"], data["judge"]
+    model = ImbSAMOutlierDetector("sgd", random_state=seed)
+    model.fit(fit.x.numpy(), np.where(fit.known == 1, -1, 1))
+    return float(average_precision_score(judge.truth, -model.score_samples(judge.x.numpy())))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="ADBench's npz files")
+    parser.add_argument("what", choices=["why", "scaling", "stopping"])
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    {"why": print_why, "scaling": print_scaling, "stopping": print_stopping}[settings.what](settings.folder)
