@@ -200,6 +200,9 @@ class ImbSAMCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False
+        if config.trainer.enable_model_summary is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, NetworkSummary)]
         if self.subcommand == "test":
             config.verbose = False  # the table says it all
         for name, unset in (("accumulate_grad_batches", (None, 1)), ("gradient_clip_val", (None,))):
@@ -439,7 +442,7 @@ def run() -> None:
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip" not in record.getMessage()
+        lambda record: not any(text in record.getMessage() for text in ("Tip", "configured with model summary"))
     )
     signals = StopSignals(deferred=False)
     signals.install()

@@ -55,3 +55,11 @@ def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
     assert "14,458 trained parameters, 0 frozen" in shown
     assert "Metric" not in shown
     assert "FLOPs" not in shown
+
+
+def test_summary_can_be_left_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config=configs/digits_lt/sgd.yaml", *SHORT, "--trainer.enable_model_summary=false"]
+    monkeypatch.setattr("sys.argv", ["imbsam", "fit", *arguments])
+    cli.main()
+    assert "trained parameters" not in capsys.readouterr().out
