@@ -475,6 +475,7 @@ def run() -> None:
             save_config_callback=SaveConfigOnce,
             parser_kwargs={"exit_on_error": False},
         )
+        signals.await_launched()
     except Interrupted as interrupted:
         _say(str(interrupted))
         if interrupted.at_once:

@@ -6,6 +6,7 @@ import math
 import os
 import select
 import signal
+import subprocess
 import threading
 import time
 from types import FrameType
@@ -20,6 +21,9 @@ AT_ONCE = 3.0
 
 PATIENCE = 120.0
 """Seconds in which a training notes a signal; rank 0 may have to wait for a disk, and the others for rank 0."""
+
+LAST_COLLECTIVE = 60.0
+"""Seconds in which the other processes end after a run."""
 
 SAME_KEYPRESS = 0.2
 """Seconds: `timeout -s INT` and some launchers signal the process and then its group, so that it comes twice."""
@@ -90,6 +94,13 @@ class StopSignals:
         processes: list[Any] = getattr(self.launcher, "procs", [])
         while processes:
             processes.pop().kill()
+
+    def await_launched(self) -> None:
+        """After a run, wait for the other processes to end: their last collective fails where this one leaves first."""
+        for process in getattr(self.launcher, "procs", []):
+            if isinstance(process, subprocess.Popen):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_COLLECTIVE)
 
     def _give_back(self, wakeup: int) -> None:
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
