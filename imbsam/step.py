@@ -64,7 +64,7 @@ class Step:
         """Add the gradient to `.grad`, and return 1/B sum a_i l_i at w, detached."""
         loss, g_rest, g_s, buffers = self._first_passes()
         if self._reduction.waits or any(batch.takes_extra_passes for batch in self._batches):
-            generators = self._generators.now()
+            buffers, generators = buffers or self._buffers.now(), self._generators.now()
             self._own_forwards(g_rest, g_s)
             g_s = self._reduction.mean_g_s(g_s)
             with self._ascended(g_s):
@@ -88,12 +88,12 @@ class Step:
         self._buffers.restore()
         torch.set_grad_enabled(self._grad_mode)  # an interruption may come between a no_grad block and its end
 
-    def _first_passes(self) -> tuple[Tensor, Gradients, Gradients, Buffers]:
+    def _first_passes(self) -> tuple[Tensor, Gradients, Gradients, Buffers | None]:
         """The ordinary forward of every micro-batch and what its graph gives.
 
         Returns:
             The loss; g_rest, and g_s; of a batch whose g_s takes a forward of its own, g_rest + g_s and 0; the buffers
-            as one ordinary pass leaves them.
+            as one ordinary pass leaves them, where a second backward has moved them since.
         """
         loss = torch.zeros((), device=self._params[0].device)
         g_rest, g_s = Gradients([None] * len(self._params)), Gradients([None] * len(self._params))
@@ -123,7 +123,7 @@ class Step:
                 batch.source = SharpGradient.OWN_FORWARD
             g_rest = self._gradient(objective, g_rest)
         self._check_reached(g_rest, g_s)
-        return loss, g_rest, g_s, buffers or self._buffers.now()
+        return loss, g_rest, g_s, buffers
 
     def _own_forwards(self, g_rest: Gradients, g_s: Gradients) -> None:
         """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s."""
