@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from imbsam import deep_sad
+from imbsam.checks import check_whole_numbers
 from imbsam.class_groups import tail_mask
 from imbsam.errors import SettingError
 from imbsam.losses import CrossEntropy, LogitAdjusted
@@ -54,7 +55,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         """Refuse what cannot work; at fit, since scikit-learn sets parameters one by one."""
         _one_of("method", self.method, "sgd", "sam", "imbsam")
         for name in ("max_epochs", "batch_size"):
-            _whole_number(name, getattr(self, name))
+            check_whole_numbers(**{name: getattr(self, name)})
         for name, least in (("learning_rate", "above 0"), ("weight_decay", "from 0")):
             value = getattr(self, name)
             if not (_finite(value) and (value > 0 if least == "above 0" else value >= 0)):
@@ -442,13 +443,9 @@ def _one_of(name: str, value: Any, *choices: str) -> None:
         raise SettingError(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def _whole_number(name: str, value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise SettingError(f"{name} is {value!r}: give a whole number from 1")
-    return int(value)
-
-
 def _layer_sizes(sizes: Any) -> list[int]:
     if isinstance(sizes, str) or not isinstance(sizes, Sequence | np.ndarray):
         raise SettingError(f"hidden_layer_sizes is {sizes!r}: give a tuple of widths, such as (64, 32)")
-    return [_whole_number("each of hidden_layer_sizes", size) for size in sizes]
+    for size in sizes:
+        check_whole_numbers(**{"each of hidden_layer_sizes": size})
+    return [int(size) for size in sizes]
