@@ -22,10 +22,10 @@ test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: install  ## torch.compile, SIGTERM to two processes
-	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/test_kill.py
+	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py
 
 test-kill: install  ## 20 runs killed and resumed; ends with their table
-	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/test_kill.py
+	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/resuming/test_kill.py
 
 test-slurm: install  ## a run through three interruptions under a SLURM of this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/slurm/one_node.sh tests/slurm/preemption.sh

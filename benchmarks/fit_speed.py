@@ -36,7 +36,8 @@ from datamodules.image_arrays.dataset import ImageArrays
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone
-from lightning_modules.callbacks import AccuracyTable, DiscardRefusedRun
+from lightning_modules.callbacks.refused_run import DiscardRefusedRun
+from lightning_modules.callbacks.result_tables import AccuracyTable
 
 
 class RandomImages(CIFAR100LTDataModule):

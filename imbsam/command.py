@@ -91,7 +91,9 @@ def main() -> None:
     else:
         sys.argv[1:] = ["--help" if arg == "--help-all" else arg for arg in sys.argv[1:]]
         sys.path.append(os.getcwd())  # class paths of the user's own; at the end, where it hides nothing
-        from lightning_modules.cli import main as lightning  # the one import that hands over, see tests/test_imports.py
+        from lightning_modules.cli.run import (
+            main as lightning,  # the one import that hands over, see tests/test_imports.py
+        )
 
         lightning()
 

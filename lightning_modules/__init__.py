@@ -1,12 +1,13 @@
 """Lightning modules, backbones, detectors, callbacks and the command line."""
 
 from lightning_modules.anomaly import AnomalyDetector
+from lightning_modules.callbacks.early_stopping import RestoringEarlyStopping
+from lightning_modules.callbacks.max_norm import MaxNorm
+from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
+from lightning_modules.callbacks.sharpness import SharpnessOfGroups
 from lightning_modules.classifier import LongTailedClassifier
-from lightning_modules.early_stopping import RestoringEarlyStopping
-from lightning_modules.max_norm import MaxNorm
-from lightning_modules.schedules import CosineToEnd, DeferredReweighting, RhoSchedule
+from lightning_modules.cosine_to_end import CosineToEnd
 from lightning_modules.second_stage import SecondStageClassifier
-from lightning_modules.sharpness import SharpnessOfGroups
 
 __all__ = [
     "AnomalyDetector",

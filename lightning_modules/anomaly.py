@@ -13,10 +13,10 @@ from torchmetrics.functional.classification import binary_f1_score, binary_preci
 
 from imbsam import ImbSAM, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
-from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.base import SAMCallable, SharpnessAwareModule
 from lightning_modules.detectors import DETECTORS, Detector, create_detector
 from lightning_modules.factories import describe
-from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
+from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 
 class _ChooseThreshold(Callback):

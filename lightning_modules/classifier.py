@@ -20,11 +20,11 @@ from imbsam.row_weights import check_labels
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
 from lightning_modules.backbones.weights import load_weights
-from lightning_modules.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.base import SAMCallable, SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
-from lightning_modules.sharpness_aware import SAMCallable, SharpnessAwareModule
+from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
 """What makes a loss: a class, or a partial of one. It is given ``class_counts`` where it takes them."""
@@ -49,8 +49,8 @@ class LongTailedClassifier(SharpnessAwareModule):
             a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
         sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, FocalSAM, or
             your own. Its rho and its class weights may be changed in the course of the training by
-            :class:`~lightning_modules.schedules.RhoSchedule` and
-            :class:`~lightning_modules.schedules.DeferredReweighting`.
+            :class:`~lightning_modules.callbacks.schedules.RhoSchedule` and
+            :class:`~lightning_modules.callbacks.schedules.DeferredReweighting`.
         loss: the loss of every row, a class or a partial of one, which is given ``class_counts`` where it takes them:
             CrossEntropy, Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your own, which
             returns one loss for each row.
@@ -256,17 +256,17 @@ class LongTailedClassifier(SharpnessAwareModule):
             return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
-        moved = self.moved_share(self.backbone)
-        if moved is not None:
-            micro_batches = [(moved.watch(losses), targets) for losses, targets in micro_batches]
+        perturbed = self.perturbed_fraction(self.backbone)
+        if perturbed is not None:
+            micro_batches = [(perturbed.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
         rows = sum(len(targets) for _, targets in micro_batches)
         tail_rows = sum(self._tail_rows(targets) for _, targets in micro_batches)
         self.train_loss.update(loss, rows)
         self.log("train/loss_step", loss, prog_bar=True, batch_size=rows)
         self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
-        if moved is not None:
-            self.log("train/moved_share", moved.share)
+        if perturbed is not None:
+            self.log("train/perturbed_fraction", perturbed.fraction)
         self.step_optimizer()
         return loss  # for callbacks, such as the learning rate finder
 

@@ -15,9 +15,9 @@ from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.backbones import create_backbone
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
 from lightning_modules.backbones.weights import read_file
+from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
-from lightning_modules.max_norm import MaxNorm
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
 
@@ -43,8 +43,8 @@ class SecondStageClassifier(LongTailedClassifier):
       w_c / \|w_c\|^\tau`, without bias. `tau` is the given one, or the best of 0, 0.1, ..., 2 by ``val/all``. ``fit``
       does it, keeps last.ckpt, and tests, as for the others.
     * ``weight_balancing`` (Alshammari et al.): the first stage's classifier is trained on with the class-balanced loss
-      (:class:`~lightning_modules.schedules.DeferredReweighting`), weight decay, and
-      :class:`~lightning_modules.max_norm.MaxNorm`. The first stage is plain
+      (:class:`~lightning_modules.callbacks.schedules.DeferredReweighting`), weight decay, and
+      :class:`~lightning_modules.callbacks.max_norm.MaxNorm`. The first stage is plain
       cross-entropy with tuned weight decay. Published code for CIFAR-100-LT 100: both stages SGD 0.01, momentum 0.9,
       cosine to 0, batch 64; first stage 320 epochs, weight decay 5e-3; second stage weight and bias of the last
       layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. Three things are other there: its loss

@@ -44,7 +44,7 @@ COLUMNS = ("method", "data", "labelled_share", "seed", "average_precision")
 
 def command_line(config: str, path: Path, share: float, seed: int) -> float:
     """Average precision on the test part, of `imbsam fit` with a config."""
-    from lightning_modules.cli import main
+    from lightning_modules.cli.run import main
 
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from lightning_modules.backbones import create_backbone
-from lightning_modules.cli import main
+from lightning_modules.cli.run import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETS = {

@@ -20,6 +20,13 @@ BESIDE = {
 """What single files of the method may import beside torch and NumPy."""
 ROOMS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
 """The rooms of datamodules/: each may import those before it."""
+LIGHTNING_ROOMS = {
+    "resuming": {"resuming"},
+    "backbones": {"backbones"},
+    "detectors": {"detectors"},
+    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
+}
+"""The rooms of lightning_modules/ that know nothing of the models and the command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}
 HAND_OVER = ("imbsam/command.py", "lightning_modules")
 """The one arrow that points up: the console script starts the command line."""
@@ -63,7 +70,7 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize(
     ("path", "statement"),
     [
-        ("imbsam/backward.py", "from lightning_modules.cost import Cost"),
+        ("imbsam/backward.py", "from lightning_modules.callbacks.epoch_timer import Cost"),
         ("imbsam/backward.py", "def f():\n    import datamodules.base.long_tailed"),
         ("imbsam/backward.py", "from torchmetrics import Metric"),
         ("imbsam/backward.py", "from imbsam.report.runs import read_runs"),
@@ -72,7 +79,7 @@ def test_imports_point_down(path):
         ("imbsam/sklearn.py", "import torchmetrics"),
         ("imbsam/report/page.py", "import torch"),
         ("imbsam/report/page.py", "from imbsam.class_groups import tail_mask"),
-        ("imbsam/report/page.py", "from lightning_modules.cli import main"),
+        ("imbsam/report/page.py", "from lightning_modules.cli.run import main"),
         ("imbsam/command.py", "from datamodules import DigitsLTDataModule"),
     ],
 )
@@ -99,7 +106,7 @@ def test_rooms_of_the_data_point_down(room):
     [
         ("sampling", "from datamodules.base.long_tail import Profile"),
         ("tables", "from datamodules.image_files.lists import ListedImages"),
-        ("anomaly", "from lightning_modules.csv_logger import ResumableCSVLogger"),
+        ("anomaly", "from lightning_modules.resuming.csv_logger import ResumableCSVLogger"),
         ("base", "from datamodules import DigitsLTDataModule"),
     ],
 )
@@ -111,12 +118,23 @@ def test_every_room_of_the_data_is_checked():
     assert {p.parent.name for p in (REPOSITORY / "datamodules").rglob("*.py")} == {"datamodules", *ROOMS}
 
 
+@pytest.mark.parametrize("room", LIGHTNING_ROOMS)
+def test_rooms_of_lightning_modules_point_down(room):
+    found = {
+        f"{path.name}: {name}"
+        for path in (REPOSITORY / "lightning_modules" / room).rglob("*.py")
+        for name in imported(path.read_text())
+        if name.startswith("lightning_modules") and name.split(".")[1] not in LIGHTNING_ROOMS[room]
+    }
+    assert found == set()
+
+
 def test_one_statement_hands_over_to_the_command_line():
     found = {
         path.as_posix(): [n for n in imported((REPOSITORY / path).read_text()) if n.startswith("lightning_modules")]
         for path in FILES
     }
-    assert {path: names for path, names in found.items() if names} == {HAND_OVER[0]: ["lightning_modules.cli"]}
+    assert {path: names for path, names in found.items() if names} == {HAND_OVER[0]: ["lightning_modules.cli.run"]}
 
 
 def test_the_engine_comes_with_its_names_and_not_before():

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from lightning_modules.cli import ImbSAMCLI, main
+from lightning_modules.cli.run import ImbSAMCLI, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OVERLAYS = sorted((REPOSITORY / "configs/trainer").glob("*.yaml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imbsam.command import COMMANDS, OPTIONS, SETTINGS, main
-from lightning_modules.cli import ImbSAMCLI
+from lightning_modules.cli.run import ImbSAMCLI
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "import sys; sys.argv[0] = 'imbsam'; from imbsam.command import main; main()"

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lightning_modules.cli import main
+from lightning_modules.cli.run import main
 
 
 @pytest.fixture

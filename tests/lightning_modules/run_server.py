@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-import lightning_modules.cli as cli
 from imbsam.perturbation import Ascent
 from lightning_modules.classifier import LongTailedClassifier
+from lightning_modules.cli import run as cli
 
 
 def die() -> None:

@@ -17,9 +17,9 @@ from datamodules import AnomalyDataModule
 from imbsam import ImbSAM, Plain, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.anomaly import AnomalyDetector
-from lightning_modules.csv_logger import ResumableCSVLogger
 from lightning_modules.detectors import DETECTORS
-from lightning_modules.interruption import ResumableCheckpoint
+from lightning_modules.resuming.csv_logger import ResumableCSVLogger
+from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 
 SHARED = Path(os.environ.get("IMBSAM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]

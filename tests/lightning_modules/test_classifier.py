@@ -19,7 +19,7 @@ from imbsam import SAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.losses import LDAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import create_backbone
-from lightning_modules.evaluation_files import EvaluationFiles
+from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 
 SMALL: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8}, "many": 50, "few": 10}
 

@@ -18,7 +18,7 @@ from lightning.pytorch.tuner import Tuner
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
-from lightning_modules.interruption import ResumableCheckpoint
+from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -96,7 +96,7 @@ def test_bf16_weights_warn_and_log_the_share_that_moved(tmp_path):
         fit(tmp_path / "small", {"sam": partial(ImbSAM, rho=0.05)}, precision="bf16-true", max_epochs=1)
     with pytest.warns(UserWarning, match="precision is bf16-true"):
         fit(tmp_path / "large", {"sam": partial(ImbSAM, rho=5.0)}, precision="bf16-true", max_epochs=1)
-    small, large = (max(logged(tmp_path / size, "train/moved_share")) for size in ("small", "large"))
+    small, large = (max(logged(tmp_path / size, "train/perturbed_fraction")) for size in ("small", "large"))
     assert 0 < small < large < 1
 
 

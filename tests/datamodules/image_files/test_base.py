@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 
 from datamodules import ImageFolderLTDataModule, ImageListLTDataModule
 from imbsam import SettingError
-from lightning_modules.callbacks import PredictionsCSV
+from lightning_modules.callbacks.predictions import PredictionsCSV
 
 SMALL = {"image_size": 8, "batch_size": 32, "num_workers": 0}
 

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules import LongTailedClassifier
-from lightning_modules.cli import main as train
-from lightning_modules.evaluation_files import write_evaluation
+from lightning_modules.callbacks.evaluation_files import write_evaluation
+from lightning_modules.cli.run import main as train
 
 COUNTS = [120, 60, 20, 12, 6, 3]
 NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}", "eel | ray"]

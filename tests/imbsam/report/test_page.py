@@ -140,7 +140,7 @@ def test_the_calibration_error_is_torchmetrics(groups, write_run, tmp_path):
     from torchmetrics.functional.classification import binary_calibration_error
 
     from imbsam.report.classes import _expected_error
-    from lightning_modules.evaluation_files import calibration_bins
+    from lightning_modules.callbacks.evaluation_files import calibration_bins
 
     random = torch.Generator().manual_seed(0)
     confidence, correct = torch.rand(500, generator=random), torch.rand(500, generator=random) < 0.4

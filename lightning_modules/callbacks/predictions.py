@@ -1,0 +1,67 @@
+"""The predictions of `imbsam predict` as a CSV file."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
+
+from imbsam import SettingError
+
+
+class PredictionsCSV(BasePredictionWriter):
+    """Write what ``predict`` found to ``predictions.csv``, the columns being those of the model's ``prediction_table``.
+
+    The first column says which sample a row is of: ``path``, where the batches are ``(inputs, labels, paths)``, as
+    those of image files are; otherwise ``row``, the number of the sample in the data, from 1. The column of a class
+    called path, say, is "class path".
+
+    Args:
+        path: the file; default ``predictions.csv`` in the prediction's folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+        self._names: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several processes, each of which would have a part of the rows."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict" and trainer.world_size > 1:
+            raise SettingError(f"predict runs on {trainer.world_size} devices: set trainer.devices to 1")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Remember the names of the rows, where the data have names."""
+        if isinstance(batch, (tuple, list)) and len(batch) > 2:
+            self._names += batch[2]
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write the file and say where it lies."""
+        model: Any = pl_module
+        header, rows = model.prediction_table(predictions)
+        names, self._names = self._names, []
+        own = "path" if names else "row"
+        taken = {own, *header[:1]}
+        header = [own, *header[:1], *(f"class {name}" if name in taken else name for name in header[1:])]
+        rows = ([name, *row] for name, row in (zip(names, rows, strict=True) if names else enumerate(rows, start=1)))
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+        Console().print(f"predictions: {path}", soft_wrap=True, highlight=False)

@@ -1,0 +1,1 @@
+"""The command `imbsam`: LightningCLI with our classes, defaults and one-line errors."""

@@ -1,0 +1,123 @@
+"""One invocation of the command: its runs, its signals, its exit code."""
+
+import logging
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+import imbsam
+from imbsam import SettingError
+from lightning_modules.callbacks.class_table import ClassTable
+from lightning_modules.callbacks.convergence import Convergence
+from lightning_modules.callbacks.epoch_timer import EpochTimer
+from lightning_modules.callbacks.evaluation_files import EvaluationFiles
+from lightning_modules.callbacks.network_summary import NetworkSummary
+from lightning_modules.callbacks.refused_run import DiscardRefusedRun
+from lightning_modules.callbacks.result_tables import AccuracyTable, AnomalyTable
+from lightning_modules.callbacks.weights_and_biases import WandbResults
+from lightning_modules.cli.command_line import CSV_LOGGER, ImbSAMCLI, SaveConfigOnce, say
+from lightning_modules.cli.errors import user_message
+from lightning_modules.cli.seeds import fresh_processes, split_seeds
+from lightning_modules.cli.trainer import CommandTrainer
+from lightning_modules.resuming.signals import Interrupted, StopSignals
+
+PACKAGE = Path(imbsam.__file__).parent
+"""`configs/` is inside the package in an installation, and beside it in a checkout."""
+
+EXPECTED_WARNINGS = [
+    ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
+    ".*Total length of `list` across ranks is zero.*",  # no validation split
+    ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
+    ".*Couldn't infer the batch indices.*",  # our batches come from a loader without a batch sampler
+    ".*module.s. in eval mode at the start of training.*",  # a frozen backbone is, on purpose
+    ".*LeafSpec.*",  # Lightning calls a deprecated torch function
+]
+
+
+def main() -> None:
+    """Run the command line without `report`, see `imbsam/command.py`; `fit --seeds 0 1 2` trains once for each."""
+    try:
+        runs = split_seeds(_find_configs(sys.argv[1:]))
+    except SettingError as error:
+        print(f"imbsam: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for args in runs:
+        sys.argv[1:] = args  # Lightning starts further processes with it
+        with fresh_processes() if len(runs) > 1 else nullcontext():
+            run()
+
+
+def run() -> None:
+    """Run `sys.argv`.
+
+    A wrong setting is one line and exit code 2. A training that SIGTERM or SIGUSR1 ended after a checkpoint is one line
+    and 0, or 130 after SIGINT (Ctrl-C); where a signal ended the program at once, 128 and its number.
+    """
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(text in record.getMessage() for text in ("Tip", "configured with model summary"))
+    )
+    signals = StopSignals(deferred=False)
+    signals.install()
+    try:
+        ImbSAMCLI(
+            signals,
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_class=CommandTrainer,
+            trainer_defaults={
+                "logger": {
+                    "class_path": CSV_LOGGER,
+                    "init_args": {"save_dir": "logs", "name": ""},
+                },
+                "callbacks": [
+                    ClassTable(),
+                    NetworkSummary(),
+                    Convergence(),
+                    AccuracyTable(),
+                    AnomalyTable(),
+                    EvaluationFiles(),
+                    EpochTimer(),
+                    WandbResults(),
+                    DiscardRefusedRun(),
+                ],
+            },
+            save_config_callback=SaveConfigOnce,
+            parser_kwargs={"exit_on_error": False},
+        )
+        signals.await_launched()
+    except Interrupted as interrupted:
+        say(str(interrupted))
+        if interrupted.at_once:
+            signals.end_launched()
+        sys.exit(interrupted.exit_code)  # with 0 too: no further seed either
+    except Exception as error:
+        if signals.received:  # another process stopped at once, and this one has missed it
+            signals.end_launched()
+            sys.exit(128 + signals.received)
+        line = user_message(error)
+        if line is None:
+            raise
+        print(f"imbsam: error: {line}", file=sys.stderr)
+        signals.end_launched()
+        sys.exit(2)
+    finally:
+        signals.remove()
+
+
+def _find_configs(args: list[str]) -> list[str]:
+    """`configs/...` that is not in the current folder is looked for in the installation, or in the checkout."""
+
+    def find(value: str) -> str:
+        if value.startswith("configs/") and not Path(value).exists():
+            return next((str(home / value) for home in (PACKAGE, PACKAGE.parent) if (home / value).exists()), value)
+        return value
+
+    return ["--config=" + find(a.removeprefix("--config=")) if a.startswith("--config=") else find(a) for a in args]

@@ -1,0 +1,65 @@
+"""Trainings that cannot work end in one line: optimizers, schedulers, metrics that nobody logs, divergence."""
+
+import pytest
+import torch
+
+from lightning_modules.cli.run import main
+
+SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--model.optimizer=torch.optim.LBFGS"], "optimizer is LBFGS, which evaluates the loss itself: choose one"),
+        (["--model.optimizer=torch.optim.SparseAdam"], "optimizer is SparseAdam, which takes sparse gradients alone"),
+        (
+            [
+                "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping",
+                "--trainer.callbacks.monitor=train/loss_epoc",
+            ],
+            "EarlyStopping's monitor is train/loss_epoc, which is not logged; did you mean train/loss_epoch?",
+        ),
+        (
+            [
+                "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR",
+                "--model.lr_scheduler.max_lr=0.1",
+                "--model.lr_scheduler.total_steps=5",
+                "--model.lr_interval=step",
+            ],
+            "lr_scheduler OneCycleLR cannot step after step 6: Tried to step 6 times",
+        ),
+        (["--model.optimizer.lr=1e10"], "the training loss is nan in epoch 1, at a learning rate of 1e+10: lower it"),
+        (["--trainer.accelerator=gpu"], "trainer.accelerator is gpu, and PyTorch finds no GPU here"),
+    ],
+)
+def test_one_line(args, line, monkeypatch, capsys, tmp_path):
+    if "gpu" in args[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/digits_lt/sgd.yaml", *SHORT, *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+    if "lr=1e10" in args[0]:  # the weights that are no numbers are not kept
+        assert not list(tmp_path.rglob("last.ckpt"))
+
+
+def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/digits_lt/sgd.yaml", *SHORT])
+    main()
+    shown = capsys.readouterr().out
+    assert "backbone" in shown
+    assert "14,458 trained parameters, 0 frozen" in shown
+    assert "Metric" not in shown
+    assert "FLOPs" not in shown
+
+
+def test_summary_can_be_left_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config=configs/digits_lt/sgd.yaml", *SHORT, "--trainer.enable_model_summary=false"]
+    monkeypatch.setattr("sys.argv", ["imbsam", "fit", *arguments])
+    main()
+    assert "trained parameters" not in capsys.readouterr().out
