@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from imbsam.errors import SettingError
 
 if TYPE_CHECKING:
+    from imbsam.partitioned_sam import CCSAM, SSESAM, PartitionedSAM
     from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
 else:
 
     def __getattr__(name):
         """The engine's classes, when they are first asked for (PEP 562)."""
         if name in __all__:
-            globals()[name] = value = getattr(import_module("imbsam.sam"), name)
+            module = "partitioned_sam" if name in ("CCSAM", "SSESAM", "PartitionedSAM") else "sam"
+            globals()[name] = value = getattr(import_module(f"imbsam.{module}"), name)
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -24,4 +26,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain", "SettingError"]
+__all__ = ["CCSAM", "SAM", "SSESAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "PartitionedSAM", "Plain", "SettingError"]

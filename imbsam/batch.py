@@ -3,7 +3,7 @@
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class SharpGradient(enum.Enum):
     EVERY_ROW = "every row has c = 1: g_s is the whole gradient and g_rest is 0"
     SAME_GRAPH = "the extra passes see the whole batch: the graph of the first forward gives g_s too"
     OWN_FORWARD = "from a forward of its own, on the sharp rows and their context; g_rest is then g_all - g_s"
+    BY_GROUP = "several groups of classes, each with a g_s: `Batch.parts` has each group's sharp rows"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Plan:
     """Whether every rank runs the extra passes, with or without sharp rows, because a pass waits for the others."""
     may_be_empty: bool
     """Whether a batch may have no rows: other ranks have some, and average with this one."""
+    rho: float
+    """Length of e."""
 
     def batches(self, losses: Any, targets: Any, sharpness_weight: Any) -> "list[Batch]":
         """Decide for the one batch, or for each of a list of micro-batches ``(losses, targets)``."""
@@ -86,7 +89,13 @@ class Plan:
         if len(c) == 0 and not self.may_be_empty:
             raise SettingError("the batch has no rows: leave it out")
         rows = self._extra_pass_rows(c)
-        return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
+        batch = Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
+        batch.parts = [] if batch.source is SharpGradient.NONE else [batch]
+        return batch
+
+    def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
+        """Each e of the step: its length, and the batches whose sharp rows it is for. Here there is one."""
+        return [(self.rho, [part for batch in batches for part in batch.parts])]
 
     def _extra_pass_rows(self, c: Tensor) -> Tensor:
         size = len(c)
@@ -126,6 +135,10 @@ class Batch:
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
     """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
+    parts: "list[Batch]" = field(default_factory=list, repr=False, compare=False)
+    """What runs at w + e: the batch itself, or with several groups of classes the batch as each of them sees it."""
+    sharp_of_group: dict[int, Tensor] = field(default_factory=dict)
+    """c_ik of each group of classes with sharp rows, float64 (B,) each, where there are several."""
     _sharp: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -136,7 +149,7 @@ class Batch:
     @property
     def takes_extra_passes(self) -> bool:
         """Whether it runs at w + e."""
-        return self.source is not SharpGradient.NONE
+        return bool(self.parts)
 
     def all(self, losses: Tensor) -> Tensor:
         """Sum of a_i l_i."""

@@ -202,11 +202,12 @@ class ClassAwareSAM:
         group = None if sharded else self.process_group
         check_modules(modules, self.perturbation, group)
         plan = self._plan(modules, own=sharpness_weight is not None, group=group)
+        batches = plan.batches(losses, targets, sharpness_weight)
         step = Step(
             modules,
             params,
-            plan.batches(losses, targets, sharpness_weight),
-            rho=self.rho,
+            batches,
+            ascents=plan.ascents(batches),
             adaptive=self.adaptive,
             reduction=reduction_over(group, params, self.perturbation, plan.perturbs),
             run_backward=backward,
@@ -244,4 +245,5 @@ class ClassAwareSAM:
             perturbs=perturbs,
             in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
             may_be_empty=group is not None and not waits and context_rows != "batch",
+            rho=self.rho,
         )

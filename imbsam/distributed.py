@@ -102,6 +102,15 @@ def mean(grads: Gradients, params: Sequence[Tensor], group: Any, *, keep_none: b
     return Gradients(means)
 
 
+@torch.no_grad()
+def union(numbers: set[int], device: torch.device, most: int, group: Any) -> set[int]:
+    """The numbers, each from 0 and below `most`, that some rank of the group holds; the host waits for the answer."""
+    held = torch.tensor([float(number in numbers) for number in range(most)], device="cpu")
+    held = to_device(held, device)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
+    return {number for number, somewhere in enumerate(held.tolist()) if somewhere > 0}
+
+
 def fsdp_modules(modules: Sequence[nn.Module]) -> list[Any]:
     """Those under FSDP2 (``fully_shard``), which reduces the gradients of every pass itself."""
     return _of_kind(modules, "FSDPModule") if _several() else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imbsam
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM
+from imbsam import CCSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -52,6 +52,8 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "imbsam batch": lambda m: ImbSAM(m, COUNTS, context_rows="batch"),
     "imbsam 4": lambda m: ImbSAM(m, COUNTS, context_rows=4, adaptive=True),
     "focal_sam": lambda m: FocalSAM(m, COUNTS),
+    "cc_sam": lambda m: CCSAM(m, COUNTS),
+    "sse_sam 4": lambda m: SSESAM(m, COUNTS, eta=20, context_rows=4, adaptive=True),
 }
 
 
@@ -149,7 +151,7 @@ def test_batch_without_sharp_rows_is_a_plain_backward(accumulated):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("in_pass", [1, 2, 3])
+@pytest.mark.parametrize("in_pass", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("where", ["losses", "backward"])
 def test_exception_in_any_pass_leaves_everything_as_it_was(method, error, in_pass, where):
     model, _, y, losses = make()
@@ -208,7 +210,7 @@ def tracing(tracer: Any) -> Iterator[None]:
         sys.settrace(old)
 
 
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4"])
+@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "sse_sam 4"])
 def test_ctrl_c_at_any_line_leaves_everything_as_it_was(method):
     interrupted = 0
     for n in range(1, 10_000):
@@ -383,8 +385,12 @@ class CallsOutsideThePasses(TorchDispatchMode):
 
 # copies of buffers at entry and after the first pass, and back before each extra pass and at the end; copy and return
 # of the weights; a norm; e in three; w + e, and g_rest -= g_s. ASAM's e is scaled by the weights twice.
-@pytest.mark.parametrize(("method", "most"), [("sam", 11), ("imbsam batch", 12), ("imbsam 4", 15), ("focal_sam", 12)])
-def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, most):
+# SSE-SAM has two of the e.
+@pytest.mark.parametrize(
+    ("method", "most", "small"),
+    [("sam", 11, 55), ("imbsam batch", 12, 55), ("imbsam 4", 15, 55), ("focal_sam", 12, 55), ("sse_sam 4", 25, 70)],
+)
+def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, most, small):
     counted = []
     for depth in (2, 20):
         torch.manual_seed(0)
@@ -399,7 +405,7 @@ def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, mo
         counted.append(sorted(seen.calls))
     assert counted[0] == counted[1]
     assert sum(call != "small" for call in counted[1]) <= most
-    assert counted[1].count("small") <= 55
+    assert counted[1].count("small") <= small
 
 
 def test_sparse_gradients_are_refused_by_name():
