@@ -17,8 +17,9 @@ else:
     def __getattr__(name):
         """The engine's classes, when they are first asked for (PEP 562)."""
         if name in __all__:
-            module = "partitioned_sam" if name in ("CCSAM", "SSESAM", "PartitionedSAM") else "sam"
-            globals()[name] = value = getattr(import_module(f"imbsam.{module}"), name)
+            with_groups = name in ("CCSAM", "SSESAM", "PartitionedSAM")
+            module = import_module("imbsam.partitioned_sam") if with_groups else import_module("imbsam.sam")
+            globals()[name] = value = getattr(module, name)
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

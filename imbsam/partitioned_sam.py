@@ -14,7 +14,7 @@ from imbsam.class_groups import class_counts_tensor, tail_mask
 from imbsam.distributed import union
 from imbsam.errors import SettingError
 from imbsam.partition import PartitionedPlan, class_partition
-from imbsam.row_weights import class_vector, on_host
+from imbsam.row_weights import class_vector
 
 
 class PartitionedSAM(ClassAwareSAM):
@@ -82,14 +82,11 @@ class PartitionedSAM(ClassAwareSAM):
 
     @radius.setter
     def radius(self, radius: Tensor | Sequence[float] | float) -> None:
-        groups, given = int(self.partition.max()) + 1, on_host("radius", radius).double()
-        if (
-            given.dim() > 1
-            or (given.dim() == 1 and len(given) != groups)
-            or not ((given >= 0) & (given < math.inf)).all()
-        ):
-            raise SettingError(f"radius is {radius!r}: give a finite number from 0 for each of the {groups} groups")
-        self._radius = given.expand(groups)
+        groups = int(self.partition.max()) + 1
+        vector = class_vector("radius", radius)
+        if vector.dim() == 1 and len(vector) != groups:
+            raise SettingError(f"radius is {radius!r}: give one number from 0 for each of the {groups} groups")
+        self._radius = vector.expand(groups)
 
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         weight = torch.where(self.radius[self.partition] > 0, self.sharpness_weight, 0.0)

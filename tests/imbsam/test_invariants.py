@@ -258,7 +258,8 @@ def test_second_ctrl_c_while_the_first_is_undone(method):
     assert interrupted > 10
 
 
-def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad():
+@pytest.mark.parametrize(("method", "passes"), [(ImbSAM, 3), (CCSAM, 9)])  # class 3 comes last
+def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad(method, passes):
     model, x, y, _ = make()
     model.eval()
     before = [p.detach().clone() for p in model.parameters()]
@@ -269,13 +270,14 @@ def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad():
         values = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
         return torch.where(y[rows] == 3, values * torch.inf, values)
 
-    ImbSAM(model, COUNTS).backward(losses, y)
-    assert len(at) == 3
-    assert_same(at[2], before)
+    method(model, COUNTS).backward(losses, y)
+    assert len(at) == passes
+    assert_same(at[-1], before)
     assert not model.head.weight.grad.isfinite().all()
 
 
-def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass():
+@pytest.mark.parametrize("method", ["imbsam 4", "sse_sam 4"])
+def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass(method):
     model, x, y, _ = make()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -287,16 +289,16 @@ def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass():
         values = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
         return values * torch.inf if len(passes) == 3 else values
 
-    sam = ImbSAM(model, COUNTS, context_rows=4)
-    sam.backward(losses, y, backward=lambda loss, **kw: scaler.scale(loss).backward(**kw))
+    METHODS[method](model).backward(losses, y, backward=lambda loss, **kw: scaler.scale(loss).backward(**kw))
     scaler.step(optimizer)
     scaler.update()
     assert_same([p.detach() for p in model.parameters()], before)
     assert scaler.get_scale() == 512
 
 
+@pytest.mark.parametrize("method", [ImbSAM, SSESAM])
 @pytest.mark.parametrize("context_rows", ["batch", 0])
-def test_one_autocast_region_around_everything(context_rows):
+def test_one_autocast_region_around_everything(context_rows, method):
     """Autocast caches the casts of w; the pass at w + e must not use them (ImbSAM would be SGD)."""
     grads = {}
     for enclosing in (True, False):
@@ -308,7 +310,7 @@ def test_one_autocast_region_around_everything(context_rows):
             with torch.autocast("cpu", torch.bfloat16, enabled=True):
                 return F.cross_entropy(model(x[rows]).float(), y[rows], reduction="none")
 
-        sam = ImbSAM(model, COUNTS, rho=1.0, context_rows=context_rows)
+        sam = method(model, COUNTS, eta=20, rho=1.0, context_rows=context_rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=enclosing):
             sam.backward(inner, y)
             # after the return, the casts are of w again
