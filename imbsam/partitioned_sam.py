@@ -83,9 +83,9 @@ class PartitionedSAM(ClassAwareSAM):
     @radius.setter
     def radius(self, radius: Tensor | Sequence[float] | float) -> None:
         groups = int(self.partition.max()) + 1
-        vector = class_vector("radius", radius)
+        vector = class_vector("radius", radius, of="group")
         if vector.dim() == 1 and len(vector) != groups:
-            raise SettingError(f"radius is {radius!r}: give one number from 0 for each of the {groups} groups")
+            raise SettingError(f"radius is {radius!r}: give one number for each of the {groups} groups")
         self._radius = vector.expand(groups)
 
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:

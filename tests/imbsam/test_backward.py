@@ -379,10 +379,13 @@ def test_settings_that_cannot_work(settings, message):
         (lambda m: PartitionedSAM(m, partition=[0, -1]), r"partition is \[0, -1\]"),
         (
             lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0]),
-            r"radius is \[1.0\]: give a finite number from 0 for",
+            r"radius is \[1.0\]: give one number for each of the 2 groups",
         ),
-        (lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0, -1.0]), "for each of the 2 groups"),
-        (lambda m: setattr(SSESAM(m, COUNTS, eta=20), "radius", float("nan")), "radius is nan"),
+        (
+            lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0, -1.0]),
+            "radius holds -1.0: every group needs a finite number from 0",
+        ),
+        (lambda m: setattr(SSESAM(m, COUNTS, eta=20), "radius", float("nan")), "radius holds nan"),
     ],
 )
 def test_partitions_that_cannot_work(build, message):
