@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 from imbsam.errors import SettingError
 
 if TYPE_CHECKING:
-    from imbsam.partitioned_sam import CCSAM, SSESAM, PartitionedSAM
-    from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
+    from imbsam.sam import CCSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, PartitionedSAM, Plain
 else:
 
     def __getattr__(name):
         """The engine's classes, when they are first asked for (PEP 562)."""
         if name in __all__:
-            with_groups = name in ("CCSAM", "SSESAM", "PartitionedSAM")
-            module = import_module("imbsam.partitioned_sam") if with_groups else import_module("imbsam.sam")
-            globals()[name] = value = getattr(module, name)
+            globals()[name] = value = getattr(import_module("imbsam.sam"), name)
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -11,7 +11,7 @@ from imbsam.errors import SettingError
 
 
 def class_vector(name: str, values: Tensor | Sequence[float] | float, of: str = "class") -> Tensor:
-    """A setting for every class (or what else it is `of`), float64 (C,) or () on the CPU; refuses what is negative or not finite."""
+    """A setting for every class or group (`of`), float64 (C,) or () on the CPU; refuses the negative and non-finite."""
     try:
         vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:

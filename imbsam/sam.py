@@ -1,4 +1,7 @@
-"""The methods: Plain, SAM, ImbSAM and Focal-SAM choose the sharpness weight c of every class."""
+"""The methods: Plain, SAM, ImbSAM and Focal-SAM choose the sharpness weight c of every class.
+
+Those with several perturbations a step, CC-SAM and SSE-SAM, come from :mod:`imbsam.partitioned_sam`.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -8,8 +11,9 @@ from torch import Tensor, nn
 
 from imbsam.class_aware_sam import ClassAwareSAM
 from imbsam.class_groups import class_counts_tensor, focal_sharpness, tail_mask
+from imbsam.partitioned_sam import CCSAM, SSESAM, PartitionedSAM
 
-__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain"]
+__all__ = ["CCSAM", "SAM", "SSESAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "PartitionedSAM", "Plain"]
 
 
 class Plain(ClassAwareSAM):

@@ -1,4 +1,4 @@
-"""What changes in the course of a training: the length of the perturbation, and the class weights."""
+"""What changes in the course of a training: the length of the perturbation, whom it is for, and the class weights."""
 
 import math
 from typing import Any, Literal
@@ -7,11 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from imbsam import SSESAM
 from imbsam.class_weights import check_beta, effective_number_weights
 from imbsam.errors import SettingError
 from lightning_modules.epoch_log import log_epoch
 
-__all__ = ["DeferredReweighting", "RhoSchedule"]
+__all__ = ["DeferredReweighting", "RhoSchedule", "TailStage"]
 
 
 class _ByEpoch(Callback):
@@ -99,6 +100,47 @@ class RhoSchedule(_ByEpoch):
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self._rho + (self.end - self._rho) * done
+
+
+class TailStage(_ByEpoch):
+    """The second stage of SSE-SAM: from a share of the epochs on only the tail is perturbed, which is ImbSAM.
+
+    Args:
+        start: the share of the epochs that come before it, their gamma.
+
+    Raises:
+        SettingError: `start` is outside [0, 1], the method is not ``SSESAM``, or the run has no number of epochs.
+
+    Source:
+        Lyu et al., *SSE-SAM*, AAAI 2025, arXiv 2412.13715; 0.7 is its authors' example for CIFAR-100-LT.
+    """
+
+    def __init__(self, start: float = 0.7) -> None:
+        if not 0 <= start <= 1:
+            raise SettingError(f"start is {start}: give the share of the epochs before the second stage, from 0 to 1")
+        self.start = start
+        self._first_stage: Tensor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the radii of the first stage."""
+        sam: Any = pl_module.sam
+        if not isinstance(sam, SSESAM):
+            raise SettingError(
+                f"TailStage is the second stage of SSESAM and model.sam is {type(sam).__name__}: set model.sam to "
+                "SSESAM, or leave the callback out"
+            )
+        if not _has_epochs(trainer):
+            raise SettingError(
+                f"TailStage's start is {self.start} and trainer.max_epochs {trainer.max_epochs}: it is a share of the "
+                "epochs, so say how many there are"
+            )
+        self._first_stage = sam.radius
+
+    def start_epoch_of(self, trainer: Trainer, pl_module: Any) -> None:
+        """Set the radii."""
+        assert trainer.max_epochs is not None
+        first = math.ceil(self.start * trainer.max_epochs - 1e-9)  # 0.55 * 20 is a little above 11
+        pl_module.sam.radius = self._first_stage if trainer.current_epoch < first else [0.0, 1.0]
 
 
 class DeferredReweighting(_ByEpoch):
