@@ -89,13 +89,11 @@ class Plan:
         if len(c) == 0 and not self.may_be_empty:
             raise SettingError("the batch has no rows: leave it out")
         rows = self._extra_pass_rows(c)
-        batch = Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
-        batch.parts = [] if batch.source is SharpGradient.NONE else [batch]
-        return batch
+        return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
 
     def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
         """Each e of the step: its length, and the batches whose sharp rows it is for. Here there is one."""
-        return [(self.rho, [part for batch in batches for part in batch.parts])]
+        return [(self.rho, [batch for batch in batches if batch.takes_extra_passes])]
 
     def _extra_pass_rows(self, c: Tensor) -> Tensor:
         size = len(c)
@@ -135,10 +133,10 @@ class Batch:
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
     """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
-    parts: "list[Batch]" = field(default_factory=list, repr=False, compare=False)
-    """What runs at w + e: the batch itself, or with several groups of classes the batch as each of them sees it."""
     sharp_of_group: dict[int, Tensor] = field(default_factory=dict)
-    """c_ik of each group of classes with sharp rows, float64 (B,) each, where there are several."""
+    """With several groups of classes, c_ik of each that has sharp rows, float64 (B,) each."""
+    parts: "list[Batch]" = field(default_factory=list)
+    """With several groups of classes, the batch as each of them sees it; it does not run at w + e itself."""
     _sharp: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -149,7 +147,7 @@ class Batch:
     @property
     def takes_extra_passes(self) -> bool:
         """Whether it runs at w + e."""
-        return bool(self.parts)
+        return self.source is not SharpGradient.NONE
 
     def all(self, losses: Tensor) -> Tensor:
         """Sum of a_i l_i."""

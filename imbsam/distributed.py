@@ -1,7 +1,8 @@
 """Several processes: who averages the gradients of the ranks, and what cannot work between the passes of a step."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ def union(numbers: set[int], device: torch.device, most: int, group: Any) -> set
     held = to_device(held, device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
     return {number for number, somewhere in enumerate(held.tolist()) if somewhere > 0}
+
+
+def communication_of(module: nn.Module) -> tuple[Callable[[], AbstractContextManager[Any]], Any]:
+    """`no_sync` and the process group of DistributedDataParallel, where the module is it or wraps it; or none."""
+    # wrapped by Fabric or torch.compile, it may lie deeper
+    ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    return (nullcontext, None) if ddp is None else (ddp.no_sync, ddp.process_group)
 
 
 def fsdp_modules(modules: Sequence[nn.Module]) -> list[Any]:

@@ -45,7 +45,7 @@ class PartitionedPlan(Plan):
                 "targets alone"
             )
         batch = super()._batch(losses, targets)
-        batch.source, batch.parts = SharpGradient.BY_GROUP, []
+        batch.source = SharpGradient.NONE
         batch.sharp_of_group = self._sharp_of_group(on_host("targets", targets))
         return batch
 
@@ -62,6 +62,7 @@ class PartitionedPlan(Plan):
             if len(rows):
                 # not from the first forward's graph: once the weights were w + e_1 it is of no use for g_2(w)
                 part = Batch(batch.losses, batch.a, c, rows, SharpGradient.OWN_FORWARD)
+                batch.source = SharpGradient.BY_GROUP
                 batch.parts.append(part)
                 parts.append(part)
         return parts

@@ -18,6 +18,7 @@ def backward(
     *,
     rho: float | Sequence[float] = 0.05,
     adaptive: bool = False,
+    alpha: float = 0.0,
 ) -> Tensor:
     r"""Leave the gradient of L, with e held fixed, in ``.grad``.
 
@@ -34,6 +35,7 @@ def backward(
         a: loss weight of each sample, shape (B,); 2 for the tail in the published code.
         rho: length of e; K of them where c has K rows.
         adaptive: e = rho w^2 g_s / ||w g_s|| (ASAM).
+        alpha: of the gradient, take away this much of the part of g_s(w) that is orthogonal to it (GSAM; c = 1).
 
     Returns:
         1/B sum_i a_i l_i(w), detached.
@@ -59,6 +61,10 @@ def backward(
             gradient = [so_far + g for so_far, g in zip(gradient, sharp, strict=True)]
             for w, w_before in zip(params, before, strict=True):
                 w.copy_(w_before)
+    if alpha:
+        at_w, g = (torch.cat([part.flatten() for part in parts]) for parts in (directions[0], gradient))
+        across = torch.split(at_w - (at_w @ g) / (g @ g) * g, [w.numel() for w in params])
+        gradient = [g - alpha * part.view_as(g) for g, part in zip(gradient, across, strict=True)]
     for w, g in zip(params, gradient, strict=True):
         w.grad = g
     return (a * loss).mean().detach()

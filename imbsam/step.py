@@ -109,7 +109,7 @@ class Step:
             if batch.takes_extra_passes:  # the passes at w + e see what this one sees
                 seen = self._buffers if i == 0 else self._buffers.now()
                 drawn = self._generators if i == 0 else self._generators.now()
-                for part in batch.parts:
+                for part in batch.parts or [batch]:
                     part.buffers, part.generators = seen, drawn
             losses = self._losses(batch, torch.arange(batch.size, device="cpu"))
             objective = batch.all(losses) / self._total

@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam import CCSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, PartitionedSAM, Plain, SettingError, reference
+from imbsam import (
+    CCSAM,
+    GSAM,
+    SAM,
+    SSESAM,
+    ClassAwareSAM,
+    FocalSAM,
+    ImbSAM,
+    PartitionedSAM,
+    Plain,
+    SettingError,
+    reference,
+)
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -41,6 +53,7 @@ METHODS: dict[str, Callable[..., ClassAwareSAM]] = {
     "sam": lambda module, **kw: SAM(module, **kw),
     "imbsam": lambda module, **kw: ImbSAM(module, COUNTS, **kw),
     "focal_sam": lambda module, **kw: FocalSAM(module, COUNTS, focal_lambda=1.1, focal_gamma=2.0, **kw),
+    "gsam": lambda module, **kw: GSAM(module, alpha=0.7, **kw),
     "cc_sam": lambda module, **kw: CCSAM(module, COUNTS, **kw),
     "sse_sam": lambda module, **kw: SSESAM(module, COUNTS, eta=20, head_rho=0.04, **kw),
     "partitioned": lambda module, **kw: PartitionedSAM(
@@ -66,19 +79,12 @@ def cross_entropies(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor]
     return lambda rows: F.cross_entropy(model(x[rows]), y[rows], reduction="none")
 
 
-def objective_gradient(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    c: Tensor,
-    a: Tensor | float = 1.0,
-    rho: float | list[float] = 0.1,
-    adaptive: bool = False,
-) -> list[Tensor]:
+def objective_gradient(model: nn.Module, x: Tensor, y: Tensor, c: Tensor, **settings: Any) -> list[Tensor]:
     """The reference's gradient, on a copy of the model."""
     net = copy.deepcopy(model)
     params = list(net.parameters())
-    reference.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), params, c, a, rho=rho, adaptive=adaptive)
+    settings = {"rho": 0.1, **settings}
+    reference.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), params, c, **settings)
     return [p.grad for p in params if p.grad is not None]
 
 
@@ -88,17 +94,17 @@ def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
     assert torch.linalg.vector_norm(found - wanted) <= 1e-10 * torch.linalg.vector_norm(wanted)
 
 
-def per_class(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor, float | list[float]]:
-    """c_i and a_i of labels or probabilities, written out, and rho; c_ik and rho_k where there are several groups."""
+def per_row(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> dict[str, Any]:
+    """What the reference needs, written out for labels or probabilities; c_ik and rho_k where there are several e."""
     p = F.one_hot(y, 4).double() if y.dim() == 1 else y
     a = p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
     c = sam.sharpness_weight.expand(4)
-    if not isinstance(sam, PartitionedSAM):
-        return p @ c, a, sam.rho
-    rho = [sam.rho * float(r) for r in sam.radius]
-    # a group of radius 0 is not perturbed
-    groups = [p @ (c * (sam.partition == k) * (length > 0)) for k, length in enumerate(rho)]
-    return torch.stack(groups), a, rho
+    if isinstance(sam, PartitionedSAM):
+        rho = [sam.rho * float(r) for r in sam.radius]
+        # a group of radius 0 is not perturbed
+        groups = [p @ (c * (sam.partition == k) * (length > 0)) for k, length in enumerate(rho)]
+        return {"c": torch.stack(groups), "a": a, "rho": rho}
+    return {"c": p @ c, "a": a, "alpha": sam.alpha if isinstance(sam, GSAM) else 0.0}
 
 
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHT], ids=["unweighted", "class weights"])
@@ -113,9 +119,9 @@ def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights
     if soft:
         y = 0.7 * F.one_hot(y, 4).double() + 0.3 * F.one_hot(y.roll(5), 4).double()
     sam = METHODS[method](model, rho=0.1, adaptive=adaptive, class_weight=weights, context_rows=context_rows)
-    c, a, lengths = per_class(sam, y, weights)
-    expected = objective_gradient(model, x, y, c, a, lengths, adaptive)
-    plain = (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
+    settings = per_row(sam, y, weights)
+    expected = objective_gradient(model, x, y, **settings, adaptive=adaptive)
+    plain = (settings["a"] * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
     model.load_state_dict(copy.deepcopy(model.state_dict()))
 
     loss = sam.backward(cross_entropies(model, x, y), y)
@@ -131,13 +137,15 @@ def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights
 def test_micro_batches_are_one_batch(net, context_rows, method):
     model, x, y = make(net)
     sam = METHODS[method](model, rho=0.1, class_weight=CLASS_WEIGHT, context_rows=context_rows)
-    c, a, lengths = per_class(sam, y, CLASS_WEIGHT)
-    expected = objective_gradient(model, x, y, c, a, lengths)
+    settings = per_row(sam, y, CLASS_WEIGHT)
+    expected = objective_gradient(model, x, y, **settings)
     # unequal ones, the first without a tail row
     parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]
     loss = sam.backward([(cross_entropies(model, x[part], y[part]), y[part]) for part in parts])
     assert_gradient(model, expected)
-    torch.testing.assert_close(loss, (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach())
+    torch.testing.assert_close(
+        loss, (settings["a"] * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach()
+    )
 
 
 def one_group(name: str, module: nn.Module, **settings: Any) -> tuple[ClassAwareSAM, ClassAwareSAM]:
@@ -214,7 +222,7 @@ def test_row_passes_are_no_more_than_the_method_needs():
         return rows_forward, len(backwards)
 
     assert count(Plain(model)) == ([BATCH], 1)
-    assert count(SAM(model)) == ([BATCH] * 2, 2)
+    assert count(SAM(model)) == count(GSAM(model)) == ([BATCH] * 2, 2)
     assert count(ImbSAM(model, COUNTS, context_rows="batch")) == ([BATCH] * 2, 3)
     assert count(ImbSAM(model, COUNTS, context_rows=0)) == ([BATCH, 8, 8], 3)
     assert count(ImbSAM(model, COUNTS, context_rows=3)) == ([BATCH, 12, 12], 3)
@@ -367,6 +375,7 @@ def test_settings_that_cannot_work(settings, message):
         ),
         (lambda m: SSESAM(m, COUNTS, eta=20, head_rho=-0.1), "head_rho is -0.1: give a finite number from 0"),
         (lambda m: SSESAM(m, COUNTS, eta=20, rho=-0.1), "rho is -0.1"),
+        (lambda m: GSAM(m, alpha=-1), r"alpha is -1: give a finite number from 0 \(0 is SAM\)"),
         (lambda m: CCSAM(m, COUNTS, radius_power=-1), "radius_power is -1: give a finite number from 0"),
         (lambda m: CCSAM(m, COUNTS, flat_ratio=float("inf")), "flat_ratio is inf"),
         (lambda m: CCSAM(m, COUNTS, class_weight=[1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
@@ -388,15 +397,19 @@ def test_settings_that_cannot_work(settings, message):
         (lambda m: setattr(SSESAM(m, COUNTS, eta=20), "radius", float("nan")), "radius holds nan"),
     ],
 )
-def test_partitions_that_cannot_work(build, message):
+def test_settings_of_the_family_that_cannot_work(build, message):
     with pytest.raises(SettingError, match=message):
         build(mlp())
 
 
-def test_own_sharpness_and_groups_of_classes_exclude_each_other():
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [(CCSAM, "sharpness_weight= goes by row"), (GSAM, "sharpness_weight= makes some rows less sharp")],
+)
+def test_methods_that_do_not_go_with_the_rows_own_sharpness(method, message):
     model, x, y = make("mlp")
-    with pytest.raises(SettingError, match="sharpness_weight= goes by row"):
-        CCSAM(model, COUNTS).backward(cross_entropies(model, x, y), y, sharpness_weight=torch.ones(BATCH))
+    with pytest.raises(SettingError, match=message):
+        method(model, COUNTS).backward(cross_entropies(model, x, y), y, sharpness_weight=torch.ones(BATCH))
 
 
 def test_eta_that_makes_it_plain_training_or_sam_warns():
@@ -419,8 +432,7 @@ def test_class_weight_may_be_scheduled(method):
     sam = METHODS[method](model, rho=0.1, context_rows="batch")
     for weights in (None, CLASS_WEIGHT, None):
         sam.class_weight = weights
-        c, a, lengths = per_class(sam, y, weights)
-        expected = objective_gradient(model, x, y, c, a, lengths)
+        expected = objective_gradient(model, x, y, **per_row(sam, y, weights))
         model.zero_grad()
         sam.backward(cross_entropies(model, x, y), y)
         assert_gradient(model, expected)

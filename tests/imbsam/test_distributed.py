@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imbsam import CCSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [100, 10]
 STEPS = 30
@@ -63,6 +63,7 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
     "imbsam batch": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, context_rows="batch", **kw),
     "imbsam adaptive": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, adaptive=True, **kw),
     "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, rho=0.3, **kw),
+    "gsam": lambda m, **kw: GSAM(m, rho=0.3, **kw),
     "cc_sam": lambda m, **kw: CCSAM(m, COUNTS, rho=0.3, **kw),
     "sse_sam batch": lambda m, **kw: SSESAM(m, COUNTS, eta=20, rho=0.3, head_rho=0.1, context_rows="batch", **kw),
     "sgd": lambda m, **kw: Plain(m, **kw),
@@ -70,7 +71,7 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
 ONE_GROUP = len([i for i in range(STEPS) if i % 4 == 2])  # batches of the head alone
 OF_GROUPS = 4 * STEPS - ONE_GROUP  # which groups the joint batch has, a gradient of each, and the sum
 REDUCTIONS = {"sgd": STEPS, "cc_sam": OF_GROUPS, "sse_sam batch": OF_GROUPS}  # the others: 2 a step
-SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam", "cc_sam", "sse_sam batch"]
+SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam", "gsam", "cc_sam", "sse_sam batch"]
 SYNCHRONISED = ["sam", "imbsam batch", "focal_sam", "sse_sam batch"]
 
 
@@ -125,7 +126,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         train(net, engine(net), ranks, rows)
         found[f"ddp {name}"], found[f"reductions {name}"] = state(net), counter.calls
     if ranks == 2:
-        for name in ("imbsam", "cc_sam"):
+        for name in ("imbsam", "gsam", "cc_sam"):
             counter.calls = 0
             net = nn.parallel.DistributedDataParallel(model())
             train(net, ENGINES[name](net, perturbation="per_rank"), ranks, rows)
@@ -304,7 +305,7 @@ def test_synchronised_batch_norm_with_context_rows_keeps_the_ranks_together(two)
     assert_same(two[0]["sync imbsam"], two[1]["sync imbsam"], atol=0)
 
 
-@pytest.mark.parametrize("name", ["imbsam", "cc_sam"])
+@pytest.mark.parametrize("name", ["imbsam", "gsam", "cc_sam"])
 def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two, name):
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)

@@ -1,8 +1,10 @@
 """What one call of `backward` must leave as it found it, also when it is interrupted."""
 
 import contextlib
+import gc
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imbsam
-from imbsam import CCSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
+from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -52,6 +54,7 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "imbsam batch": lambda m: ImbSAM(m, COUNTS, context_rows="batch"),
     "imbsam 4": lambda m: ImbSAM(m, COUNTS, context_rows=4, adaptive=True),
     "focal_sam": lambda m: FocalSAM(m, COUNTS),
+    "gsam": lambda m: GSAM(m),
     "cc_sam": lambda m: CCSAM(m, COUNTS),
     "sse_sam 4": lambda m: SSESAM(m, COUNTS, eta=20, context_rows=4, adaptive=True),
 }
@@ -94,6 +97,21 @@ def test_parameters_buffers_and_generators_are_as_one_plain_pass_leaves_them(met
     assert model.frozen.weight.grad is None
     assert model.unused.weight.grad is None
     assert model.first.weight.grad is model.again.weight.grad is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_batch_outlives_the_call(method):
+    """Not even until the garbage collector comes: it would be the images of a batch and copies of the buffers."""
+    model, _, y, losses = make()
+    seen = weakref.ref(losses)
+    gc.collect()
+    gc.disable()
+    try:
+        METHODS[method](model).backward(losses, y)
+        del losses
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_tied_parameters_are_perturbed_once():
@@ -390,7 +408,14 @@ class CallsOutsideThePasses(TorchDispatchMode):
 # SSE-SAM has two of the e.
 @pytest.mark.parametrize(
     ("method", "most", "small"),
-    [("sam", 11, 55), ("imbsam batch", 12, 55), ("imbsam 4", 15, 55), ("focal_sam", 12, 55), ("sse_sam 4", 25, 70)],
+    [
+        ("sam", 11, 55),
+        ("imbsam batch", 12, 55),
+        ("imbsam 4", 15, 55),
+        ("focal_sam", 12, 55),
+        ("gsam", 17, 75),
+        ("sse_sam 4", 25, 70),
+    ],
 )
 def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, most, small):
     counted = []

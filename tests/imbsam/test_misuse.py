@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from imbsam import CCSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam import CCSAM, GSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [200, 60, 15, 4]
 Y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 2)
@@ -116,7 +116,7 @@ def test_cached_parametrizations_are_refused():
         ImbSAM(model, COUNTS).backward(losses_of(model), Y)  # nothing is parametrized
 
 
-@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM, CCSAM])
+@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM, GSAM, CCSAM])
 def test_gradient_is_added_to_views_of_a_flat_tensor(method):
     model, alone = net(), net()
     flat = torch.ones(sum(p.numel() for p in model.parameters()))
