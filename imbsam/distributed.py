@@ -38,7 +38,7 @@ class Reduction:
 
 
 class Averaged(Reduction):
-    """Ranks with whole copies of the model: one all-reduce for g_s, one for the gradient.
+    """Ranks with whole copies of the model: one all-reduce for each g_s, one for the gradient.
 
     Args:
         params: the trained parameters.
@@ -158,7 +158,7 @@ def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any
         if ddp._comm_hooks:
             raise SettingError(
                 "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
-                "here, in at most two all-reduces; leave the hook out"
+                "here; leave the hook out"
             )
         if ddp.static_graph:
             raise SettingError(

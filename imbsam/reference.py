@@ -1,4 +1,4 @@
-"""The method in thirty plain lines, beside the paper: whole batch, three gradients, no shortcuts.
+"""The method in thirty plain lines, beside the paper: whole batch, all gradients, no shortcuts.
 
 The engine (:mod:`imbsam.step`) gives the same gradient at a lower price. This is what its tests and benchmarks compare
 it with, and the place to read first.

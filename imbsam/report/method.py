@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = {"sam": "SAM", "imbsam": "ImbSAM", "focal_sam": "Focal-SAM", "FocalSAM": "Focal-SAM"}
+NAMES = {
+    "sam": "SAM",
+    "imbsam": "ImbSAM",
+    "focal_sam": "Focal-SAM",
+    "FocalSAM": "Focal-SAM",
+    "CCSAM": "CC-SAM",
+    "SSESAM": "SSE-SAM",
+}
+WITHOUT_A_TAIL = ("SAM", "GSAM", "Focal-SAM", "CC-SAM")
+"""Methods that do not ask which classes are the tail."""
 
 PLAIN = "plain training"
 
@@ -14,7 +23,7 @@ class Method:
     """A method and its two settings that matter.
 
     Attributes:
-        name: "plain training", "SAM", "ImbSAM", "Focal-SAM", or the class of the user's own.
+        name: "plain training", the method's name in the literature, or the class of the user's own.
         rho: length of the perturbation, None for plain training.
         eta: classes with fewer training samples are the tail; None where the method does not ask.
     """
@@ -37,4 +46,4 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     if name in (None, "Plain", "sgd") or not rho:
         return Method(PLAIN)
     shown = NAMES.get(name, str(name))
-    return Method(shown, rho, eta if shown not in ("SAM", "Focal-SAM") else None)
+    return Method(shown, rho, None if shown in WITHOUT_A_TAIL else eta)
