@@ -120,8 +120,8 @@ class CCSAM(PartitionedSAM):
     .. math::
         \rho_j = \rho \left( \frac{n_\text{max}}{n_j} \right)^{p}, \qquad p = \frac14,
 
-    so that ``rho`` is the length of the largest class's e; at ratio 100 the smallest class's is 3.2 times as long. Every
-    class in the batch takes two passes, see docs/cost.md.
+    so that ``rho`` is the length of the largest class's e; at ratio 100 the smallest class's is 3.2 times as long.
+    Every class in the batch takes two passes, see docs/cost.md.
 
     Source:
         Zhou, Li, Zhao, Heng and Gong, *Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed
