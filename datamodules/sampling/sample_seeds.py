@@ -1,7 +1,7 @@
 """Random numbers that depend on (seed, epoch, sample) alone, for a whole batch of samples at once.
 
-Nothing here has a state. So an augmented image is the same in any worker, on any number of processes, and in a
-run that was interrupted and resumed.
+Nothing here keeps state, so an augmented image is the same in any worker, on any number of processes, and in a
+resumed run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def sample_seeds(seed: int, epochs: Tensor, indices: Tensor) -> Tensor:
         Seeds, int64 (B,), over the whole range of int64.
 
     Source:
-        The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) after each of the three numbers.
+        The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) after each of the three numbers.
     """
     run = _mix(torch.full_like(indices, _signed(seed + _GOLDEN)))
     return _mix(_mix(run + epochs) + indices)
@@ -48,21 +48,14 @@ def random_integers(seeds: Tensor, high: int, draw: int) -> Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's default CPU generator starts from ``seed``; afterwards it stands where it stood.
-
-    Args:
-        seed: Any integer of 64 bits.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    """Seed torch's default CPU generator with any 64-bit integer inside the block, and restore its state afterwards."""
+    with torch.random.fork_rng(devices=[]):  # no GPU's generator
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 (B,)."""
+    """SplitMix64's finalizer on int64 (B,)."""
     x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
     mixed: Tensor = x ^ _logical_shift(x, 31)
@@ -70,11 +63,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros coming in; torch's own shift repeats the sign."""
+    """Shift zeros in from the left; torch's own shift repeats the sign."""
     shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
     return shifted
 
 
 def _signed(number: int) -> int:
-    """The number modulo 2**64 as torch has it: signed."""
+    """The number modulo 2**64 as a signed integer."""
     return (number + 2**63) % 2**64 - 2**63

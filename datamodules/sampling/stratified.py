@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imbsam.errors import SettingError
+from imbsam.checks import check_interval
 
 
 def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) -> Tensor:
     """Draw ``class_counts[c]`` samples of every class c without replacement.
 
-    For one state of the generator a smaller count draws a subset of what a larger count draws, so that the
-    sets of two imbalance ratios are nested.
+    From the same generator state a smaller count draws a subset of what a larger one draws, so the sets of two
+    imbalance ratios are nested.
 
     Args:
         labels: Class indices of all samples, int64 (N,), each in [0, C).
@@ -27,7 +27,7 @@ def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) 
 
 
 def validation_mask(labels: Tensor, class_names: Sequence[str], val_share: float, generator: torch.Generator) -> Tensor:
-    """Draw the share of every class that is held out for validation.
+    """Draw the share of every class to hold out for validation.
 
     A class with at least two samples has at least one on either side. A class with a single sample keeps it
     for training, and a warning names the class.
@@ -44,13 +44,13 @@ def validation_mask(labels: Tensor, class_names: Sequence[str], val_share: float
     Raises:
         SettingError: ``val_share`` is outside [0, 1).
     """
-    check_val_share(val_share)
+    check_interval("[0, 1)", val_share=val_share)
     if val_share == 0:
         return torch.zeros_like(labels, dtype=torch.bool)
     counts = torch.bincount(labels, minlength=len(class_names))
     if single := [name for name, count in zip(class_names, counts.tolist(), strict=True) if count == 1]:
         warnings.warn(
-            f"val_share={val_share}: no validation sample for the classes with a single training sample: "
+            f"val_share={val_share}: no validation sample for classes with a single training sample: "
             f"{', '.join(single)}.",
             stacklevel=2,
         )
@@ -71,23 +71,8 @@ def held_out_counts(class_counts: Tensor, share: float) -> Tensor:
     return held_out.minimum((class_counts - 1).clamp(min=0))
 
 
-def check_val_share(val_share: float) -> None:
-    """Refuse a share of the training samples that cannot be held out.
-
-    Args:
-        val_share: Share of the samples to hold out for validation.
-
-    Raises:
-        SettingError: ``val_share`` is outside [0, 1).
-    """
-    if not 0 <= val_share < 1:
-        raise SettingError(
-            f"val_share={val_share} is outside [0, 1): pass the share of the training samples to hold out."
-        )
-
-
 def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Order the samples by class, those of a class at random.
+    """Sort the samples by class, in random order within a class.
 
     Args:
         labels: Class indices of all samples, int64 (N,), each in [0, C).
