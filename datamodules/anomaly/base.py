@@ -102,7 +102,8 @@ class SemiSupervisedDataModule(RecordedDataModule, ABC):
 
     def test_dataloader(self) -> BatchLoader:
         """The test batches, in order."""
-        return in_order(*self._loaded(self._test), self.eval_batch_size)
+        features, labels = self._loaded(self._test)
+        return in_order(features, labels, self.eval_batch_size)
 
     def _set_labels(self, labelled: Tensor) -> None:
         """Set what depends on the training labels, bool (N,)."""

@@ -68,7 +68,7 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
         anomalies = [c for c in range(10) if c != normal_class] if anomaly_classes is None else list(anomaly_classes)
         if not anomalies or not set(anomalies) <= set(range(10)) - {normal_class}:
             raise SettingError(
-                f"anomaly_classes is {anomalies}: give classes from 0 to 9, one or more, without normal_class {normal_class}"
+                f"anomaly_classes is {anomalies}: give classes from 0 to 9 without normal_class, {normal_class}"
             )
         self.normal_class = normal_class
         self.anomaly_classes = anomalies

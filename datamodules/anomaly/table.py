@@ -168,8 +168,8 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         value = state_dict.get("anomaly_value")
         if None not in (value, self._marked_by) and value != self._marked_by and self.anomaly_value is None:
             raise SettingError(
-                f"anomaly_value is null: {self.label or 'y'} marks anomalies by {value} in the checkpoint and by the rarer "
-                f"value, {self._marked_by}, in {self.path}: set data.anomaly_value"
+                f"data.anomaly_value is null: anomalies have {self.label or 'y'} = {value} in the checkpoint, and "
+                f"{self._marked_by} is the rarer value in {self.path}: set it"
             )
         if "encoder" in state_dict:
             self._encode(TableEncoder.from_state_dict(state_dict["encoder"]))

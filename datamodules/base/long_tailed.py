@@ -103,6 +103,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         self._train: Dataset[Any] | None = None
         self._val: Dataset[Any] | None = None
         self._test: Dataset[Any] | None = None
+        self.check_validation()
 
     @abstractmethod
     def load_datasets(self) -> tuple[Dataset[Any], Tensor, Dataset[Any]]:
@@ -117,8 +118,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         """The data set's own validation samples, asked for after :meth:`load_datasets`; None if it has none."""
         return None
 
-    def select(self, dataset: Any, indices: Tensor) -> Dataset[Any]:
-        """The training samples at these indices, int64 (M,)."""
+    def select(self, dataset: Any, indices: Tensor, training: bool) -> Dataset[Any]:
+        """The samples of the training set at these indices, int64 (M,), for training or for validation."""
         return Subset(dataset, indices.tolist())
 
     def setup(self, stage: str | None = None) -> None:
@@ -152,8 +153,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
             kept = subsample(labels, counts, generator)
         self.kept_samples = kept
         held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
-        self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out])
-        self._train = self.select(train, kept[~held_out])
+        self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out], training=False)
+        self._train = self.select(train, kept[~held_out], training=True)
         self._train_labels = labels[kept[~held_out]]
         self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
 

@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from datamodules.base.long_tail import Profile
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
@@ -42,6 +43,7 @@ class ImageFilesDataModule(LongTailedDataModule):
             training data are then not read and need not be there. Null for the test images.
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
+        profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
 
     Attributes:
@@ -68,10 +70,17 @@ class ImageFilesDataModule(LongTailedDataModule):
         eval_batch_size: int = 128,
         predict: Sequence[str] | str | Path | None = None,
         num_workers: int | None = None,
+        profile: Profile = "none",
         **settings: Any,
     ) -> None:
-        workers = min(8, _cores()) if num_workers is None else num_workers
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        super().__init__(
+            profile=profile,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=min(8, cores) if num_workers is None else num_workers,
+            **settings,
+        )
         self.root = Path(root).expanduser()
         self.predict = predict
         self.image_size = image_size
@@ -79,7 +88,6 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
         self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
         self.eval_collate = ReadableImages(image_size)
-        self.check_validation()
         self._checked = False
         self._reported: dict[str, int] = {}
 
@@ -125,19 +133,10 @@ class ImageFilesDataModule(LongTailedDataModule):
         """The data set's own validation images."""
         return self._files(self.splits.val) if self.splits.val is not None else None
 
-    def select(self, dataset: Any, indices: Tensor) -> ImageFiles:
-        """Some of the training images, without an index in Python objects."""
+    def select(self, dataset: Any, indices: Tensor, training: bool) -> ImageFiles:
+        """Some of the images, augmented for training, without an index in Python objects."""
         selected: ImageFiles = dataset.select(indices)
-        return selected
-
-    def setup(self, stage: str | None = None) -> None:
-        """Draw the training and validation samples; a second call does nothing, nor does one for ``predict`` alone."""
-        if self._train is not None:
-            return
-        super().setup(stage)
-        train: Any = self._train
-        if train is not None:
-            self._train = replace(train, transform=self.train_transform, replace_damaged=True)
+        return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
@@ -183,7 +182,3 @@ class ImageFilesDataModule(LongTailedDataModule):
     def _files(self, images: ListedImages) -> ImageFiles:
         names = getattr(self, "class_names", [])
         return ImageFiles(self.root, images.paths, images.labels, names, self.eval_transform, self.corrupt_images)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from tqdm import tqdm
 
 from datamodules.image_files.decoding import failure_reason, read_rgb
-from datamodules.image_files.progress import with_progress
 from imbsam.checks import check_choice
 from imbsam.errors import SettingError
 
@@ -104,7 +104,7 @@ class ImageFiles(Dataset[Any]):
         indices: Any = range(len(self))
         loader = DataLoader(indices, batch_size=32, num_workers=num_workers, collate_fn=self._failures)
         reasons: dict[str, str] = {}
-        for failures in with_progress(loader, "reading images", len(loader)):
+        for failures in tqdm(loader, "reading images", leave=False, disable=None):
             reasons |= failures
         return reasons
 

@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 from datamodules.image_files.lists import ListedImages
-from datamodules.image_files.progress import with_progress
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
@@ -32,7 +32,7 @@ def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
     for part in parts:
         paths = [os.fsdecode(path) for path in part.paths]
         missing = []
-        for path in with_progress(paths, f"looking for {len(paths):,} images"):
+        for path in tqdm(paths, "looking for images", leave=False, disable=None):
             folder, _, name = path.rpartition("/")
             if name not in names(folder):
                 missing.append(path)

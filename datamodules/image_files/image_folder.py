@@ -6,12 +6,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
-from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
 from datamodules.image_files.disk import images_below
 from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
-from datamodules.image_files.progress import with_progress
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
@@ -26,8 +25,6 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
             that holds the folders of the classes itself. A class is named after its folder and includes the images in
             folders below it.
         test_share: Share of each class to test on if there is no ``test``, in (0, 1); the same images for every seed.
-        ratio: Imbalance ratio, largest class / smallest class, at least 1; with a profile only.
-        profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
         **settings: The settings of :class:`~datamodules.image_files.base.ImageFilesDataModule`.
     """
 
@@ -35,11 +32,9 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         self,
         root: str | Path,
         test_share: float = 0.2,
-        ratio: float = 100,
-        profile: Profile = "none",
         **settings: Any,
     ) -> None:
-        super().__init__(root, ratio=ratio, profile=profile, **settings)
+        super().__init__(root, **settings)
         self.test_share = test_share
         self.own_validation = (self.root / "val").is_dir()
         self.check_validation()
@@ -90,7 +85,7 @@ def _find(root: Path, part: str, names: list[str]) -> ListedImages:
             f"{folder} has classes that {root / 'train'} does not have: {first_few(unknown)}: add or remove them"
         )
     paths, labels, empty = [], [], []
-    for label, name in enumerate(with_progress(names, f"reading {folder}")):
+    for label, name in enumerate(tqdm(names, f"reading {folder}", leave=False, disable=None)):
         images = sorted(images_below(folder / name)) if (folder / name).is_dir() else []
         paths += [os.path.relpath(path, root) for path in images]
         labels += [label] * len(images)

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
 from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
 from datamodules.tables.columns import read_columns
@@ -32,8 +31,6 @@ class ImageListLTDataModule(ImageFilesDataModule):
         split_column: Column that says train, val or test; null for none.
         test_share: Share of each class to test on if neither a file nor the column names test images, in (0, 1);
             the same images for every seed.
-        ratio: Imbalance ratio, largest class / smallest class, at least 1; with a profile only.
-        profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
         **settings: The settings of :class:`~datamodules.image_files.base.ImageFilesDataModule`.
     """
 
@@ -49,12 +46,10 @@ class ImageListLTDataModule(ImageFilesDataModule):
         label_column: str = "label",
         split_column: str | None = None,
         test_share: float = 0.2,
-        ratio: float = 100,
-        profile: Profile = "none",
         **settings: Any,
     ) -> None:
         folder = os.path.dirname(path) or "." if root is None else root
-        super().__init__(folder, ratio=ratio, profile=profile, **settings)
+        super().__init__(folder, **settings)
         self.files = {"train": path, "val": val_path, "test": test_path}
         self.columns = [path_column, label_column, *([split_column] if split_column else [])]
         self.path_column = path_column
@@ -80,7 +75,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
                 listed.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
         if unknown := sorted(listed.keys() - self.files.keys()):
             raise SettingError(
-                f"data.split_column is {self.columns[2]}, which has {first_few(unknown)}: write train, val or test there"
+                f"data.split_column is {self.columns[2]}, which has {first_few(unknown)}: write train, val or test"
             )
         train = self.files["train"]
         if "train" not in listed:

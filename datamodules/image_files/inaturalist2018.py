@@ -65,7 +65,7 @@ def _read_json(train: Path, val: Path) -> ImageSplits:
     for path, images in ((train, train_images), (val, _annotated(val)[1])):
         if unknown := sorted({category for _, category in images} - label_of.keys()):
             raise SettingError(
-                f"{path} has annotations of category {unknown[0]}, which {train.name} does not name: download both again"
+                f"{path} has annotations of category {unknown[0]}, which {train.name} does not name: download both"
             )
         paths, labels = [name for name, _ in images], [label_of[category] for _, category in images]
         parts.append(ListedImages.from_paths(path.name, paths, labels))

@@ -138,8 +138,8 @@ def check_classes(splits: ImageSplits) -> None:
     for same in alike.values():
         if len(same) > 1:
             rank_zero_warn(
-                f"{train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if they are "
-                "one class, give it one name"
+                f"{train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if they "
+                "are one class, give it one name"
             )
     for part in splits.parts():
         if outside := np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist():

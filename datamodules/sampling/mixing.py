@@ -35,7 +35,7 @@ class MixedBatches:
         self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
 
     def __call__(self, samples: Any, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Collate the samples with their seeds, int64 (B,), and mix: images, and class probabilities, float32 (B, C)."""
+        """Collate samples with their seeds, int64 (B,), and mix: images, and class probabilities, float32 (B, C)."""
         images, labels = self.collate((samples, seeds))
         with seeded(int(seeds[0]) ^ 1):  # not the seed that the first sample's own augmentation began with
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]

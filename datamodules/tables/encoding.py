@@ -61,10 +61,11 @@ class TableEncoder:
         gaps = {name: int(np.isnan(values).sum()) for name, values in table.numbers.items()}
         self.indicators = [name for name, count in gaps.items() if 0 < count < len(table)]
         self.names = [name for name, values in table.numbers.items() if gaps[name] < len(table) and _varies(values)]
-        numbers = np.stack([table.numbers[name] for name in self.names], axis=1) if self.names else None
-        self.medians = torch.from_numpy(np.nanmedian(numbers, axis=0)) if self.names else torch.empty(0)
+        self.medians = torch.empty(0)
         self.fitted: dict[str, Tensor] = {}
-        if numbers is not None:
+        if self.names:
+            numbers = np.stack([table.numbers[name] for name in self.names], axis=1)
+            self.medians = torch.from_numpy(np.nanmedian(numbers, axis=0))
             scaler = _transformer(scaling, len(numbers)).fit(numbers)
             arrays = {name: value for name, value in vars(scaler).items() if isinstance(value, np.ndarray)}
             self.fitted = {name: torch.from_numpy(value) for name, value in arrays.items()}
@@ -131,7 +132,7 @@ class TableEncoder:
     def unseen(self, features: Tensor) -> list[str]:
         """Columns of text with values that training did not see, and in how many rows of ``transform``'s result."""
         sizes = [len(values) for values in self.categories.values()]
-        one_hot = features[:, features.shape[1] - sum(sizes) :].split(sizes, dim=1)
+        one_hot = torch.split(features[:, features.shape[1] - sum(sizes) :], sizes, dim=1)
         rows = {name: int((part == 0).all(dim=1).sum()) for name, part in zip(self.categories, one_hot, strict=True)}
         return [f"{name} ({count} rows)" for name, count in rows.items() if count]
 

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from datamodules import AnomalyDataModule
-from datamodules.anomaly.batches import EpochRows
+from datamodules.anomaly.batches import EpochBatches
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import DATE
 from imbsam import SettingError
@@ -304,7 +304,7 @@ def test_natural_batches_are_every_row_once(digits):
 
 def test_natural_batches_go_on_when_the_rows_are_used_up():
     labels = torch.zeros(10, dtype=torch.int64)
-    rows = torch.cat(list(EpochRows(labels, "natural", 4, 6, seed=0)))
+    rows = torch.cat(list(EpochBatches(labels, "natural", 4, 6, seed=0)))
     assert len(rows) == 24
     assert sorted(rows[:10].tolist()) == sorted(rows[10:20].tolist()) == list(range(10))
 
@@ -337,7 +337,7 @@ def test_a_batch_depends_on_seed_and_epoch_only(digits, sampling):
     loader = digits.train_dataloader()
     (first, *_), (second, *_) = list(loader), list(loader)  # a new epoch without set_epoch
     assert not torch.equal(first[0], second[0])
-    rows = [list(EpochRows(digits.train_labels, sampling, 8, 3, seed)) for seed in (0, 1)]
+    rows = [list(EpochBatches(digits.train_labels, sampling, 8, 3, seed)) for seed in (0, 1)]
     assert not torch.equal(rows[0][0], rows[1][0])
 
 

@@ -53,7 +53,7 @@ def test_out_of_a_worker_it_is_still_one_line(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_in_training_the_next_readable_image_of_the_class_takes_its_place(folder, num_workers):
-    data = files(folder, corrupt_images="skip", replace=True)
+    data = files(folder, corrupt_images="skip", replace_damaged=True)
     loader = DataLoader(data, batch_size=2, num_workers=num_workers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -73,10 +73,10 @@ def test_in_training_the_next_readable_image_of_the_class_takes_its_place(folder
 
 @pytest.mark.filterwarnings("ignore:image ")
 def test_a_replacement_comes_from_the_same_part_of_the_data(folder):
-    part = files(folder, corrupt_images="skip", replace=True).select(torch.tensor([2, 0, 7, 5]))
+    part = files(folder, corrupt_images="skip", replace_damaged=True).select(torch.tensor([2, 0, 7, 5]))
     assert [int(part[i][0]) for i in range(4)] == [0, 0, 100, 100]
     assert part.labels.tolist() == [0, 0, 1, 1]
-    alone = files(folder, corrupt_images="skip", replace=True).select(torch.tensor([2, 1, 5]))
+    alone = files(folder, corrupt_images="skip", replace_damaged=True).select(torch.tensor([2, 1, 5]))
     with pytest.raises(UnreadableImage, match="class ant has no readable training image"):
         alone[0]
 
