@@ -14,7 +14,7 @@ from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
-from datamodules.sampling.stratified import validation_mask
+from datamodules.sampling.stratified import held_out_mask
 from imbsam.checks import check_choice, check_interval
 from imbsam.errors import SettingError
 
@@ -100,7 +100,8 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
         assert isinstance(test, ImageArrays)
         generator = torch.Generator().manual_seed(self.seed)
         indices, groups = self._draw(classes, generator)
-        held_out = validation_mask(groups, ["normal", "hidden anomaly", "labelled anomaly"], self.val_share, generator)
+        names = ["normal", "hidden anomaly", "labelled anomaly"]
+        held_out = held_out_mask(groups, names, generator, val_share=self.val_share)
         kept = groups[~held_out]
         self.train_features = train.images[indices[~held_out]].float() / self.white
         self._set_labels(kept == 2)

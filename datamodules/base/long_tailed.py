@@ -14,7 +14,7 @@ from datamodules.sampling.class_sampling import ClassSampling, Sampling, class_p
 from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from datamodules.sampling.mixing import MixedBatches
 from datamodules.sampling.samplers import ranks
-from datamodules.sampling.stratified import subsample, validation_mask
+from datamodules.sampling.stratified import held_out_mask, subsample
 from imbsam.checks import check_choice, check_interval, check_whole_numbers
 from imbsam.errors import SettingError
 
@@ -152,7 +152,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
                 counts = counts[torch.randperm(num_classes, generator=generator)]
             kept = subsample(labels, counts, generator)
         self.kept_samples = kept
-        held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
+        held_out = held_out_mask(labels[kept], self.class_names, generator, val_share=self.val_share)
         self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out], training=False)
         self._train = self.select(train, kept[~held_out], training=True)
         self._train_labels = labels[kept[~held_out]]

@@ -13,7 +13,7 @@ from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
-from datamodules.image_arrays.packed_images import PackedImages, read_packed
+from datamodules.image_arrays.packed_images import read_packed
 from datamodules.image_files.dataset import ImageFiles, ReadableImages
 from datamodules.image_files.images_to_predict import images_to_predict
 from datamodules.sampling.loaders import EvalLoader, eval_loader
@@ -63,22 +63,20 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         if self.root.suffix != ".npz" and not self.only_predicts:
             fetch_cifar(self.root, self.source)
 
-    def load_datasets(self) -> tuple[ImageArrays | PackedImages, Tensor, ImageArrays]:
+    def load_datasets(self) -> tuple[ImageArrays, Tensor, ImageArrays]:
         """Read the files, whatever their checksums, and set ``class_names``.
 
         Raises:
             SettingError: A file is missing or damaged.
         """
-        if self.root.suffix != ".npz":
-            whole, test, self.class_names = read_cifar(self.root, self.source)
-            return whole, whole.labels, test
-        packed, test, self.class_names = read_packed(self.root)
-        if len(self.class_names) != self.num_classes:
+        packed = self.root.suffix == ".npz"
+        train, test, self.class_names = read_packed(self.root) if packed else read_cifar(self.root, self.source)
+        if packed and len(self.class_names) != self.num_classes:
             raise SettingError(
                 f"data.root is {self.root}, which has {len(self.class_names)} classes, and {self.source.__name__} has "
                 f"{self.num_classes}: give a file packed from {self.source.__name__}"
             )
-        return packed, packed.labels, test
+        return train, train.labels, test
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict`` with their paths, or the test images again."""

@@ -38,7 +38,8 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image, uint8 (C, H, W), and its label, int64 ()."""
-        return self.images[index], self.labels[index]
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,)."""

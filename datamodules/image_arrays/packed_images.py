@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from imbsam.errors import SettingError
 
 
-class PackedImages(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of N images, M of which are present; like :class:`ImageArrays` for those.
+class PackedImages(ImageArrays):
+    """A data set of N images, M of which are present.
 
     It keeps the labels of all N images, so that the same seed draws the same samples from it as from the whole set.
 
@@ -29,15 +28,6 @@ class PackedImages(Dataset[tuple[Tensor, Tensor]]):
         self.labels = labels
         self.position = torch.full_like(labels, -1)
         self.position[indices] = torch.arange(len(indices))
-
-    def __len__(self) -> int:
-        """Number of images N of the whole set."""
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One image, uint8 (C, H, W), and its label, int64 ()."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,).
@@ -68,7 +58,7 @@ def pack_images(path: Path, data: LongTailedDataModule) -> None:
     data.setup()
     indices = data.kept_samples
     train, _, test = data.load_datasets()
-    if not isinstance(train, ImageArrays) or not isinstance(test, ImageArrays):
+    if type(train) is not ImageArrays or type(test) is not ImageArrays:
         raise SettingError(f"data is a {type(data).__name__}: give one whose images are arrays in memory")
     np.savez_compressed(
         path,

@@ -73,28 +73,14 @@ def _read_json(train: Path, val: Path) -> ImageSplits:
 
 
 def _annotated(path: Path) -> tuple[dict[int, str], list[tuple[str, int]]]:
-    """Names of the categories by id, and the images in the file's order with their categories.
-
-    Parsing cuts each object down to the two fields that are needed: a file of this size, 104 MB, then takes 250 MB at
-    its peak instead of 470.
-    """
+    """Names of the categories by id, and the images in the file's order with their categories."""
     try:
-        with path.open(encoding="utf-8") as file:
-            content = json.load(file, object_hook=_two_fields)
-        category_of = dict(content["annotations"])
-        images = [(name, category_of[number]) for number, name in content["images"]]
-        categories = {number: str(name) for number, name in content["categories"]}
+        content = json.loads(path.read_bytes())
+        category_of = {annotation["image_id"]: annotation["category_id"] for annotation in content["annotations"]}
+        images = [(image["file_name"], category_of[image["id"]]) for image in content["images"]]
+        return {category["id"]: str(category["name"]) for category in content["categories"]}, images
     except (ValueError, KeyError, TypeError) as error:
         raise SettingError(
             f"{path} is no COCO-style file of images, annotations and categories ({type(error).__name__}: {error}): "
             "download it again"
         ) from error
-    return categories, images
-
-
-def _two_fields(entry: dict[str, Any]) -> Any:
-    """(image, category) of an annotation, (id, path) of an image, (id, name) of a category."""
-    for fields in (("image_id", "category_id"), ("id", "file_name"), ("id", "name")):
-        if entry.keys() >= set(fields):
-            return tuple(entry[field] for field in fields)
-    return entry

@@ -2,7 +2,6 @@
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.sampling.stratified import held_out_counts, subsample
+from datamodules.sampling.stratified import held_out_mask
 from imbsam.checks import check_interval
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
@@ -166,27 +165,18 @@ def check_classes(splits: ImageSplits) -> None:
 def hold_out_test(
     images: ListedImages, class_names: Sequence[str], test_share: float
 ) -> tuple[ListedImages, ListedImages]:
-    """Split off a test part, the same share of every class and the same images whatever the seed of a run.
+    """Split off a test part, the same share in (0, 1) of every class and the same images whatever the seed of a run.
 
-    A class with at least two images has at least one on either side; a single image is for training.
-
-    Args:
-        images: All images.
-        class_names: Names of the classes.
-        test_share: Share of each class, in (0, 1).
+    See :func:`~datamodules.sampling.stratified.held_out_mask`.
 
     Returns:
         Training and test images.
 
     Raises:
-        SettingError: ``test_share`` is outside (0, 1).
+        SettingError: ``test_share`` is out of range.
     """
     check_interval("(0, 1)", test_share=test_share)
-    counts = torch.bincount(images.labels, minlength=len(class_names))
-    if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
-        warnings.warn(f"no test image for classes with a single image: {first_few(single)}.", stacklevel=2)
-    test = torch.zeros(len(images), dtype=torch.bool)
-    test[subsample(images.labels, held_out_counts(counts, test_share), torch.Generator().manual_seed(0))] = True
+    test = held_out_mask(images.labels, class_names, torch.Generator().manual_seed(0), test_share=test_share)
     return images.take(~test), images.take(test)
 
 

@@ -18,8 +18,6 @@ SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 DATES_TO_NUMBERS = "make numbers of them, such as days since an event, the weekday or the hour"
 
-YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
-
 
 @dataclass(frozen=True)
 class Table:
@@ -54,10 +52,10 @@ class Table:
         """Raise one :class:`SettingError` on all columns that cannot be used, if any, with the setting to drop them."""
         if reasons:
             columns = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
-            names = ",".join(map(_yaml, (*self.dropped, *reasons)))
+            names = json.dumps([*self.dropped, *reasons], ensure_ascii=False)
             them = "it" if len(reasons) == 1 else "them"
             raise SettingError(
-                f"{self.source}: {columns}; fix {them}, or leave {them} out: --data.drop_columns '[{names}]'"
+                f"{self.source}: {columns}; fix {them}, or leave {them} out: --data.drop_columns '{names}'"
             )
 
 
@@ -232,8 +230,3 @@ def _finite(values: Any) -> Any:
             "there, or nothing where the value is missing"
         )
     return values
-
-
-def _yaml(name: str) -> str:
-    """A name as the command line's YAML reads it back."""
-    return name if name.isidentifier() and name.lower() not in YAML_WORDS else json.dumps(name)
