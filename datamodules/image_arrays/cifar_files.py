@@ -77,7 +77,7 @@ def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArr
             images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
             parts.append(ImageArrays(images, labels))
     except Exception as error:  # a damaged pickle may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         damage = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
         raise SettingError(
             f"data.root is {root}, where {source.base_folder}/{file} {damage}: delete that folder and run again to "

@@ -32,9 +32,9 @@ def test_reads_lines_of_path_and_label(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.jpg 0\na.jpg\n", "line 2: 'a.jpg' is not a path and a label from 0"),
-        ("a.jpg -1\n", "line 1: 'a.jpg -1'"),
-        ("a.jpg 1.0\n", "line 1: 'a.jpg 1.0'"),
+        ("a.jpg 0\na.jpg\n", "line 2 is 'a.jpg': write a path and a label from 0"),
+        ("a.jpg -1\n", "line 1 is 'a.jpg -1'"),
+        ("a.jpg 1.0\n", "line 1 is 'a.jpg 1.0'"),
         ("\n\n", "lists no image"),
     ],
 )
@@ -46,7 +46,7 @@ def test_says_which_line_is_wrong(tmp_path, text, message):
 
 def test_a_gap_in_the_labels_is_named():
     train = listed(("a", 0), ("b", 1), ("c", 3))
-    with pytest.raises(SettingError, match=r"train.txt has no image of class 2: add some, .* without a gap"):
+    with pytest.raises(SettingError, match=r"train.txt has no image of class 2: add some, .* without gaps"):
         check_classes(ImageSplits(folder_names(train), train, train))
     with pytest.raises(SettingError, match=r"no image of class 2 \(cat\)"):
         check_classes(ImageSplits(["ant", "bee", "cat", "dog"], train, train))
@@ -67,7 +67,7 @@ def test_classes_are_named_after_folders_where_these_are_one_to_one():
 def test_the_test_part_is_the_same_share_of_every_class():
     counts = torch.tensor([50, 10, 2, 1])
     images = listed(*((str(i), label) for i, label in enumerate(torch.arange(4).repeat_interleave(counts).tolist())))
-    with pytest.warns(UserWarning, match="no test image for the classes with a single image: dog"):
+    with pytest.warns(UserWarning, match="classes with a single sample: dog"):
         train, test = hold_out_test(images, ["ant", "bee", "cat", "dog"], 0.2)
     assert torch.bincount(test.labels, minlength=4).tolist() == [10, 2, 1, 0]
     assert sorted(texts(train) + texts(test), key=int) == texts(images)
@@ -75,12 +75,12 @@ def test_the_test_part_is_the_same_share_of_every_class():
     with pytest.warns(UserWarning, match="dog"):
         assert texts(hold_out_test(images, ["ant", "bee", "cat", "dog"], 0.2)[1]) == texts(test)
     for share in (0, 1):
-        with pytest.raises(SettingError, match=rf"test_share={share} is outside \(0, 1\)"):
+        with pytest.raises(SettingError, match=rf"test_share is {share}: give a number in \(0, 1\)"):
             hold_out_test(images, ["ant", "bee", "cat", "dog"], share)
 
 
 def test_a_duplicate_path_is_kept_once():
-    with pytest.warns(UserWarning, match=r"train.txt names 2 images more than once, such as a.jpg: each is kept once"):
+    with pytest.warns(UserWarning, match=r"train.txt lists 2 images more than once, such as a.jpg: each is kept once"):
         images = listed(("a.jpg", 0), ("b.jpg", 1), ("./a.jpg", 0), ("b.jpg", 1))
     assert (texts(images), images.labels.tolist()) == (["a.jpg", "b.jpg"], [0, 1])
 
@@ -104,5 +104,5 @@ def test_names_that_look_alike_are_warned_of(names):
 
 def test_a_single_class_is_refused():
     train = listed(("a.jpg", 0), ("b.jpg", 0))
-    with pytest.raises(SettingError, match=r"train.txt has a single class, ant: there is nothing to tell apart"):
+    with pytest.raises(SettingError, match=r"train.txt has a single class, ant, and a classifier needs two"):
         check_classes(ImageSplits(["ant"], train, train))

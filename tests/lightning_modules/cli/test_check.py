@@ -45,4 +45,4 @@ def test_tables_of_anomalies_too(imbsam):
 
 def test_what_a_training_would_refuse_is_one_line(imbsam, tmp_path):
     code, _, err = imbsam("check", "--config=configs/image_folder/imbsam.yaml", "--data.root=nowhere")
-    assert (code, "root='nowhere' is no folder" in err) == (2, True)
+    assert (code, "data.root is nowhere, which is no folder" in err) == (2, True)
