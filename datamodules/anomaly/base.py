@@ -6,14 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.anomaly.batches import (
-    BatchLoader,
-    EpochBatches,
-    Sampling,
-    TrainBatchLoader,
-    in_order,
-    validation_draws,
-)
+from datamodules.anomaly.batches import BatchLoader, EpochBatches, Sampling, TrainBatchLoader, in_order
 from datamodules.base.data_module import RecordedDataModule
 from imbsam.checks import check_choice, check_interval, check_whole_numbers
 
@@ -96,8 +89,11 @@ class SemiSupervisedDataModule(RecordedDataModule, ABC):
         features, labels, known = self._val
         loaders = [in_order(features, labels, self.eval_batch_size)]
         if known.any():
-            draws = validation_draws(known, self.sampling, self.eval_batch_size, self.seed)
-            loaders.append(BatchLoader(features, known, draws))
+            natural = self.sampling == "natural"  # every sample once; the others draw 2 N samples, or pairs
+            draws = len(known) if natural else max(4, 2 * len(known))
+            size = min(self.eval_batch_size, draws)
+            batches = EpochBatches(known, self.sampling, size, None if natural else -(-draws // size), self.seed)
+            loaders.append(BatchLoader(features, known, tuple(batches)))
         return loaders
 
     def test_dataloader(self) -> BatchLoader:

@@ -135,22 +135,3 @@ class TrainBatchLoader(ResumableLoader, BatchLoader):
 def in_order(features: Tensor, labels: Tensor | None, batch_size: int) -> BatchLoader:
     """Batches in the order of the samples."""
     return BatchLoader(features, labels, torch.split(torch.arange(len(features)), batch_size))
-
-
-def validation_draws(labels: Tensor, sampling: Sampling, batch_size: int, seed: int) -> tuple[Tensor, ...]:
-    """Batches of a validation part drawn as in training, once and for all, so that the losses of epochs compare.
-
-    Args:
-        labels: 0 for unlabelled samples, 1 for labelled anomalies, int64 (N,).
-        sampling: How the samples are drawn: ``natural`` is every one once, the others draw 2 N samples, or pairs.
-        batch_size: Most samples, or pairs, in a batch.
-        seed: Seed of the draws.
-
-    Returns:
-        The batches' indices, int64 (B,), or (B, 2) for pairs.
-    """
-    if sampling == "natural":
-        return tuple(EpochBatches(labels, sampling, batch_size, None, seed))
-    draws = max(4, 2 * len(labels))
-    size = min(batch_size, draws)
-    return tuple(EpochBatches(labels, sampling, size, -(-draws // size), seed))

@@ -4,8 +4,6 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from datamodules.tables.reading import cell_text, check_table_file, read_parquet
 from datamodules.tables.separators import open_text, text_format
 from imbsam.errors import SettingError
@@ -34,16 +32,13 @@ def read_columns(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
 
 def _csv_rows(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
     try:
-        written = text_format(path)
+        separator = text_format(path).separator
         with open_text(path) as file:
-            reader = csv.DictReader(file, delimiter=written.separator, skipinitialspace=True)
+            reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
             _check_columns(path, columns, reader.fieldnames or [])
-            rows = [tuple((row[name] or "").strip() for name in columns) for row in reader]
+            return [tuple((row[name] or "").strip() for name in columns) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is no CSV file in UTF-8 ({error}): save it as one") from error
-    if written.notice:
-        rank_zero_info(f"{path}: {written.notice}")
-    return rows
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> list[tuple[str, ...]]:

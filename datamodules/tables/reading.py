@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.tables.separators import text_format
 from imbsam.errors import SettingError
@@ -163,12 +162,9 @@ def _read_frame(path: Path) -> dict[str, Any]:
         with _one_line_errors(path):
             import pandas
 
-            written = text_format(path)
-            separators = {"sep": written.separator, "decimal": written.decimal}
-            frame = pandas.read_csv(path, **separators, low_memory=False, encoding="utf-8-sig", index_col=False)
-        if written.notice:
-            rank_zero_info(f"{path.name}: {written.notice}")
-        header = written.header
+            separator, decimal, header = text_format(path)
+            options = {"low_memory": False, "encoding": "utf-8-sig", "index_col": False}
+            frame = pandas.read_csv(path, sep=separator, decimal=decimal, **options)
         if header[:1] == [""]:  # the row numbers that pandas writes beside a frame
             frame = frame.iloc[:, 1:]
     if twice := sorted({name for name in header if header.count(name) > 1}):

@@ -3,10 +3,11 @@
 import csv
 import gzip
 import re
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
@@ -16,27 +17,12 @@ _SAMPLE = 1000
 _DECIMAL = re.compile(r"[+-]?\d+([.,])\d+")
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How a file's columns and numbers are written.
-
-    Attributes:
-        separator: A comma, a semicolon or a tab.
-        decimal: A decimal point, or a decimal comma, which a comma as separator rules out.
-        header: Names of the columns.
-    """
+class TextFormat(NamedTuple):
+    """The separator of a file's columns, its decimal point or comma, and the names of its columns."""
 
     separator: str
     decimal: str
     header: list[str]
-
-    @property
-    def notice(self) -> str | None:
-        """What was detected, if it is not the usual."""
-        if self.separator == ",":
-            return None
-        decimals = " and has decimal commas" if self.decimal == "," else ""
-        return f"the file is separated by {SEPARATORS[self.separator]}{decimals}"
 
 
 def open_text(path: Path) -> IO[str]:
@@ -48,6 +34,8 @@ def open_text(path: Path) -> IO[str]:
 def text_format(path: Path) -> TextFormat:
     """Detect how a CSV file with a header is written: the separator makes the most columns, as many in every line.
 
+    A message says so if it is not a comma.
+
     Raises:
         UnicodeDecodeError, OSError: It is no such file.
     """
@@ -58,6 +46,9 @@ def text_format(path: Path) -> TextFormat:
     rows = read[separator]
     decimals = [match[1] for row in rows[1:] for cell in row if (match := _DECIMAL.fullmatch(cell.strip()))]
     comma = separator != "," and 2 * decimals.count(",") > len(decimals)
+    if separator != ",":
+        decimal = " and has decimal commas" if comma else ""
+        rank_zero_info(f"{path.name}: the file is separated by {SEPARATORS[separator]}{decimal}")
     return TextFormat(separator, "," if comma else ".", rows[0] if rows else [])
 
 
