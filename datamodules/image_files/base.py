@@ -36,7 +36,6 @@ class ImageFilesDataModule(LongTailedDataModule):
         color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
         corrupt_images: What a damaged image does: fail, or skip (warn, train on another image of its class in its
             place, and evaluate without it).
-        batch_size: Images in a training batch.
         eval_batch_size: Images in a validation, test or prediction batch.
         predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
             file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. The
@@ -66,7 +65,6 @@ class ImageFilesDataModule(LongTailedDataModule):
         augment: Augment = "standard",
         color_jitter: float = 0.0,
         corrupt_images: CorruptImages = "fail",
-        batch_size: int = 128,
         eval_batch_size: int = 128,
         predict: Sequence[str] | str | Path | None = None,
         num_workers: int | None = None,
@@ -76,7 +74,6 @@ class ImageFilesDataModule(LongTailedDataModule):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         super().__init__(
             profile=profile,
-            batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=min(8, cores) if num_workers is None else num_workers,
             **settings,
