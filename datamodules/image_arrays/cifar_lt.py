@@ -1,6 +1,5 @@
 """CIFAR-10-LT and CIFAR-100-LT."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ class CIFAR10LTDataModule(LongTailedDataModule):
     """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
-        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing. Or a packed
-            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
+        root: Folder that holds ``cifar-10-batches-py`` (CIFAR-100: ``cifar-100-python``), torchvision's layout;
+            downloaded there if missing. Or a packed file, ``.npz``, with the images of one long-tailed split
+            (``scripts/reproduce.py pack`` makes it).
         augment: Pad each training image with 4 black pixels and crop it at random, and flip half of them left to right.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
@@ -45,7 +45,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self,
         root: str | Path = "data",
         augment: bool = True,
-        predict: Sequence[str] | str | Path | None = None,
+        predict: list[str] | str | Path | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -93,7 +93,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
 class CIFAR100LTDataModule(CIFAR10LTDataModule):
     """CIFAR-100, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
-    The settings are those of :class:`CIFAR10LTDataModule`; ``root`` holds ``cifar-100-python``.
+    The settings are those of :class:`CIFAR10LTDataModule`.
     """
 
     source = CIFAR100

@@ -2,7 +2,6 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +65,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         color_jitter: float = 0.0,
         corrupt_images: CorruptImages = "fail",
         eval_batch_size: int = 128,
-        predict: Sequence[str] | str | Path | None = None,
+        predict: list[str] | str | Path | None = None,
         num_workers: int | None = None,
         profile: Profile = "none",
         **settings: Any,

@@ -575,7 +575,7 @@ REFUSED = {
             )
         ),
         {"drop_columns": ["hour"]},
-        "--data.drop_columns '[\"hour\", \"amount\", \"transaction id\", \"date\"]'",
+        '--data.drop_columns \'["hour", "amount", "transaction id", "date"]\'',
     ),
     "infinite": (
         broken(_infinite),

@@ -87,7 +87,9 @@ def test_a_file_that_cannot_be_read_is_one_line(spoil, cifar10_root, tmp_path):
         np.savez(path, train_images=np.array([{}], dtype=object))
     data = CIFAR10LTDataModule(path)
     data.prepare_data()
-    with pytest.raises(SettingError, match=r"data\.root is .*, which cannot be read \(.*\): make the file again") as caught:
+    with pytest.raises(
+        SettingError, match=r"data\.root is .*, which cannot be read \(.*\): make the file again"
+    ) as caught:
         data.setup()
     assert "\n" not in str(caught.value)
 

@@ -44,9 +44,7 @@ def test_a_damaged_image_is_named_and_fatal(folder, index, reason):
 
 def test_out_of_a_worker_it_is_still_one_line(folder):
     loader = DataLoader(files(folder), num_workers=1, batch_size=2)
-    with pytest.raises(
-        SettingError, match=rf"^image {folder}/1.jpg is corrupt: the file is empty: .*skip$"
-    ) as caught:
+    with pytest.raises(SettingError, match=rf"^image {folder}/1.jpg is corrupt: the file is empty: .*skip$") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
 

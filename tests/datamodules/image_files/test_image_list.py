@@ -15,7 +15,9 @@ def test_a_column_tells_the_parts_apart(image_list):
     assert (data.class_names, data.class_counts.tolist()) == (["ant", "bee", "cat", "dog"], [120, 30, 5, 3])
     assert [len(part) for part in (data._train, data._val, data._test)] == [158, 8, 12]
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 8
-    with pytest.raises(SettingError, match=r"val_share is 0\.1, but ImageListLTDataModule has validation samples of its own"):
+    with pytest.raises(
+        SettingError, match=r"val_share is 0\.1, but ImageListLTDataModule has validation samples of its own"
+    ):
         ImageListLTDataModule(image_list, split_column="split", val_share=0.1).prepare_data()
 
 
@@ -104,5 +106,7 @@ def test_numbers_with_leading_zeros_are_names(tmp_path):
 def test_two_lists_of_test_images(tmp_path):
     path = table(tmp_path / "list.csv", [("a.jpg", "x", "train"), ("b.jpg", "x", "test")], ("path", "label", "split"))
     test = table(tmp_path / "test.csv", [("c.jpg", "x")])
-    with pytest.raises(SettingError, match=r"split_column is split, which has test images, and data.test_path=.*test.csv lists"):
+    with pytest.raises(
+        SettingError, match=r"split_column is split, which has test images, and data.test_path=.*test.csv lists"
+    ):
         ImageListLTDataModule(path, split_column="split", test_path=test).prepare_data()

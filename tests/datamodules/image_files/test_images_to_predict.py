@@ -68,5 +68,5 @@ def test_nothing_else_is_read(image_folder_root):
     loader = data.predict_dataloader()
     assert loader.num_workers == 0  # a single batch is not worth starting processes for
     assert sum(len(paths) for _, _, paths in loader) == 12
-    with pytest.raises(SettingError, match="data.root is gone, which is no folder"):
+    with pytest.raises(SettingError, match=r"data\.root is gone, which is no folder"):
         data.setup("fit")

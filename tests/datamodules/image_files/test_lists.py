@@ -7,8 +7,8 @@ from datamodules.image_files.lists import (
     ImageSplits,
     ListedImages,
     check_classes,
-    hold_out_test,
     folder_names,
+    hold_out_test,
     read_txt,
 )
 from imbsam import SettingError

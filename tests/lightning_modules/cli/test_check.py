@@ -31,7 +31,7 @@ def test_every_file_that_cannot_be_read_is_named(imbsam, tmp_path, image_folder_
         assert code == 2
         assert "ant" in out  # the table all the same
         assert f"{bad[0]}: the file is empty" in out
-        assert f"{bad[1]}: the file is no image" in out
+        assert f"{bad[1]}: the file is not an image" in out
         assert f"{bad[2]}: " in out
         assert err.splitlines()[-1].startswith("imbsam: error: 3 files cannot be read: ")
 
