@@ -45,25 +45,22 @@ class ImageFolderLTDataModule(ImageFilesDataModule):
         Raises:
             SettingError: A folder is missing, a class has no image, or links form a loop.
         """
-        assert self.only_predicts or self.splits
+        _ = self.only_predicts or self.splits
 
     def read_splits(self) -> ImageSplits:
         """Find the images of every class."""
         if not self.root.is_dir():
             raise SettingError(f"data.root is {self.root}, which is no folder: give one that holds a folder a class")
         there = [part for part in PARTS if (self.root / part).is_dir()]
-        if "train" not in there:
-            if there:
-                raise SettingError(f"data.root is {self.root}, which has {' and '.join(there)} but no train: add it")
-            names = _classes(self.root)
-            return ImageSplits(names, *hold_out_test(_find(self.root, "", names), names, self.test_share))
-        if unread := sorted(set(_classes(self.root)) - set(PARTS)):
+        if there and "train" not in there:
+            raise SettingError(f"data.root is {self.root}, which has {' and '.join(there)} but no train: add it")
+        if there and (unread := sorted(set(_classes(self.root)) - set(PARTS))):
             rank_zero_warn(
                 f"data.root is {self.root}, which has a folder train, so only train, val and test are read, not "
                 f"{first_few(unread)}."
             )
-        names = _classes(self.root / "train")
-        parts = {part: _find(self.root, part, names) for part in there}
+        names = _classes(self.root / "train" if there else self.root)
+        parts = {part or "train": _find(self.root, part, names) for part in there or [""]}
         if "test" not in parts:
             parts["train"], parts["test"] = hold_out_test(parts["train"], names, self.test_share)
         return ImageSplits(names, **parts)

@@ -232,6 +232,7 @@ def test_settings_are_logged_and_come_back_with_the_checkpoint(tmp_path):
     assert (again.ratio, again.seed, again.batch_size) == (20, 3, 8)
     assert "ratio: 20" in next(tmp_path.rglob("hparams.yaml")).read_text()
     assert CIFAR100LTDataModule(Path("sets")).hparams["root"] == "sets"  # weights_only refuses a Path
+    assert CIFAR100LTDataModule(predict=[Path("a.jpg")]).hparams_initial["predict"] == ["a.jpg"]
 
 
 def command_line(*arguments, data=None):
