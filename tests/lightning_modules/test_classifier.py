@@ -395,7 +395,7 @@ def test_channels_last_takes_the_same_steps(tmp_path):
         torch.testing.assert_close(parameter, plain.backbone.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
-def test_a_balanced_sampler_beside_eta_is_warned_of(tmp_path):
+def test_balanced_sampling_with_eta_warns(tmp_path):
     sampled = DigitsLTDataModule(sampling="class_balanced")
     with pytest.warns(UserWarning, match=r"data\.sampling is class_balanced.*% of the training samples and 50\.0 %"):
         fit(tmp_path, sampled, {"max_epochs": 1}, optimizer=sgd)

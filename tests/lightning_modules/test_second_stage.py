@@ -218,7 +218,7 @@ def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
         trainer(tmp_path).fit(SecondStageClassifier(str(first[1])), datamodule=data(), ckpt_path=first[1])
 
 
-def test_a_sampler_that_does_not_balance_is_warned_of(tmp_path, first):
+def test_sampling_that_does_not_balance_warns(tmp_path, first):
     natural, balanced = data(), data()
     natural.sampling, balanced.sampling = "instance_balanced", "class_balanced"
     with pytest.warns(UserWarning, match="data.sampling is instance_balanced: .* set data.sampling to class_balanced"):

@@ -105,7 +105,7 @@ def test_an_image_depends_on_its_seed_alone():
     whole = transform((images, labels), seeds=drawn)[0]
     assert torch.equal(torch.get_rng_state(), state)
     parts = [
-        transform((images[rows], labels[rows]), seeds=drawn[rows])[0] for rows in (slice(0, 32, 2), slice(1, 32, 2))
+        transform((images[part], labels[part]), seeds=drawn[part])[0] for part in (slice(0, 32, 2), slice(1, 32, 2))
     ]
     assert torch.equal(whole, torch.stack(parts, dim=1).flatten(0, 1))
     assert not torch.equal(whole, transform((images, labels), seeds=drawn + 1)[0])

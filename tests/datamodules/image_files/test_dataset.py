@@ -80,7 +80,7 @@ def test_a_replacement_comes_from_the_same_part_of_the_data(folder):
 
 
 @pytest.mark.filterwarnings("ignore:image ")
-def test_in_evaluation_its_row_is_left_out(folder):
+def test_in_evaluation_it_is_left_out(folder):
     data = files(folder, corrupt_images="skip", with_paths=True)
     batches = list(DataLoader(data, batch_size=3, collate_fn=ReadableImages(16, with_paths=True)))
     assert [batch[1].tolist() for batch in batches] == [[0], [0, 0, 1], [1]]

@@ -95,12 +95,13 @@ def test_workers_draw_the_same():
     dataset = torch.utils.data.TensorDataset(torch.arange(SIZE))
     order = ClassSampling(SHUFFLED, "square_root")
     with_workers, without = (
-        torch.cat([rows for (rows,) in train_loader(dataset, 32, num_workers=n, seed=0, order=order)]) for n in (2, 0)
+        torch.cat([indices for (indices,) in train_loader(dataset, 32, num_workers=n, seed=0, order=order)])
+        for n in (2, 0)
     )
     assert torch.equal(with_workers, without)
 
 
-def test_errors_name_the_setting_and_the_mend():
+def test_errors_name_the_setting_and_the_fix():
     with pytest.raises(SettingError, match="sampling is 'balanced': choose one of instance_balanced, class_bal"):
         DigitsLTDataModule(sampling="balanced")
     data = DigitsLTDataModule(sampling="progressively_balanced")
