@@ -119,7 +119,7 @@ class DeferredReweighting(_ByEpoch):
     """
 
     def __init__(self, beta: float = 0.9999, start_epoch: int = 0) -> None:
-        check_beta("beta", beta)
+        check_beta(beta)
         if start_epoch < 0:
             raise SettingError(f"start_epoch is {start_epoch}: give a number from 0")
         self.beta, self.start_epoch = beta, start_epoch

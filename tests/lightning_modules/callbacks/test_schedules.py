@@ -166,7 +166,7 @@ def test_only_every_third_step_is_perturbed(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: DeferredReweighting(1.0), r"beta=1.0 is outside \[0, 1\)"),
+        (lambda: DeferredReweighting(1.0), "beta is 1.0: give a number from 0 below 1"),
         (lambda: DeferredReweighting(0.9, start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(shape="step"), "shape is 'step'"),
@@ -186,7 +186,7 @@ def test_schedules_that_cannot_work(settings, message):
             {"callbacks": (RhoSchedule(end=0.1),), "trainer": {"max_epochs": -1, "max_steps": 3}},
             "trainer.max_epochs -1",
         ),
-        ({"loss": partial(Focal, gamma=-1)}, "gamma=-1"),
+        ({"loss": partial(Focal, gamma=-1)}, "gamma is -1"),
         ({"loss": partial(Focal, tau=1)}, "loss is Focal: .*tau"),
     ],
 )
