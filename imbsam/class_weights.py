@@ -15,7 +15,7 @@ __all__ = ["effective_number_weights", "with_tail_weight"]
 def check_beta(beta: float) -> None:
     """Refuse a beta outside [0, 1)."""
     if not 0 <= beta < 1:
-        raise SettingError(f"beta is {beta}: give a number from 0 below 1 (0.9999 is usual, 0 weighs every class alike)")
+        raise SettingError(f"beta is {beta}: give a number from 0 below 1 (0.9999 is usual)")
 
 
 def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
