@@ -7,9 +7,10 @@ the group's samples in batches small enough for one backward pass. The loss is t
     L(w) = \frac1N \sum_i l_i(w),
 
 so its value does not depend on how the samples are batched. While a function runs the module is in evaluation mode
-(BatchNorm uses its running statistics: the deployed function is measured). Afterwards, and after an exception or Ctrl-C,
-its weights are bit-identical, and its modes, buffers, ``.grad`` and torch's default generators are restored. Random
-draws come from ``seed`` alone, on the CPU, so that they are the same on every device; frozen parameters do not move.
+(BatchNorm uses its running statistics: the deployed function is measured). Afterwards, and after an exception or
+Ctrl-C, its weights are bit-identical, and its modes, buffers, ``.grad`` and torch's default generators are restored.
+Random draws come from ``seed`` alone, on the CPU, so that they are the same on every device; frozen parameters do not
+move.
 """
 
 import math
@@ -101,7 +102,9 @@ def worst_case_rise(
     net it is a lower bound.
 
     Args:
-        module, losses, batches: as for :func:`mean_loss`.
+        module: as for :func:`mean_loss`.
+        losses: as for :func:`mean_loss`.
+        batches: as for :func:`mean_loss`.
         rho: radius of the ball, from 0.
         steps: further steps after SAM's.
         adaptive: the ball is ||e / w|| <= rho instead (ASAM, Kwon et al., ICML 2021), which does not change when two
@@ -152,7 +155,9 @@ def average_rise(
     \mathrm{tr} H`.
 
     Args:
-        module, losses, batches: as for :func:`mean_loss`.
+        module: as for :func:`mean_loss`.
+        losses: as for :func:`mean_loss`.
+        batches: as for :func:`mean_loss`.
         sigma: standard deviation of the noise, from 0.
         directions: number of random directions, at least 1.
         adaptive: noise in proportion to each weight's size instead: e = sigma ||w|| (w z) / ||w z||.
@@ -196,7 +201,9 @@ def top_eigenvalue(
     weights' size in main memory.
 
     Args:
-        module, losses, batches: as for :func:`mean_loss`; the module must be twice differentiable.
+        module: as for :func:`mean_loss`; it must be twice differentiable.
+        losses: as for :func:`mean_loss`.
+        batches: as for :func:`mean_loss`.
         tolerance: relative accuracy of the eigenvalue, from 0 (machine precision).
         seed: seed of the first vector.
 
@@ -242,7 +249,9 @@ def hessian_trace(
         \mathrm{tr} H \approx \frac1m \sum_k z_k^\top H z_k, \qquad z_k \in \{-1, 1\}^d \text{ at random}
 
     Args:
-        module, losses, batches: as for :func:`top_eigenvalue`.
+        module: as for :func:`top_eigenvalue`.
+        losses: as for :func:`mean_loss`.
+        batches: as for :func:`mean_loss`.
         probes: number m of random vectors, at least 1; each costs one Hessian-vector product.
         seed: seed of the vectors.
 
@@ -283,7 +292,9 @@ def loss_slice(
     move. So a step of 1 is as long as the weights themselves, and slices of two networks can be compared.
 
     Args:
-        module, losses, batches: as for :func:`mean_loss`.
+        module: as for :func:`mean_loss`.
+        losses: as for :func:`mean_loss`.
+        batches: as for :func:`mean_loss`.
         dimensions: 1 or 2.
         span: the slice goes from -span to span, above 0.
         points: points in each dimension, at least 2; an odd number has w itself in the middle.
@@ -353,7 +364,9 @@ class SharpnessMeasures:
         """Measure one after another, so that a caller can show how far it is.
 
         Args:
-            module, losses, batches: as for :func:`mean_loss`.
+            module: as for :func:`mean_loss`.
+            losses: as for :func:`mean_loss`.
+            batches: as for :func:`mean_loss`.
 
         Yields:
             The name of each of :data:`MEASURES` and its estimate.
