@@ -1,7 +1,6 @@
 """scikit-learn estimators for tables with a rare class: a small network trained by the backward pass of `imbsam`."""
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from imbsam import deep_sad
-from imbsam.checks import check_whole_numbers
+from imbsam.checks import check_numbers, check_whole_numbers
 from imbsam.class_groups import tail_mask
 from imbsam.errors import SettingError
 from imbsam.losses import CrossEntropy, LogitAdjusted
@@ -29,7 +28,7 @@ Method = Literal["sgd", "sam", "imbsam"]
 Array = NDArray[Any]
 
 MIN_ROWS = 5
-"""Fewer rows are refused: nothing can be learned of them, and a slip in slicing is the likelier reason."""
+"""Fewer rows are refused: nothing can be learned from them, and a slip in slicing is the likelier reason."""
 
 PREDICTION_ROWS = 65536
 """Rows predicted at once, so that a long table needs little memory."""
@@ -51,33 +50,33 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
                 f"X holds text ({where}): encode it first, for example by OneHotEncoder in a ColumnTransformer"
             ) from error
 
-    def _check_settings(self) -> None:
-        """Refuse what cannot work; at fit, since scikit-learn sets parameters one by one."""
+    def _check_settings(self) -> list[int]:
+        """The layers' widths; refuses what cannot work, at fit, since scikit-learn sets parameters one by one."""
         _one_of("method", self.method, "sgd", "sam", "imbsam")
-        for name in ("max_epochs", "batch_size"):
-            check_whole_numbers(**{name: getattr(self, name)})
-        for name, least in (("learning_rate", "above 0"), ("weight_decay", "from 0")):
-            value = getattr(self, name)
-            if not (_finite(value) and (value > 0 if least == "above 0" else value >= 0)):
-                raise SettingError(f"{name} is {value!r}: give a finite number {least}")
+        check_numbers(above=True, learning_rate=self.learning_rate)
+        check_numbers(weight_decay=self.weight_decay)
+        if isinstance(self.hidden_layer_sizes, str) or not isinstance(self.hidden_layer_sizes, Sequence | np.ndarray):
+            raise SettingError(f"hidden_layer_sizes is {self.hidden_layer_sizes!r}: give a tuple, such as (64, 32)")
+        sizes = tuple(self.hidden_layer_sizes)
+        check_whole_numbers(max_epochs=self.max_epochs, batch_size=self.batch_size, hidden_layer_sizes=sizes)
+        return [int(size) for size in sizes]
 
     def _build(
-        self, inputs: int, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
-    ) -> tuple[nn.Sequential, torch.Generator]:
-        """An untrained multilayer perceptron on the device, and the generator that then shuffles the rows."""
+        self, table: Array, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
+    ) -> tuple[nn.Sequential, Tensor, torch.Generator]:
+        """An untrained perceptron, its standardised inputs, both on the device, and what shuffles the rows."""
+        # a generator of our own: the global ones are neither read nor moved
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        self.scaler_ = StandardScaler().fit(table)
         layers: list[nn.Module] = []
-        for size in outputs:
-            # a generator of our own: the global ones are neither read nor moved
-            layer = nn.Linear(inputs, size, bias=bias, device="meta", dtype=torch.float32).to_empty(device="cpu")
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            if bias:
-                nn.init.zeros_(layer.bias)
-            layers += [layer, activation()]
-            inputs = size
+        for width, size in zip([table.shape[1], *outputs], outputs, strict=False):
+            linear = nn.utils.skip_init(nn.Linear, width, size, bias=bias, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            layers += [linear, activation()]
         network = nn.Sequential(*layers[:-1])
+        deep_sad.initialise(network, generator)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float()
         try:
-            return network.to(torch.device(self.device)), generator
+            return network.to(self.device), inputs.to(self.device), generator
         except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one exception for it
             reason = str(error).splitlines()[0]
             raise SettingError(f"device is {self.device!r}: torch cannot use it here ({reason}); give cpu") from error
@@ -223,9 +222,8 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         Warns:
             UserWarning: where imbsam finds no tail class, or only tail classes.
         """
-        self._check_settings()
+        hidden = self._check_settings()
         _one_of("loss", self.loss, "cross_entropy", "logit_adjusted")
-        hidden = _layer_sizes(self.hidden_layer_sizes)
         table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
         check_classification_targets(labels)
         weight = np.ones(len(table)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
@@ -248,14 +246,12 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         self.class_counts_ = counts
         self.tail_classes_ = self.classes_[tail_mask(counts.tolist(), eta).numpy()]
 
-        self.scaler_ = StandardScaler().fit(table)
-        network, generator = self._build(table.shape[1], [*hidden, len(self.classes_)], bias=True)
+        network, inputs, generator = self._build(table, [*hidden, len(self.classes_)], bias=True)
         engine: ClassAwareSAM
         if self.method == "imbsam":
             engine = ImbSAM(network, counts.tolist(), eta=eta, rho=self.rho)
         else:
             engine = SAM(network, rho=self.rho) if self.method == "sam" else Plain(network)
-        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(codes)
         classes, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
         loss = CrossEntropy() if self.loss == "cross_entropy" else LogitAdjusted(counts.tolist()).to(self.device)
@@ -370,14 +366,12 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         Warns:
             UserWarning: where no row is labelled as an anomaly.
         """
-        self._check_settings()
-        hidden = _layer_sizes(self.hidden_layer_sizes)
+        hidden = self._check_settings()
         if not hidden:
-            raise SettingError("hidden_layer_sizes is empty: the last layer's width is that of the detector's output")
-        if not (_finite(self.anomaly_weight) and self.anomaly_weight > 0):
-            raise SettingError(f"anomaly_weight is {self.anomaly_weight!r}: give a finite number above 0")
-        if not (_finite(self.contamination) and 0 < self.contamination <= 0.5):
-            raise SettingError(f"contamination is {self.contamination!r}: give a share above 0, up to 0.5")
+            raise SettingError("hidden_layer_sizes is empty: give at least the width of the detector's output")
+        check_numbers(above=True, anomaly_weight=self.anomaly_weight, contamination=self.contamination)
+        if self.contamination > 0.5:
+            raise SettingError(f"contamination is {self.contamination}: give a fraction above 0, up to 0.5")
         if y is None:
             table = self._table(X, ensure_min_samples=MIN_ROWS)
             anomaly = np.full(len(table), False)
@@ -394,11 +388,9 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
                 stacklevel=2,
             )
 
-        self.scaler_ = StandardScaler().fit(table)
-        network, generator = self._build(table.shape[1], hidden, bias=False, activation=nn.LeakyReLU)
+        network, inputs, generator = self._build(table, hidden, bias=False, activation=nn.LeakyReLU)
         sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
         engine = ClassAwareSAM(network, sharpness_weight=sharpness, rho=self.rho)
-        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(anomaly).long()
         labelled = targets.to(self.device) == 1
         objective = deep_sad.DeepSADObjective(hidden[-1], self.anomaly_weight).to(self.device)
@@ -434,18 +426,6 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         return scores
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _one_of(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
         raise SettingError(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
-
-
-def _layer_sizes(sizes: Any) -> list[int]:
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence | np.ndarray):
-        raise SettingError(f"hidden_layer_sizes is {sizes!r}: give a tuple of widths, such as (64, 32)")
-    for size in sizes:
-        check_whole_numbers(**{"each of hidden_layer_sizes": size})
-    return [int(size) for size in sizes]

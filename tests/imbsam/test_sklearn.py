@@ -315,9 +315,9 @@ def test_no_tail_is_said():
         ({"method": "adam"}, "method is 'adam': give sgd, sam or imbsam"),
         ({"loss": "hinge"}, "loss is 'hinge': give cross_entropy or logit_adjusted"),
         ({"rho": -1}, "rho is -1"),
-        ({"eta": float("nan")}, "eta=nan"),
-        ({"hidden_layer_sizes": (8, 0)}, "each of hidden_layer_sizes is 0: give a whole number from 1"),
-        ({"hidden_layer_sizes": 8}, "hidden_layer_sizes is 8: give a tuple of widths"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"hidden_layer_sizes": (8, 0)}, "hidden_layer_sizes is (8, 0): give whole numbers from 1"),
+        ({"hidden_layer_sizes": 8}, "hidden_layer_sizes is 8: give a tuple"),
         ({"learning_rate": 0}, "learning_rate is 0: give a finite number above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1: give a finite number from 0"),
         ({"max_epochs": 2.5}, "max_epochs is 2.5: give a whole number from 1"),
@@ -335,8 +335,9 @@ def test_wrong_settings_of_the_classifier(settings, message, rare):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"contamination": 0.0}, "contamination is 0.0: give a share above 0, up to 0.5"),
+        ({"contamination": 0.0}, "contamination is 0.0: give a finite number above 0"),
         ({"contamination": "auto"}, "contamination is 'auto'"),
+        ({"contamination": 0.6}, "contamination is 0.6: give a fraction above 0, up to 0.5"),
         ({"anomaly_weight": 0}, "anomaly_weight is 0"),
         ({"hidden_layer_sizes": ()}, "hidden_layer_sizes is empty"),
     ],
