@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imbsam import SettingError
 from imbsam.checks import check_whole_numbers
+from imbsam.group_names import GROUP_COLOURS
 from imbsam.sharpness import MEASURES, Estimate, SharpnessMeasures, loss_slice
 
 Split = Literal["train", "test"]
@@ -24,7 +25,6 @@ Found = dict[str, dict[str, Estimate]]
 """Per group, per measure."""
 
 COLUMNS = ("epoch", "split", "group", "measure", "value", "standard_error", "samples", "settings")
-COLOURS = {"many": "#0072B2", "medium": "#E69F00", "few": "#D55E00", "all": "0.25"}  # those of the accuracy plot
 
 
 class GroupSamples:
@@ -56,9 +56,7 @@ class GroupSamples:
             )
         self.model = model
         self.split = split
-        accuracy = model.test_accuracy
-        groups = dict(zip(accuracy.group_names, accuracy.groups.cpu(), strict=True))
-        kept = _draw(getattr(datamodule, name)(), groups, samples, seed)
+        kept = _draw(getattr(datamodule, name)(), model.test_accuracy.masks, samples, seed)
         self.sizes = {group: len(targets) for group, (_, targets) in kept.items()}
         self.chunks = {
             group: list(zip(torch.split(inputs, chunk_size), torch.split(targets, chunk_size), strict=True))
@@ -141,7 +139,7 @@ def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
     )
     levels = np.geomspace(max(low, high * 1e-4), high, 13)
     for group, plane in zip(groups, planes, strict=True):
-        line.semilogy(position, arrays[f"{group}_1d"], color=COLOURS[group], label=group)
+        line.semilogy(position, arrays[f"{group}_1d"], color=GROUP_COLOURS[group], label=group)
         losses = np.clip(arrays[f"{group}_2d"].T, levels[0], levels[-1])
         shown = plane.contourf(position, position, losses, levels, norm="log", cmap="viridis")
         plane.plot(0, 0, "+", color="white")

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from imbsam.group_names import GROUPS
 from imbsam.report.runs import Run, UnreadableRunError, find_folders, read_run
-from imbsam.report.task import GROUPS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOGS = Path("logs")

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from imbsam.group_names import GROUPS
 from imbsam.report.comparison import Group
 from imbsam.report.runs import Run
-from imbsam.report.task import GROUPS
 
 
 @dataclass

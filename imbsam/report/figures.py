@@ -9,11 +9,12 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from imbsam.group_names import GROUPS
 from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
 from imbsam.report.comparison import Group
 from imbsam.report.exports import NAMED, axis_labels
 from imbsam.report.style import colour, dash, marker
-from imbsam.report.task import CLASSIFIER, GROUPS
+from imbsam.report.task import CLASSIFIER
 
 Trace = dict[str, Any]
 

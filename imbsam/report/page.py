@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from imbsam.group_names import GROUPS
 from imbsam.report.classes import calibration, of_one_data_set
 from imbsam.report.comparison import (
     Group,
@@ -32,7 +33,7 @@ from imbsam.report.figures import (
     sharpness_figures,
 )
 from imbsam.report.style import MARKERS, colour, marker
-from imbsam.report.task import CLASSIFIER, GROUPS
+from imbsam.report.task import CLASSIFIER
 
 
 @dataclass

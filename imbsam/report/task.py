@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GROUPS = ("many", "medium", "few", "all")
+from imbsam.group_names import GROUPS
 
 
 @dataclass(frozen=True)

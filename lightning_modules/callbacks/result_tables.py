@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
-GROUPS = ("many", "medium", "few", "all")
+from imbsam.group_names import GROUPS
 
 
 class AccuracyTable(Callback):
@@ -37,11 +37,10 @@ class AccuracyTable(Callback):
         if not trainer.is_global_zero or not all(f"test/{group}" in metrics for group in GROUPS):
             return
         accuracy: Any = pl_module.test_accuracy
-        sizes = dict(zip(accuracy.group_names, accuracy.groups.sum(dim=1).tolist(), strict=True))
         table = Table(title="test accuracy in %, the mean over the classes of each group")
         table.add_column("method")
         for group in GROUPS:
-            table.add_column(f"{group}\n({sizes[group]} classes)", justify="right")
+            table.add_column(f"{group}\n({int(accuracy.masks[group].sum())} classes)", justify="right")
         names = [pl_module.hparams.get("stage"), getattr(pl_module, "method", None)]
         table.add_row(", ".join(str(name) for name in names if name), *_percent(metrics, "test/"))
         if "test/ece_all" in metrics:
