@@ -54,8 +54,8 @@ class RhoSchedule(Callback):
         """Take the method's rho."""
         if self.end is not None and not _has_epochs(trainer):
             raise SettingError(
-                f"RhoSchedule's end is {self.end} and trainer.max_epochs {trainer.max_epochs}: give a number of epochs, "
-                "the schedule ends with the last"
+                f"RhoSchedule's end is {self.end} and trainer.max_epochs {trainer.max_epochs}: give the number of "
+                "epochs, the schedule ends with the last"
             )
         sam: Any = pl_module.sam
         self._rho = sam.rho
