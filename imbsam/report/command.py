@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from imbsam.report.comparison import baseline_first, group_runs, other_data
+from imbsam.report.comparison import baseline_first, data_difference, group_runs
 from imbsam.report.runs import read_runs
 
 
 def main(args: Sequence[str]) -> None:
-    """Run `imbsam report` with the given arguments; what cannot be is one line and exit code 2."""
+    """Run `imbsam report` with the given arguments; an error is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="imbsam report",
-        description="Compare finished runs with a baseline: plain training where it is among them, else the first run. "
-        "Runs that differ in their seeds only are averaged.",
-        epilog="Without --output and --format the table is shown on the terminal.",
+        description="Compare finished runs with a baseline: plain training if it is among them, else the first run. "
+        "Runs that differ only in their seeds are averaged.",
+        epilog="Without --output and --format the table is printed.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="folders of runs (CSV logs or offline Weights & Biases), or folders that hold some",
+        help="folders of runs, or folders that contain some",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write here; the format is that of its ending")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file; its ending says the format")
     parser.add_argument(
-        "--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be"
+        "--format", choices=["html", "md", "csv", "png"], help="md and csv are printed where there is no --output"
     )
-    parser.add_argument("--baseline", metavar="NAME", help="compare with this run, by its name in the table")
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this run, named as in the table")
     given = parser.parse_args(args)
     form = given.format or (given.output.suffix[1:] if given.output else None)
     if form not in (None, "html", "md", "csv", "png"):
@@ -40,16 +40,16 @@ def main(args: Sequence[str]) -> None:
     for folder, reason in skipped.items():
         print(f"skipped {folder}: {reason}", file=sys.stderr)
     if not runs:
-        _stop("there is no run to report")
+        _stop("no run to report")
     try:
         groups = baseline_first(group_runs(runs), given.baseline)
     except ValueError as error:
         _stop(str(error))
     if others := {group.task.model for group in groups} - {groups[0].task.model}:
-        _stop(f"runs are of {groups[0].task.model} and of {', '.join(others)}: report them apart")
+        _stop(f"the runs are of {groups[0].task.model} and {', '.join(others)}: report them separately")
     for group in groups[1:]:
-        if reason := other_data(group, groups[0]):
-            print(f"not compared: {group.name} is of other data than {groups[0].name}: {reason}", file=sys.stderr)
+        if reason := data_difference(group, groups[0]):
+            print(f"not compared: {group.name} has other data than {groups[0].name}: {reason}", file=sys.stderr)
     try:
         if form == "png":
             from imbsam.report.exports import picture

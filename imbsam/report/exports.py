@@ -11,15 +11,15 @@ from imbsam.report.classes import ClassAccuracy, by_class_count
 from imbsam.report.comparison import (
     Group,
     columns,
+    data_difference,
     difference,
     differing_settings,
     mean_and_deviation,
-    other_data,
 )
 from imbsam.report.style import colour
 
 NAMED = 25
-"""Up to so many classes are named on an axis."""
+"""Up to this many classes are named on an axis."""
 
 
 def table_cells(group: Group, shown: Iterable[str]) -> list[str]:
@@ -46,25 +46,25 @@ def number(value: float, error: float | None, digits: int, sign: str = "") -> st
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """The table of the groups, and under it that of their differences to the first one."""
+    """The table of the groups, and below it that of their differences to the first one."""
     shown = columns(groups)
     head = f"| {' | '.join(shown.values())} |\n| :-- |{' --: |' * len(shown)}"
     lines = [f"| run {head}"]
     for group in groups:
         runs = f" ({len(group.runs)} runs)" if len(group.runs) > 1 else ""
         lines.append(f"| {_cell(group.name)}{runs} | {' | '.join(table_cells(group, shown))} |")
-    others = {group.name: reason for group in groups[1:] if (reason := other_data(group, groups[0]))}
+    others = {group.name: reason for group in groups[1:] if (reason := data_difference(group, groups[0]))}
     compared = [group for group in groups[1:] if group.name not in others]
     if compared:
         lines += ["", f"| difference to {_cell(groups[0].name)} {head}"]
         lines += [f"| {_cell(g.name)} | {' | '.join(difference_cells(g, groups[0], shown))} |" for g in compared]
     for name, reason in others.items():
-        lines += ["", f"{name} is of other data than {groups[0].name}, so not compared: {reason}."]
+        lines += ["", f"{name} has other data than {groups[0].name}, so it is not compared: {reason}."]
     return "\n".join(lines) + "\n"
 
 
 def comma_separated(groups: Sequence[Group]) -> str:
-    """One row a run: group, folder, the last logged values as they are in the log, and the settings that differ."""
+    """One row per run: group, folder, the last logged values as they are in the log, and the settings that differ."""
     settings = differing_settings([run for group in groups for run in group.runs])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -115,9 +115,9 @@ def picture(groups: Sequence[Group], path: Path) -> None:
 
 
 def axis_labels(entries: Sequence[ClassAccuracy]) -> tuple[list[str], bool]:
-    """What stands on the axis under some classes, and whether it names them.
+    """The tick labels of some classes, and whether they are names.
 
-    Where the seed deals the counts to the classes, a place has several classes and only a count.
+    Where the seed deals the counts to the classes, a rank has several classes and only its count is shown.
     """
     named = all(len(entry.names) == 1 for entry in entries)
     if not named:
