@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from imbsam.report.comparison import baseline_first, data_difference, group_runs
+from imbsam.report.comparison import baseline_first, group_runs
+from imbsam.report.exports import comma_separated, markdown, notes, picture, print_tables
 from imbsam.report.runs import read_runs
 
 
@@ -47,25 +48,21 @@ def main(args: Sequence[str]) -> None:
         _stop(str(error))
     if others := {group.task.model for group in groups} - {groups[0].task.model}:
         _stop(f"the runs are of {groups[0].task.model} and {', '.join(others)}: report them separately")
-    for group in groups[1:]:
-        if reason := data_difference(group, groups[0]):
-            print(f"not compared: {group.name} has other data than {groups[0].name}: {reason}", file=sys.stderr)
+    if form not in (None, "md"):  # which have them
+        for note in notes(groups):
+            print(note, file=sys.stderr)
     try:
-        if form == "png":
-            from imbsam.report.exports import picture
-
+        if form is None:
+            print_tables(groups)
+        elif form == "png":
             picture(groups, given.output)
         elif form == "html":
             from imbsam.report.page import page
 
             given.output.write_text(page(groups, skipped), encoding="utf-8")
         else:
-            from imbsam.report.exports import comma_separated, markdown
-
             text = comma_separated(groups) if form == "csv" else markdown(groups)
-            if form is None:
-                _show(groups[0].task.title, text)
-            elif given.output is None:
+            if given.output is None:
                 print(text, end="")
             else:
                 given.output.write_text(text, encoding="utf-8")
@@ -76,15 +73,6 @@ def main(args: Sequence[str]) -> None:
         _stop(f"output is {given.output}: {error.strerror}")
     if given.output is not None:
         print(f"report: {given.output}")
-
-
-def _show(title: str, markdown: str) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console()
-    console.print(f"{title}, end of training", style="italic")
-    console.print(Markdown(markdown))
 
 
 def _stop(line: str) -> NoReturn:

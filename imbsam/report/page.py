@@ -23,7 +23,7 @@ from imbsam.report.comparison import (
     mean_and_deviation,
     paired,
 )
-from imbsam.report.exports import difference_cells, number, table_cells
+from imbsam.report.exports import difference_cells, notes, number, table_cells
 from imbsam.report.figures import (
     Figure,
     calibration_figures,
@@ -33,7 +33,7 @@ from imbsam.report.figures import (
     sharpness_figures,
 )
 from imbsam.report.style import MARKERS, colour, marker
-from imbsam.report.task import CLASSIFIER
+from imbsam.report.task import CLASSIFIER, DETECTOR
 
 
 def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
@@ -98,9 +98,12 @@ def summary(groups: Sequence[Group]) -> str:
         if not known:
             continue
         best = max(known, key=lambda group: statistics.fmean(group.values(column)))
+        ties = sum(statistics.fmean(group.values(column)) == statistics.fmean(best.values(column)) for group in known)
         value = number(*mean_and_deviation(best.values(column)), digits=1)
-        sentence = f"{what} {best.name} {'is highest with' if len(known) > 1 else 'reaches'} {value} %"
-        if best is not first and first in known:
+        sentence = f"{what} {best.name} {'is highest with' if ties < len(known) else 'reaches'} {value} %"
+        if 1 < ties == len(known):
+            sentence += ", like the others"
+        elif best is not first and first in known:
             gap = number(*difference(best, first, column), digits=1)
             sentence += f", {gap} points above {first.name}"
         sentences.append(sentence + ".")
@@ -121,11 +124,7 @@ def facts(groups: Sequence[Group]) -> list[str]:
     many, few = (run.settings.get(key) for key in ("many", "few"))
     if many is not None and few is not None and run.classes:
         lines.append(f"Class groups: many (more than {many} training samples), medium, few (fewer than {few}).")
-    return lines + [
-        f"{group.name} has other data, so it is not compared: {reason}."
-        for group in groups[1:]
-        if (reason := data_difference(group, first))
-    ]
+    return [*lines, *notes(groups)]
 
 
 def _runs(groups: Sequence[Group]) -> str:
@@ -133,14 +132,21 @@ def _runs(groups: Sequence[Group]) -> str:
     for group in groups:
         run, runs = group.runs[0], group.runs
         dates = sorted({r.date for r in runs})
-        eta = "named classes" if run.settings.get("sam.tail_classes") else _plain(run.method.eta)
+        eta = (
+            "–"
+            if group.task is DETECTOR
+            else "named classes"
+            if run.settings.get("sam.tail_classes")
+            else _plain(run.method.eta)
+        )
         seeds = _distinct(r.seeds[0] for r in runs if r.seeds)
         epochs = _distinct(max(epoch for epoch, _ in r.curves[group.task.loss]) for r in runs)
         date = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         folders = _distinct(r.folder.parent for r in runs)
         rows.append([group.name, run.method.name, _plain(run.method.rho), eta, seeds or "–", epochs, date, folders])
     head = ["run", "method", "rho", "eta", "seeds", "epochs", "date", "folder"]
-    return _section("Runs", "eta: classes with fewer training samples are the tail.", _table(head, rows, "words"))
+    tail = "labelled anomalies" if groups[0].task is DETECTOR else "classes with fewer than eta training samples"
+    return _section("Runs", f"The tail: {tail}.", _table(head, rows, "words"))
 
 
 def _plain(value: Any) -> str:
