@@ -1,7 +1,6 @@
-"""From class counts to tail mask, many / medium / few groups and sharpness vectors.
+"""Tail mask, many / medium / few groups and sharpness weights from the class counts.
 
-*Class counts* are the training samples of each class, after any validation split. Everything here is computed
-once, on the CPU, from the counts alone.
+*Class counts* are the training samples of each class, after any validation split. Everything is computed on the CPU.
 """
 
 from collections.abc import Iterable, Sequence

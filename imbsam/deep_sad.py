@@ -11,13 +11,13 @@ LEARNING_RATE = 1e-3
 BATCH_SIZE = 256
 WEIGHT_DECAY = 1e-6
 PASSES = 100
-"""Adam's settings, the rows of a step, and passes over the training rows where no validation loss says when to stop."""
+"""Adam's settings, the batch size, and the passes over the training samples where there is no validation loss."""
 
 
 class DeepSADObjective(nn.Module):
     r"""Deep semi-supervised anomaly detection (Ruff et al., ICLR 2020, arXiv 1906.02694).
 
-    The codes z of all rows are pulled towards a centre c, those of labelled anomalies pushed away from it:
+    The codes z of all samples are pulled towards a centre c, those of labelled anomalies pushed away from it:
 
     .. math::
         \ell_i = \begin{cases} d_i & \text{unlabelled or normal} \\ \alpha / (d_i + 10^{-6}) & \text{anomaly}
@@ -43,7 +43,7 @@ class DeepSADObjective(nn.Module):
 
     @torch.no_grad()
     def fit(self, codes: Tensor) -> None:
-        """Set centre and spread by all training rows' codes before training, (N, code_size)."""
+        """Set centre and spread from the codes (N, code_size) of all training samples, before training."""
         centre = codes.mean(dim=0)
         # away from 0, which a network without biases reaches by weights 0
         self.centre.copy_(torch.where(centre < 0, centre.clamp(max=-0.1), centre.clamp(min=0.1)))
@@ -55,7 +55,7 @@ class DeepSADObjective(nn.Module):
         return distances
 
     def forward(self, codes: Tensor, anomalous: Tensor) -> Tensor:
-        """The loss of every row (N,); `anomalous`, bool (N,), marks the labelled anomalies."""
+        """The loss of every sample (N,); `anomalous`, bool (N,), marks the labelled anomalies."""
         distances = self.distances(codes)
         return torch.where(anomalous, self.anomaly_weight / (distances + 1e-6), distances)
 

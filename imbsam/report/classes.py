@@ -72,8 +72,8 @@ class TailConfusion:
 
     Attributes:
         labels: names of the tail classes shown, with their training samples, from the most to the fewest.
-        cells: test samples of the row's class that were predicted as the column's; in the last column but one as a tail
-            class that is not shown, in the last as a head class; summed over runs.
+        cells: test samples of the row's class that were predicted as the column's, summed over runs; the last two
+            columns are the tail classes that are not shown and the head classes.
         left_out: number of tail classes that are not shown.
     """
 

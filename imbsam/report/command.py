@@ -26,7 +26,7 @@ def main(args: Sequence[str]) -> None:
         metavar="RUN",
         help="folders of runs, or folders that contain some",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file; its ending says the format")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file, in the format of its ending")
     parser.add_argument(
         "--format", choices=["html", "md", "csv", "png"], help="md and csv are printed where there is no --output"
     )

@@ -76,9 +76,9 @@ def baseline_first(groups: Sequence[Group], name: str | None = None) -> list[Gro
 
 
 def data_difference(group: Group, baseline: Group) -> str:
-    """How a group's data differ from the baseline's, in words; empty where nothing says so.
+    """How a group's data differ from the baseline's, in words; empty if no difference is known.
 
-    Compared are the settings of the data that both know, and the test samples of each class.
+    Compared are the data settings that both have, and the test samples of each class.
     """
     run, first = group.runs[0], baseline.runs[0]
     differing = [

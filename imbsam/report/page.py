@@ -89,7 +89,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
 
 
 def summary(groups: Sequence[Group]) -> str:
-    """What the table says, in two or three sentences."""
+    """The main results in two or three sentences."""
     first, sentences = groups[0], []
     for column, what in first.task.highlights.items():
         known = [
@@ -206,7 +206,7 @@ def _sharpness(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     measured = sharpness_figures(groups)
     if not measured or any(len(set(trace["x"])) > 1 for figure in measured for trace in figure.data):
         return _plots("Sharpness", note, measured, figures)
-    # measured once: a table of the groups' means says it better than dots
+    # measured once: a table of the groups' means is clearer than dots
     rows = []
     for figure in measured:
         by_group = {trace["meta"]: trace["y"][0] for trace in figure.data}  # the mean comes last

@@ -15,7 +15,7 @@ import yaml
 from imbsam.report.method import Method, method_of
 from imbsam.report.task import CLASSIFIER, DETECTOR, Task
 
-# what does not make a run another experiment: seeds, places, and what is only shown
+# settings that do not make a run another experiment: seeds, paths, logging
 NOT_SETTINGS = re.compile(
     r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
@@ -197,7 +197,7 @@ def read_run(folder: Path) -> Run:
 def _data(config: Any) -> dict[str, Any]:
     """The settings of the data, without those that do not say which samples they are."""
     flat = {key.removeprefix("data set."): v for key, v in flatten(config, "data set").items() if v is not None}
-    # a file by its name alone: it may lie elsewhere on another machine
+    # a file by its name alone: it may be elsewhere on another machine
     files = {key: Path(str(flat[key])).name for key in ("path", "test_path") if key in flat}
     return {key: value for key, value in flat.items() if not NOT_DATA.fullmatch(key)} | files
 

@@ -1,4 +1,4 @@
-"""What tells groups of runs apart in every picture: a colour, then a dash and a marker."""
+"""What distinguishes groups of runs in every figure: a colour, a dash and a marker."""
 
 # ten hues with a contrast of at least 3 on white and on the dark page (WCAG 2.2, 1.4.11); tested
 COLOURS = (

@@ -46,11 +46,11 @@ class RestoringEarlyStopping(EarlyStopping):
         self._restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run that was out of patience is finished; its weights are the best ones already."""
+        """Stop a resumed run that was out of patience; it has the best weights already."""
         trainer.should_stop = trainer.should_stop or self._out_of_patience
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train on from the latest weights, where a finished run is resumed with more patience or epochs."""
+        """Continue from the latest weights, where a finished run is resumed with more patience or epochs."""
         if self._restored:
             self._swap(pl_module)
 
@@ -80,7 +80,7 @@ class RestoringEarlyStopping(EarlyStopping):
         rank_zero_info(self._summary(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """EarlyStopping's, and the weights that the model does not have now."""
+        """EarlyStopping's state, and the weights that the model does not have now."""
         return {
             **super().state_dict(),
             "best_epoch": self.best_epoch,
@@ -89,7 +89,7 @@ class RestoringEarlyStopping(EarlyStopping):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over all but the patience, which a resumed run may change."""
+        """Restore all but the patience, which a resumed run may change."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience

@@ -31,7 +31,7 @@ class EvaluationFiles(Callback):
     * ``calibration.csv``: group, bin, samples, mean confidence and accuracy of those samples, for 15 bins of equal
       width of the confidence, the probability of the predicted class.
 
-    They lie in the run's folder. A test sample is kept as three numbers, so 25,000 take 300 kB, however many classes
+    They are in the run's folder. A test sample is kept as three numbers, so 25,000 take 300 kB, however many classes
     there are; under DDP those of all ranks are gathered. Needs a ``test_step`` that returns logits (B, C), as
     :class:`~lightning_modules.LongTailedClassifier`'s does; after another one nothing is written.
     """

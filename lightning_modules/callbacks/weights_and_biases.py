@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from imbsam.report.runs import flatten, read_csv
 
 MOST_ROWS = 10_000
-"""W&B cuts longer tables; the confusion matrix as a chart has a row for every pair of classes."""
+"""W&B truncates longer tables; the chart of a confusion matrix has a row for every pair of classes."""
 
 
 class WandbResults(Callback):
@@ -29,7 +29,7 @@ class WandbResults(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Name the run, and note its id."""
+        """Name the run, and keep its id."""
         run = _run(trainer)
         for log in trainer.loggers if run else []:
             if isinstance(log, CSVLogger):
@@ -46,7 +46,7 @@ class WandbResults(Callback):
         _log_settings(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the results of a test, whose files are written by now."""
+        """Log the results of a test, from its files."""
         folder = Path(trainer.log_dir or "")  # every rank takes part in log_dir
         run = _run(trainer)
         if run and stage == "test" and (folder / "per_class.csv").exists():

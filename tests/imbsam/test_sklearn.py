@@ -289,15 +289,15 @@ def test_three_rows(estimator):
 
 def test_one_class_alone():
     X, _ = table()
-    with pytest.raises(SettingError, match="y holds one class alone, 'fine': give rows of at least two classes"):
+    with pytest.raises(SettingError, match="y has a single class, 'fine': give samples of at least two classes"):
         clone(QUICK).fit(X, ["fine"] * 20)
-    with pytest.raises(SettingError, match=r"y holds -1 \(anomaly\) alone: give unlabelled or normal rows too"):
+    with pytest.raises(SettingError, match=r"y is -1 \(anomaly\) for every sample: give unlabelled or normal ones too"):
         clone(QUICK_DETECTOR).fit(X, -np.ones(20))
 
 
 def test_no_labelled_anomaly_is_said_in_the_callers_line():
     X, y = table()
-    message = r"y holds no -1 \(it holds 0, 1\): without a labelled anomaly .*; mark the known anomalies by -1"
+    message = r"y has no -1 \(it has 0, 1\): without a labelled anomaly .*; mark known anomalies with -1"
     with pytest.warns(UserWarning, match=message) as caught:
         clone(QUICK_DETECTOR).fit(X, y)
     assert [warning.filename for warning in caught] == [__file__]
@@ -349,11 +349,11 @@ def test_wrong_settings_of_the_detector(settings, message, outliers):
 
 def test_sample_weights_that_cannot_work(rare):
     X, y = rare
-    with pytest.raises(SettingError, match="sample_weight holds -1"):
+    with pytest.raises(SettingError, match="sample_weight has -1"):
         clone(QUICK).fit(X, y, sample_weight=-np.ones(300))
     with pytest.raises(ValueError, match="zero"):  # scikit-learn's own line from some release on
         clone(QUICK).fit(X, y, sample_weight=np.zeros(300))
-    with pytest.raises(SettingError, match="y holds one class alone, 0"):
+    with pytest.raises(SettingError, match="y has a single class, 0"):
         clone(QUICK).fit(X, y, sample_weight=y == 0)
 
 
