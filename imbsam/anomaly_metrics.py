@@ -44,9 +44,7 @@ class AnomalyMetrics(Metric):
     def __init__(self, budget: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if budget is not None and not (0 < budget < 1 or (budget >= 1 and float(budget).is_integer())):
-            raise SettingError(
-                f"budget is {budget}: give a whole number, or a fraction of the samples below 1"
-            )
+            raise SettingError(f"budget is {budget}: give a whole number, or a fraction of the samples below 1")
         self.budget = budget
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")

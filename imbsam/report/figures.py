@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -15,7 +15,7 @@ from imbsam.messages import first_few
 from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration_bins, tail_confusion
 from imbsam.report.comparison import Group
 from imbsam.report.exports import NAMED, axis_labels
-from imbsam.report.style import colour, dash, marker
+from imbsam.report.style import colour, dash, symbol
 from imbsam.report.task import CLASSIFIER
 
 Trace = dict[str, Any]
@@ -57,14 +57,15 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
     traces = []
     for i, (group, entries) in enumerate(zip(groups, classes, strict=True)):
         if entries:
-            trace = _trace(i, group, range(len(entries)), [100 * entry.accuracy for entry in entries])
-            trace["mode"] = "lines+markers" if few else "markers"
-            trace["marker"].update(size=8 if few else 5, opacity=1 if few else 0.6)
-            trace["text"] = [_class_text(entry) for entry in entries]
-            trace["hovertemplate"] = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
-            traces.append(trace)
+            values = [100 * entry.accuracy for entry in entries]
+            hover = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
+            names = [_class_text(entry) for entry in entries]
+            mode, marker = ("lines+markers", {"size": 8}) if few else ("markers", {"size": 5, "opacity": 0.6})
+            traces.append(_trace(i, group, range(len(entries)), values, mode, marker, text=names, hovertemplate=hover))
             if not few:
-                traces.append(_running_mean(i, group, entries))
+                half = max(len(entries) // 40, 1)
+                means = [statistics.fmean(values[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
+                traces.append(_trace(i, group, range(len(entries)), means, hoverinfo="skip"))
     if len(longest) * len(groups) > MANY_POINTS:
         traces = [{**trace, "type": "scattergl"} for trace in traces]
     ticks = range(0, len(longest), 1 if len(longest) <= NAMED else -(-len(longest) // 10))
@@ -99,12 +100,8 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
         factor = 1 if column in losses else 100
         traces = []
         for i, group in enumerate(groups):
-            curves = [
-                [(epoch, factor * value) for epoch, value in run.curves[column]]
-                for run in group.runs
-                if column in run.curves
-            ]
-            traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
+            logged = [run.curves[column] for run in group.runs if column in run.curves]
+            traces += _lines(i, group, [[(epoch, factor * value) for epoch, value in curve] for curve in logged])
         if traces:
             whole = task is CLASSIFIER and column not in losses  # ranking metrics differ in the last percent
             axis = {"range": PERCENT} if whole else _values(traces, log=column in losses)
@@ -123,7 +120,7 @@ def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
                 key: tuple[str, ...] = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
                 curves[key][run.folder][row["epoch"]] = math.nan if row["value"] is None else row["value"]
         for key, by_run in curves.items():
-            wanted[key] += _lines(i, group, [list(curve.items()) for curve in by_run.values()], "epoch %{x}: %{y:.4g}")
+            wanted[key] += _lines(i, group, [list(curve.items()) for curve in by_run.values()])
     several = len({key[2:] for key in wanted}) > 1
     return [
         Figure(
@@ -149,16 +146,21 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
         traces = []
         for i, (group, by_class_group) in enumerate(zip(groups, calibrations, strict=True)):
             if bins := by_class_group.get(name):
-                trace = _trace(i, group, [100 * c for _, c, _ in bins], [100 * a for _, _, a in bins])
-                trace["mode"] = "lines+markers"
-                largest = max(n for n, _, _ in bins)
-                trace["marker"]["line"] = {"width": 0}
-                trace["marker"]["size"] = [4 + 8 * math.sqrt(n / largest) for n, _, _ in bins]
-                trace["text"] = [f"{n} test samples" for n, _, _ in bins]
-                trace["hovertemplate"] = (
-                    f"{_text(group.name)}<br>confidence %{{x:.1f}} %, accuracy %{{y:.1f}} %<br>%{{text}}<extra></extra>"
+                samples, confidence, accuracy = zip(*bins, strict=True)
+                sizes = [4 + 8 * math.sqrt(n / max(samples)) for n in samples]
+                numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
+                traces.append(
+                    _trace(
+                        i,
+                        group,
+                        [100 * c for c in confidence],
+                        [100 * a for a in accuracy],
+                        "lines+markers",
+                        {"size": sizes, "line": {"width": 0}},
+                        text=list(map(str, samples)),
+                        hovertemplate=f"{_text(group.name)}<br>{numbers}",
+                    )
                 )
-                traces.append(trace)
         if traces:
             layout = {
                 "xaxis": {"title": {"text": "confidence in %"}, "range": PERCENT},
@@ -174,28 +176,21 @@ def _class_text(entry: ClassAccuracy) -> str:
     return f"{classes} {_text(first_few(entry.names))}: {entry.count} training samples ({entry.group})"
 
 
-def _running_mean(i: int, group: Group, entries: Sequence[ClassAccuracy]) -> Trace:
-    half = max(len(entries) // 40, 1)
-    accuracies = [100 * entry.accuracy for entry in entries]
-    means = [statistics.fmean(accuracies[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
-    trace = _trace(i, group, range(len(entries)), means)
-    return {**trace, "mode": "lines", "hoverinfo": "skip"}
-
-
-def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], hover: str) -> list[Trace]:
-    template = f"{_text(group.name)}<br>{hover}<extra></extra>"
+def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]]) -> list[Trace]:
+    """A thin line for each of several runs, and a thick one for their mean, a point where there is one epoch."""
     traces = []
     for curve in curves if len(curves) > 1 else []:
-        thin = _trace(i, group, *zip(*curve, strict=True))
-        thin["line"]["width"] = 1
-        traces.append({**thin, "mode": "lines", "opacity": 0.35, "hoverinfo": "skip"})
+        epochs, values = zip(*curve, strict=True)
+        traces.append(_trace(i, group, epochs, values, width=1, opacity=0.35, hoverinfo="skip"))
     by_epoch: dict[int, list[float]] = defaultdict(list)
     for curve in curves:
         for epoch, value in curve:
             by_epoch[epoch].append(value)
     if by_epoch:
-        mean = _trace(i, group, sorted(by_epoch), [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)])
-        traces.append({**mean, "mode": "lines" if len(by_epoch) > 1 else "markers", "hovertemplate": template})
+        means = [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+        hover = f"{_text(group.name)}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>"
+        mode = "lines" if len(by_epoch) > 1 else "markers"
+        traces.append(_trace(i, group, sorted(by_epoch), means, mode, hovertemplate=hover))
     return traces
 
 
@@ -243,15 +238,26 @@ def _confusion(group: Group, confusion: TailConfusion) -> Figure:
     return Figure("", [trace], layout, option=group.name, height=height)
 
 
-def _trace(i: int, group: Group, x: Iterable[float], y: Iterable[float]) -> Trace:
+def _trace(
+    i: int,
+    group: Group,
+    x: Iterable[float],
+    y: Iterable[float],
+    mode: str = "lines",
+    marker: Mapping[str, Any] | None = None,
+    width: int = 2,
+    **more: Any,
+) -> Trace:
     return {
         "type": "scatter",
         "name": _text(group.name),
         "meta": i,
         "x": list(x),
         "y": [_number(value) for value in y],
-        "line": {"color": colour(i), "dash": dash(i), "width": 2},
-        "marker": {"color": colour(i), "symbol": marker(i)},
+        "mode": mode,
+        "line": {"color": colour(i), "dash": dash(i), "width": width},
+        "marker": {"color": colour(i), "symbol": symbol(i), **(marker or {})},
+        **more,
     }
 
 

@@ -32,7 +32,7 @@ from imbsam.report.figures import (
     curve_figures,
     sharpness_figures,
 )
-from imbsam.report.style import MARKERS, colour, marker
+from imbsam.report.style import SYMBOLS, colour, symbol
 from imbsam.report.task import CLASSIFIER, DETECTOR
 
 
@@ -49,6 +49,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     from plotly.offline import get_plotlyjs
 
     figures: dict[str, Figure] = {}
+    seeds = "Thin lines are runs, thick ones their mean." if any(len(group.runs) > 1 for group in groups) else ""
     body = [
         f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
         f"<p>{escape(summary(groups))}</p>",
@@ -59,7 +60,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
         _results(groups),
         _runs(groups),
         _classes(groups, figures),
-        _plots("Learning curves", _seeds_note(groups), curve_figures(groups), figures),
+        _plots("Learning curves", seeds, curve_figures(groups), figures),
         _sharpness(groups, figures),
         _confusion(groups, figures),
         _calibration(groups, figures),
@@ -67,9 +68,6 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
         _cost(groups),
         "</main>",
     ]
-    drawn = {
-        key: {"data": figure.data, "layout": figure.layout, "height": figure.height} for key, figure in figures.items()
-    }
     here = files("imbsam.report")
     plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()  # a third of its size
     return "\n".join(
@@ -81,7 +79,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
             f"<style>\n{(here / 'page.css').read_text()}</style>\n</head>\n<body>",
             *(part for part in body if part),
             "<noscript><p>The figures need JavaScript; the tables are complete.</p></noscript>",
-            f'<script type="application/json" id="figures">{_json(drawn)}</script>',
+            f'<script type="application/json" id="figures">{_json(figures)}</script>',
             f'<script type="text/plain" id="plotly">{plotly}</script>',
             f"<script>\n{(here / 'page.js').read_text()}</script>\n</body>\n</html>\n",
         ]
@@ -92,21 +90,18 @@ def summary(groups: Sequence[Group]) -> str:
     """The main results in two or three sentences."""
     first, sentences = groups[0], []
     for column, what in first.task.highlights.items():
-        known = [
-            g for g in groups if not data_difference(g, first) and math.isfinite(statistics.fmean(g.values(column)))
-        ]
+        means = {g.name: statistics.fmean(g.values(column)) for g in groups if not data_difference(g, first)}
+        known = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         if not known:
             continue
-        best = max(known, key=lambda group: statistics.fmean(group.values(column)))
-        ties = sum(statistics.fmean(group.values(column)) == statistics.fmean(best.values(column)) for group in known)
-        value = number(*mean_and_deviation(best.values(column)), digits=1)
-        sentence = f"{what} {best.name} {'is highest with' if ties < len(known) else 'reaches'} {value} %"
-        if 1 < ties == len(known):
+        best = next(group for group in groups if known.get(group.name) == max(known.values()))
+        highest = "is highest with" if len(set(known.values())) > 1 else "reaches"
+        sentence = f"{what} {best.name} {highest} {number(*mean_and_deviation(best.values(column)), digits=1)} %"
+        if len(known) > 1 and highest == "reaches":
             sentence += ", like the others"
-        elif best is not first and first in known:
-            gap = number(*difference(best, first, column), digits=1)
-            sentence += f", {gap} points above {first.name}"
-        sentences.append(sentence + ".")
+        elif best is not first and first.name in known:
+            sentence += f", {number(*difference(best, first, column), digits=1)} points above {first.name}"
+        sentences.append(f"{sentence}.")
     if len(groups) > 1 and any(len(group.runs) == 1 for group in groups):
         sentences.append("A single run cannot tell a difference from chance.")
     return " ".join(sentences)
@@ -186,18 +181,17 @@ def _results(groups: Sequence[Group]) -> str:
 def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     if groups[0].task is not CLASSIFIER:
         return ""
+    without = [run.folder for group in groups for run in group.runs if not run.classes]
+    missing = f"Not shown, without per_class.csv: {first_few(without, 3)}." if without else ""
     groups, others = same_classes(groups)
     figure = class_figure(groups)
     if figure is None:
-        return _section("Accuracy per class", _missing(groups, "classes", "per_class.csv"))
-    note = (
-        "From the class with the most training samples to the class with the fewest. Hover over a point for its name."
-    )
+        return _section("Accuracy per class", missing)
+    note = "From the class with the most training samples to that with the fewest. Hover over a point for its name."
     if any(len(group.runs) > 1 for group in groups):
         note += " Several runs are averaged rank by rank in this order."
     if others:
         note += f" Not shown, since the classes differ: {', '.join(others)}."
-    missing = "" if others else _missing(groups, "classes", "per_class.csv")
     return _plots("Accuracy per class", f"{note} {missing}", [figure], figures)
 
 
@@ -284,7 +278,7 @@ def _legend(groups: Sequence[Group]) -> str:
     baseline = " (baseline)" if len(groups) > 1 else ""
     keys = [
         f'<label><input type="checkbox" checked value="{i}"><span class="key" style="color:{colour(i)}">'
-        f"{MARKERS[marker(i)]}</span>{escape(group.name)}{baseline if i == 0 else ''}</label>"
+        f"{SYMBOLS[symbol(i)]}</span>{escape(group.name)}{baseline if i == 0 else ''}</label>"
         for i, group in enumerate(groups)
     ]
     return f'<div class="groups">{"".join(keys)}</div>'
@@ -295,15 +289,6 @@ def _skipped(skipped: dict[Path, str]) -> str:
         return ""
     items = "".join(f"<li>{escape(str(folder))}: {escape(reason)}</li>" for folder, reason in skipped.items())
     return f"<details><summary>{_count(len(skipped), 'folder')} skipped</summary><ul>{items}</ul></details>"
-
-
-def _missing(groups: Sequence[Group], attribute: str, file: str) -> str:
-    without = [run.folder for group in groups for run in group.runs if not getattr(run, attribute)]
-    return f"Not shown, without {file}: {first_few(without, 3)}." if without else ""
-
-
-def _seeds_note(groups: Sequence[Group]) -> str:
-    return "Thin lines are runs, thick ones their mean." if any(len(group.runs) > 1 for group in groups) else ""
 
 
 def _section(title: str, note: str, content: str = "") -> str:
@@ -338,5 +323,5 @@ def _count(number: int, noun: str) -> str:
 
 def _json(value: Any) -> str:
     """JSON that ends no script element: HTML's marks as escapes, which mean the same in JSON."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=vars)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -14,7 +14,7 @@ COLOURS = (
     "#16909f",
 )
 DASHES = ("solid", "dash", "dot", "dashdot")
-MARKERS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
+SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
 
 
 def colour(group: int) -> str:
@@ -27,6 +27,6 @@ def dash(group: int) -> str:
     return DASHES[group // len(COLOURS) % len(DASHES)]
 
 
-def marker(group: int) -> str:
+def symbol(group: int) -> str:
     """The marker of a group's points; neighbours have different ones."""
-    return list(MARKERS)[group % len(MARKERS)]
+    return list(SYMBOLS)[group % len(SYMBOLS)]
