@@ -392,11 +392,11 @@ def test_anomaly_detectors_are_compared_by_their_rankings(detectors, tmp_path, c
     out = capsys.readouterr().out
     head = "average precision | AUROC | precision of the alarms | recall of the alarms | F1 at the threshold"
     assert f"| run | {head} | training loss |" in out
-    assert "| difference to anomaly/devnet_sgd |" in out
-    runs, skipped = read_runs([detectors / "anomaly/devnet_sgd"])
+    assert "| difference to anomaly_table/devnet_sgd |" in out
+    runs, skipped = read_runs([detectors / "anomaly_table/devnet_sgd"])
     assert skipped == {}
     mean = sum(100 * run.final["test/average_precision"] for run in runs) / 2
-    assert f"| anomaly/devnet_sgd (2 runs) | {mean:.1f} ± " in out
+    assert f"| anomaly_table/devnet_sgd (2 runs) | {mean:.1f} ± " in out
     for kind in ("html", "png", "csv"):
         main([str(detectors), "--output", str(tmp_path / f"r.{kind}")])
     html = (tmp_path / "r.html").read_text()
