@@ -105,7 +105,7 @@ def test_the_logged_loss_is_the_weighted_one(tmp_path):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("steps", [4, 8])  # amid epoch 1, amid epoch 2, the first with the weights
+@pytest.mark.parametrize("steps", [4, 8])  # mid-epoch 1, mid-epoch 2, the first with the weights
 def test_a_resumed_run_switches_at_the_same_step(tmp_path, steps):
     """See test_resume.py for checkpoints at the end of an epoch."""
 
