@@ -5,17 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imbsam.checks import check_numbers
+from imbsam.checks import check_interval, check_numbers
 from imbsam.class_groups import nonzero_class_counts, tail_mask
 from imbsam.errors import SettingError
 
 __all__ = ["effective_number_weights", "with_tail_weight"]
-
-
-def check_beta(beta: float) -> None:
-    """Refuse a beta outside [0, 1)."""
-    if not 0 <= beta < 1:
-        raise SettingError(f"beta is {beta}: give a number from 0 below 1 (0.9999 is usual)")
 
 
 def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
@@ -52,7 +46,7 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
         >>> effective_number_weights([500, 50, 5], beta=0.99)
         tensor([ 0.7633,  1.9197, 15.4721], dtype=torch.float64)
     """
-    check_beta(beta)
+    check_interval("[0, 1)", beta=beta)
     n = nonzero_class_counts(class_counts).double()
     inverse = (1 - beta) / (1 - beta ** n.clamp(min=1))
     return inverse * n.sum() / (n * inverse).sum()

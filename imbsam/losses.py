@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam.checks import check_numbers
+from imbsam.checks import check_interval, check_numbers
 from imbsam.class_groups import nonzero_class_counts
 from imbsam.errors import SettingError
 
@@ -95,7 +95,7 @@ class CrossEntropy(_Loss):
     label_smoothing: float
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        _check_smoothing(label_smoothing)
+        check_interval("[0, 1]", label_smoothing=label_smoothing)
         super().__init__(label_smoothing=label_smoothing)
 
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class LogitAdjusted(_Loss):
         label_smoothing: float = 0.0,
     ) -> None:
         check_numbers(tau=tau, hint="1 is balanced softmax")
-        _check_smoothing(label_smoothing)
+        check_interval("[0, 1]", label_smoothing=label_smoothing)
         super().__init__(class_counts, tau=tau, label_smoothing=label_smoothing)
 
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -286,11 +286,6 @@ class VectorScaling(_Loss):
         counts = self.class_counts.clamp(min=1).to(logits.dtype)
         scales, shifts = (counts / counts.max()) ** self.gamma, self.tau * (counts / counts.sum()).log()
         return _cross_entropy(scales * logits + shifts, target)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise SettingError(f"label_smoothing is {label_smoothing}: give a number from 0 to 1 (0.1 is usual)")
 
 
 def _log_odds_against(logits: Tensor) -> Tensor:

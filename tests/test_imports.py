@@ -157,6 +157,7 @@ assert "torch" in sys.modules
 namespace = {}
 exec("from imbsam import *", namespace)
 assert namespace["FocalSAM"] is imbsam.FocalSAM
+assert namespace["CCSAM"] is imbsam.CCSAM
 try:
     imbsam.Imbsam
 except AttributeError as error:

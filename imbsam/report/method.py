@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+NAMES = {"FocalSAM": "Focal-SAM", "CCSAM": "CC-SAM", "SSESAM": "SSE-SAM"}
+WITHOUT_A_TAIL = ("SAM", "GSAM", "FocalSAM", "CCSAM")
+"""Methods that do not ask which classes are the tail."""
+
 PLAIN = "plain training"
 
 
@@ -12,7 +16,7 @@ class Method:
     """A method and the two settings of it that matter.
 
     Attributes:
-        name: "plain training", "SAM", "ImbSAM", "Focal-SAM", or the user's own class.
+        name: "plain training", the method's name in the literature, or the user's own class.
         rho: length of the perturbation, None for plain training.
         eta: classes with fewer training samples are the tail; None where the method does not use it.
     """
@@ -32,5 +36,4 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     name, rho = settings.get("sam"), settings.get("sam.rho")
     if name in (None, "Plain") or not rho:
         return Method(PLAIN)
-    eta = None if name in ("SAM", "FocalSAM") else settings.get("sam.eta")
-    return Method("Focal-SAM" if name == "FocalSAM" else str(name), rho, eta)
+    return Method(NAMES.get(name, str(name)), rho, None if name in WITHOUT_A_TAIL else settings.get("sam.eta"))

@@ -1,6 +1,6 @@
-"""Schedules of rho and of the class weights.
+"""Schedules of rho, of the tail's stage and of the class weights.
 
-Both are set before a batch, from the epoch (and step) alone, so that a run may be resumed anywhere.
+All are set before a batch, from the epoch (and step) alone, so that a run may be resumed anywhere.
 """
 
 import math
@@ -10,12 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from imbsam.checks import check_numbers, check_whole_numbers
-from imbsam.class_weights import check_beta, effective_number_weights
+from imbsam import SSESAM
+from imbsam.checks import check_interval, check_numbers, check_whole_numbers
+from imbsam.class_weights import effective_number_weights
 from imbsam.errors import SettingError
 from lightning_modules.epoch_log import log_epoch
 
-__all__ = ["DeferredReweighting", "RhoSchedule"]
+__all__ = ["DeferredReweighting", "RhoSchedule", "TailStage"]
 
 
 class RhoSchedule(Callback):
@@ -83,6 +84,47 @@ class RhoSchedule(Callback):
         return self._rho + (self.end - self._rho) * done
 
 
+class TailStage(Callback):
+    """The second stage of SSE-SAM: from a share of the epochs on only the tail is perturbed, which is ImbSAM.
+
+    Args:
+        start: the share of the epochs that come before it, their gamma.
+
+    Raises:
+        SettingError: `start` is outside [0, 1], the method is not ``SSESAM``, or the run has no number of epochs.
+
+    Source:
+        Lyu et al., *SSE-SAM*, AAAI 2025, arXiv 2412.13715; 0.7 is its authors' example for CIFAR-100-LT.
+    """
+
+    def __init__(self, start: float = 0.7) -> None:
+        check_interval("[0, 1]", start=start)
+        self.start = start
+        self._first_stage: Tensor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the radii of the first stage."""
+        sam: Any = pl_module.sam
+        if not isinstance(sam, SSESAM):
+            raise SettingError(
+                f"TailStage is the second stage of SSESAM and model.sam is {type(sam).__name__}: set model.sam to "
+                "SSESAM, or leave the callback out"
+            )
+        if not _has_epochs(trainer):
+            raise SettingError(
+                f"TailStage's start is {self.start} and trainer.max_epochs {trainer.max_epochs}: it is a share of the "
+                "epochs, so say how many there are"
+            )
+        self._first_stage = sam.radius
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the radii."""
+        sam: Any = pl_module.sam
+        assert trainer.max_epochs is not None
+        first = math.ceil(self.start * trainer.max_epochs - 1e-9)  # 0.55 * 20 is a little above 11
+        sam.radius = self._first_stage if trainer.current_epoch < first else [0.0, 1.0]
+
+
 class DeferredReweighting(Callback):
     """Weight the classes' losses by their effective number of samples, from an epoch on (DRW).
 
@@ -101,7 +143,7 @@ class DeferredReweighting(Callback):
     """
 
     def __init__(self, beta: float = 0.9999, start_epoch: int = 0) -> None:
-        check_beta(beta)
+        check_interval("[0, 1)", beta=beta)
         check_whole_numbers(0, start_epoch=start_epoch)
         self.beta, self.start_epoch = beta, start_epoch
         self._before: Tensor | None = None

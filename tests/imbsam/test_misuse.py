@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam import CCSAM, GSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [200, 60, 15, 4]
 Y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 2)
@@ -116,7 +116,7 @@ def test_cached_parametrizations_are_refused():
         ImbSAM(model, COUNTS).backward(losses_of(model), Y)  # nothing is parametrized
 
 
-@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM])
+@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM, GSAM, CCSAM])
 def test_gradient_is_added_to_views_of_a_flat_tensor(method):
     model, alone = net(), net()
     flat = torch.ones(sum(p.numel() for p in model.parameters()))
@@ -141,6 +141,10 @@ def test_default_device_other_than_the_models():
         try:
             ImbSAM(model, COUNTS, tail_weight=2.0, context_rows=4).backward(losses_of(model), Y)
             FocalSAM(model, torch.tensor(COUNTS, device="cpu")).backward(losses_of(model), Y)
+            CCSAM(model, COUNTS).backward(losses_of(model), Y)
+            CCSAM(model, COUNTS).backward(
+                losses_of(model), F.one_hot(torch.tensor(Y.tolist(), device="cpu"), 4).float()
+            )
         finally:
             torch.set_default_device(None)
     assert torch.equal(grads(models[0]), grads(models[1]))

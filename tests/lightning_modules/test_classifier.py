@@ -396,14 +396,14 @@ def test_channels_last_takes_the_same_steps(tmp_path):
         torch.testing.assert_close(parameter, plain.backbone.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
-def test_a_balanced_sampler_beside_eta_is_warned_of(tmp_path):
-    sampled = DigitsLTDataModule(sampler="class_balanced")
-    with pytest.warns(UserWarning, match=r"data\.sampler is class_balanced.*% of the training samples and 50\.0 %"):
+def test_balanced_sampling_with_eta_warns(tmp_path):
+    sampled = DigitsLTDataModule(sampling="class_balanced")
+    with pytest.warns(UserWarning, match=r"data\.sampling is class_balanced.*% of the training samples and 50\.0 %"):
         fit(tmp_path, sampled, {"max_epochs": 1}, optimizer=sgd)
     for settings in ({"sam": Plain}, {"sam": partial(ImbSAM, tail_classes=[3])}):
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "data.sampler")
-            fit(tmp_path, DigitsLTDataModule(sampler="class_balanced"), {"max_epochs": 1}, optimizer=sgd, **settings)
+            warnings.filterwarnings("error", "data.sampling")
+            fit(tmp_path, DigitsLTDataModule(sampling="class_balanced"), {"max_epochs": 1}, optimizer=sgd, **settings)
 
 
 def test_mixed_targets_count_by_their_part_of_tail_classes(tmp_path):

@@ -73,6 +73,9 @@ def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
         "focal_sam": Method("Focal-SAM", 0.1),
     }
     assert method_of({"sam": "MySAM", "sam.rho": 0.2, "sam.eta": 5}) == Method("MySAM", 0.2, 5)
+    assert method_of({"sam": "CCSAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("CC-SAM", 0.2)
+    assert method_of({"sam": "GSAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("GSAM", 0.2)
+    assert method_of({"sam": "SSESAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("SSE-SAM", 0.2, 20)
     assert method_of({"sam": "ImbSAM", "sam.rho": 0.0, "sam.eta": 5}) == Method("plain training")
 
 
