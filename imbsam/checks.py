@@ -1,5 +1,6 @@
-"""Checks of settings: whole numbers, numbers in an interval, names from a list."""
+"""Checks of settings: whole numbers, numbers from 0 or in an interval, names from a list."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, get_args
@@ -28,6 +29,33 @@ def check_whole_numbers(least: int = 1, **settings: int | Sequence[int]) -> None
             if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
                 what = "whole numbers" if several else "a whole number"
                 raise SettingError(f"{name} is {value!r}: give {what} from {least}")
+
+
+def check_numbers(*, above: bool = False, finite: bool = True, hint: str = "", **settings: float) -> None:
+    """Refuse a setting that is not a number from 0.
+
+    Args:
+        above: Refuse 0 too.
+        finite: Refuse infinity too.
+        hint: A usual value, for the message.
+        settings: The settings by name.
+
+    Raises:
+        SettingError: It names the first setting that cannot work.
+
+    Example:
+        >>> check_numbers(rho=-1, hint="0.05 is usual")
+        Traceback (most recent call last):
+        imbsam.errors.SettingError: rho is -1: give a finite number from 0 (0.05 is usual)
+    """
+    for name, value in settings.items():
+        try:
+            number = math.nan if isinstance(value, (str, bool)) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (number > 0 if above else number >= 0) or (finite and math.isinf(number)):
+            what = f"a {'finite ' if finite else ''}number {'above' if above else 'from'} 0"
+            raise SettingError(f"{name} is {value!r}: give {what}{f' ({hint})' if hint else ''}")
 
 
 def check_interval(interval: str, **settings: float) -> None:

@@ -39,13 +39,13 @@ def grads(model: nn.Module) -> Tensor:
         (lambda: SAM(net(), rho="0.05"), "rho is '0.05': give a finite number"),
         (
             lambda: ImbSAM(net(), COUNTS, tail_classes=2),
-            r"tail_classes=2 is not a list; give class indices, as in \[2\]",
+            r"tail_classes is 2: give a list of class indices, as in \[2\]",
         ),
         (
             lambda: ImbSAM(net(), COUNTS, tail_classes=torch.tensor([True, False])),
             r"tail_classes is a mask of shape \(2,\)",
         ),
-        (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False, which is no class"),
+        (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False: give class indices"),
         (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 and class_counts None"),
         (lambda: ClassAwareSAM(net(), sharpness_weight="all"), "sharpness_weight is 'all': give one number"),
     ],

@@ -437,7 +437,7 @@ def test_calibration_error_and_flip_of_a_test(tmp_path):
         logits = (model(images) + model(images.flip(3))) / 2
     loss = run.test(model, datamodule=data, verbose=False)[0]["test/loss"]
     assert loss == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
-    for name, mask in zip(model.test_accuracy.group_names, model.test_accuracy.groups, strict=True):
+    for name, mask in model.test_accuracy.masks.items():
         error = multiclass_calibration_error(logits[mask[targets]], targets[mask[targets]], num_classes=10, n_bins=15)
         assert float(run.callback_metrics[f"test/ece_{name}"]) == pytest.approx(float(error), abs=1e-6)
     found = torch.cat(run.predict(model, datamodule=data))

@@ -115,7 +115,7 @@ def test_the_logged_loss_is_the_weighted_one(tmp_path):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("steps", [4, 8])  # amid epoch 1, amid epoch 2, the first with the weights
+@pytest.mark.parametrize("steps", [4, 8])  # mid-epoch 1, mid-epoch 2, the first with the weights
 def test_a_resumed_run_switches_at_the_same_step(tmp_path, steps):
     """See test_resume.py for checkpoints at the end of an epoch."""
 
@@ -191,8 +191,8 @@ def test_sse_sam_perturbs_the_tail_alone_from_its_epoch_on(tmp_path, cut):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: TailStage(1.1), "start is 1.1: give the share"),
-        (lambda: DeferredReweighting(1.0), r"beta=1.0 is outside \[0, 1\)"),
+        (lambda: TailStage(1.1), r"start is 1.1: give a number in \[0, 1\]"),
+        (lambda: DeferredReweighting(1.0), r"beta is 1.0: give a number in \[0, 1\)"),
         (lambda: DeferredReweighting(0.9, start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(shape="step"), "shape is 'step'"),
@@ -217,7 +217,7 @@ def test_schedules_that_cannot_work(settings, message):
             {"callbacks": (TailStage(),), "sam": SSESAM, "trainer": {"max_epochs": -1, "max_steps": 3}},
             "TailStage's start is 0.7 and trainer.max_epochs -1",
         ),
-        ({"loss": partial(Focal, gamma=-1)}, "gamma=-1"),
+        ({"loss": partial(Focal, gamma=-1)}, "gamma is -1"),
         ({"loss": partial(Focal, tau=1)}, "loss is Focal: .*tau"),
     ],
 )
