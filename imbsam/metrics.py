@@ -66,10 +66,12 @@ class ClassGroupAccuracy(Metric):
         class_names: names of the C classes for the figure, in the order of the class indices.
         validate_args: whether ``compute`` raises for targets outside 0..C-1. With False, for data whose ignored
             samples have such a label, they are left out silently.
+        group_counts: counts that decide the groups in place of ``class_counts``, C integers: the literature's groups of
+            CIFAR-100-LT at ratio 50 and 10 are those of ratio 100.
         kwargs: further arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        SettingError: if ``class_counts``, ``many``, ``few`` or ``class_names`` cannot work; in ``update``
+        SettingError: if ``class_counts``, ``many``, ``few``, ``class_names`` or ``group_counts`` cannot work; in ``update``
             for inputs of other shapes or types; in ``compute`` see ``validate_args``.
 
     Source:
@@ -104,15 +106,20 @@ class ClassGroupAccuracy(Metric):
         few: int = 20,
         class_names: Sequence[str] | None = None,
         validate_args: bool = True,
+        group_counts: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         counts = class_counts_tensor(class_counts)
-        masks = class_groups(counts, many, few)
+        deciding = counts if group_counts is None else class_counts_tensor(group_counts)
+        if deciding.shape != counts.shape:
+            raise SettingError(f"group_counts has {len(deciding)} counts: give one for each of {len(counts)} classes")
+        masks = class_groups(deciding, many, few)
         if class_names is not None and len(class_names) != counts.numel():
             raise SettingError(f"class_names has {len(class_names)} names: give one for each of {len(counts)} classes")
         self.many = many
         self.few = few
+        self.own_groups = torch.equal(deciding, counts)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.validate_args = validate_args
         self.register_buffer("class_counts", counts, persistent=False)
@@ -178,10 +185,7 @@ class ClassGroupAccuracy(Metric):
         Raises:
             SettingError: if targets outside 0..C-1 were given, unless ``validate_args`` is False.
         """
-        recalls = self._recalls()
-        counted = self.groups & (self.total > 0)
-        accuracies = recalls.nan_to_num(0.0).where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
-        return dict(zip(GROUPS, accuracies.unbind(), strict=True))
+        return self._group_means(self._recalls())
 
     def per_class(self) -> Tensor:
         """Return the recall of each class; across processes like ``compute``, so all of them must call it.
@@ -198,6 +202,12 @@ class ClassGroupAccuracy(Metric):
             should_unsync=self._should_unsync,
         ):
             return self._recalls()
+
+    def _group_means(self, recalls: Tensor) -> dict[str, Tensor]:
+        """Each group's mean over its tested classes, of numbers of shape (C,) that are nan for the others."""
+        counted = self.groups & (self.total > 0)
+        means = recalls.nan_to_num(0.0).where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
+        return dict(zip(GROUPS, means.unbind(), strict=True))
 
     def _recalls(self) -> Tensor:
         if self.validate_args and (outside := int(self.outside)):
@@ -258,7 +268,8 @@ class ClassGroupAccuracy(Metric):
             shown = members & tested
             if members.any():
                 mean = heights[shown].mean() if shown.any() else math.nan
-                label = f"{group} ({limit}): {f'{mean:.3f}' if shown.any() else 'no test samples'}"
+                limits = f" ({limit})" if self.own_groups else ""
+                label = f"{group}{limits}: {f'{mean:.3f}' if shown.any() else 'no test samples'}"
                 colour, (left, right) = GROUP_COLOURS[group], position[members][[0, -1]] + [-0.5, 0.5]
                 ax.bar(position[shown], heights[shown], 0.8 if classes <= 150 else 1.0, color=colour, alpha=0.55)
                 ax.hlines(mean, left, right, color=colour, linewidth=2.2, label=label)
