@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric
 
 from imbsam import ImbSAM, SettingError
 from imbsam.class_groups import tail_mask
+from imbsam.class_measures import ClassMeasures
 from imbsam.losses import LDAM, CrossEntropy
-from imbsam.metrics import ClassGroupAccuracy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
@@ -25,6 +25,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.group_counts import counts_of_ratio
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
@@ -36,8 +37,8 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
     are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
-    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
-    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by the method's class
+    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss, the
+    accuracies ``many``, ``medium``, ``few`` and ``all``, and the others of :class:`~imbsam.class_measures.ClassMeasures`. The training losses are weighted by the method's class
     weights; those of validation and test are not.
 
     Args:
@@ -54,6 +55,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: batches that count as one, for the perturbation too.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
+        groups_of_ratio: many and few go by the class counts of this imbalance ratio, whatever that of the training, for
+            data with a ``ratio``; the literature's groups of CIFAR-100-LT are those of ratio 100. Default: the training's.
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights with the channels last in memory, faster on GPUs in 16 bits.
         flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.
@@ -75,6 +78,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: int = 1,
         many: int = 100,
         few: int = 20,
+        groups_of_ratio: float | None = None,
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
@@ -99,6 +103,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.settings: Any = self.hparams
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
+        self.group_counts: Tensor | None = None
         # Lightning's own means are not in its checkpoints; "disable", or each update would wait for a GPU
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.backbone: nn.Module
@@ -121,7 +126,7 @@ class LongTailedClassifier(SharpnessAwareModule):
             check_class_names(self.class_names, data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
         if self.class_counts is None or stage == "fit":
-            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
+            self._learn_data(data)
 
     def configure_model(self) -> None:
         """Build the backbone, once the number of classes is known, and the backward pass.
@@ -303,6 +308,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model learned of its classes."""
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
+        checkpoint["group_counts"] = self.group_counts
         checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +325,8 @@ class LongTailedClassifier(SharpnessAwareModule):
                     "the data's class_counts are not those that the checkpoint was trained with (another seed, ratio "
                     "or val_share?): many, medium and few are the checkpoint's"
                 )
+            if checkpoint.get("hyper_parameters", {}).get("groups_of_ratio") == self.settings.groups_of_ratio:
+                self.group_counts = checkpoint.get("group_counts")
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         self.configure_model()
         check_weights(self, checkpoint)
@@ -328,7 +336,11 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Learn the classes, where they are not known yet and the data are set up."""
         data: Any = getattr(self._trainer, "datamodule", None)
         if self.class_counts is None and _knows_classes(data):
-            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
+            self._learn_data(data)
+
+    def _learn_data(self, data: Any) -> None:
+        self.group_counts = counts_of_ratio(data, self.settings.groups_of_ratio)
+        self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
@@ -337,7 +349,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._tail = tail_mask(class_counts, *self.tail_settings)
         self.loss = self._loss(class_counts).to(self.device)
         self.val_accuracy, self.test_accuracy = (
-            ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
+            ClassMeasures(class_counts, hp.many, hp.few, class_names, group_counts=self.group_counts).to(self.device)
+            for _ in range(2)
         )
 
     def _loss(self, class_counts: Tensor) -> nn.Module:
@@ -370,12 +383,12 @@ class LongTailedClassifier(SharpnessAwareModule):
         logits: Tensor = self(images)
         return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
 
-    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
+    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
         return logits
 
-    def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
+    def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassMeasures) -> None:
         """Sums over all samples of all ranks, however they are shared."""
         metrics = {"loss": loss.compute(), **accuracy.compute()}
         log_epoch(self, {f"{stage}/{name}": value for name, value in metrics.items()})
