@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from imbsam.errors import SettingError
-from imbsam.group_names import GROUPS
 from imbsam.metrics import ClassGroupAccuracy
 
 __all__ = ["TOP", "ClassMeasures", "among_top", "class_f1"]
@@ -21,8 +20,8 @@ class ClassMeasures(ClassGroupAccuracy):
     With :math:`R_c = \text{TP}_c / N_c` the recall of class c, and C' classes that occur in the targets, it adds to
     :class:`~imbsam.metrics.ClassGroupAccuracy`:
 
-    * ``top5_many``, ``top5_medium``, ``top5_few``, ``top5_all``, where there are more than 5 classes: the group's mean of
-      the classes' top-5 recalls, the share of a class's samples that have it among the 5 highest scores.
+    * ``top5_many``, ``top5_medium``, ``top5_few``, ``top5_all``, where there are more than 5 classes: the group's mean
+      of the classes' top-5 recalls, the share of a class's samples that have it among the 5 highest scores.
     * ``lowest_recall``: :math:`\min_c R_c`.
     * ``harmonic_mean``: :math:`C' / \sum_c R_c^{-1}`; 0 where a recall is 0.
     * ``geometric_mean``: :math:`(\prod_c R_c)^{1/C'}`; 0 where a recall is 0.

@@ -14,7 +14,7 @@ def long_tailed_shares(class_counts: Tensor | list[int], ratio: float, backward:
     r"""Each class's share of a long-tailed test set.
 
     The class of rank r in the order of the training samples, from 0 for the most frequent, has a share proportional to
-    :math:`\rho^{-r / (C - 1)}` with :math:`\rho` the ratio: *forward*, as in training. *Backward* the order is reversed.
+    :math:`\rho^{-r / (C - 1)}` with :math:`\rho` the ratio: *forward*, as in training. *Backward* reverses the order.
     Classes with equally many training samples share the mean of their ranks' shares, whatever their order.
 
     Args:
@@ -44,7 +44,7 @@ def long_tailed_shares(class_counts: Tensor | list[int], ratio: float, backward:
     classes = counts.numel()
     by_rank = float(ratio) ** -(torch.arange(classes, dtype=torch.float64) / max(classes - 1, 1))
     order = counts.argsort(descending=not backward, stable=True)
-    _, place, sizes = counts[order].unique(return_inverse=True, return_counts=True)
+    _, place, sizes = torch.unique(counts[order], return_inverse=True, return_counts=True)
     means = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, place, by_rank) / sizes
     shares = torch.empty(classes, dtype=torch.float64)
     shares[order] = means[place]

@@ -71,8 +71,8 @@ class ClassGroupAccuracy(Metric):
         kwargs: further arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        SettingError: if ``class_counts``, ``many``, ``few``, ``class_names`` or ``group_counts`` cannot work; in ``update``
-            for inputs of other shapes or types; in ``compute`` see ``validate_args``.
+        SettingError: if ``class_counts``, ``many``, ``few``, ``class_names`` or ``group_counts`` cannot work; in
+            ``update`` for inputs of other shapes or types; in ``compute`` see ``validate_args``.
 
     Source:
         The groups and their accuracies are those of Liu et al., *Large-Scale Long-Tailed Recognition in an

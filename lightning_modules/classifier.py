@@ -37,9 +37,9 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
     are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
-    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss, the
-    accuracies ``many``, ``medium``, ``few`` and ``all``, and the others of :class:`~imbsam.class_measures.ClassMeasures`. The training losses are weighted by the method's class
-    weights; those of validation and test are not.
+    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
+    accuracies and measures of :class:`~imbsam.class_measures.ClassMeasures`. The training losses are weighted by the
+    method's class weights; those of validation and test are not.
 
     Args:
         backbone: what makes the network of a number of classes: a class or a partial of one (``CifarResNet32``,
@@ -55,8 +55,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: batches that count as one, for the perturbation too.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
-        groups_of_ratio: many and few go by the class counts of this imbalance ratio, whatever that of the training, for
-            data with a ``ratio``; the literature's groups of CIFAR-100-LT are those of ratio 100. Default: the training's.
+        groups_of_ratio: many and few go by the class counts of this imbalance ratio and not by the training's, for data
+            with a ``ratio``; the literature's groups of CIFAR-100-LT are those of ratio 100.
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights with the channels last in memory, faster on GPUs in 16 bits.
         flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.

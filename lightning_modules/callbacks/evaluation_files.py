@@ -25,8 +25,8 @@ class EvaluationFiles(Callback):
     """Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
 
     And log the expected calibration errors (Guo et al., ICML 2017) ``test/ece_many``, ``ece_medium``, ``ece_few`` and
-    ``ece_all``, in [0, 1], by torchmetrics, nan for a group without test samples; and the accuracies on long-tailed test
-    sets (:mod:`imbsam.label_shift`), ``test/forward_50`` to ``test/backward_50``.
+    ``ece_all``, in [0, 1], by torchmetrics, nan for a group without test samples; and the accuracies on long-tailed
+    test sets (:mod:`imbsam.label_shift`), ``test/forward_50`` to ``test/backward_50``.
 
     * ``per_class.csv``: class, class_name, training_samples, group (many, medium or few), tail (1 or 0), test_samples,
       accuracy (the recall) in [0, 1], empty for a class without test samples, precision, empty for a class that was

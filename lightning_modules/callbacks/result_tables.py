@@ -12,7 +12,6 @@ from rich.table import Table
 
 from imbsam.group_names import CLASS_MEASURES, GROUPS, TEST_RATIOS
 
-
 GROUP_ROWS = {"accuracy": "", "top-5 accuracy": "top5_", "calibration error": "ece_"}
 """Rows that have a number for every group, and what its name in the log begins with."""
 

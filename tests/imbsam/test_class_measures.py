@@ -18,7 +18,7 @@ GROUPS = {"many": [1, 4], "medium": [2, 3, 6], "few": [0, 5, 7], "all": list(ran
 
 
 def sample(rows=400, seed=0, classes=range(CLASSES), skill=2.0, ties=False):
-    """Scores of which a target's is higher, and targets among `classes`; with `ties` the scores are 0, 1, 2, 3 or so."""
+    """Scores of which a target's is higher, and targets among `classes`; with `ties` they are 0, 1, 2, 3 or so."""
     rng = np.random.default_rng(seed)
     target = rng.choice(list(classes), rows)
     scores = rng.normal(size=(rows, CLASSES)) + skill * np.eye(CLASSES)[target]

@@ -62,7 +62,7 @@ def test_counts_of_another_ratio_are_those_of_data_at_that_ratio(seed, profile):
 
 def test_data_that_keep_every_sample_have_no_counts_of_a_ratio():
     data = numbered(profile="none")
-    with pytest.raises(SettingError, match="^Numbered keeps every training sample .* has no ratio: leave it out$"):
+    with pytest.raises(SettingError, match=r"^Numbered keeps every training sample .* has no ratio: leave it out$"):
         data.counts_of_ratio(10)
 
 
