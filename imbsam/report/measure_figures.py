@@ -109,8 +109,9 @@ def distribution_figure(groups: Sequence[Group]) -> Figure | None:
             traces.append(make_trace(i, group, places, curve, width=1, opacity=0.35, hoverinfo="skip"))
         if curves:
             means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-            hover = f"{plain_text(group.name)}<br>%{{x}}: %{{y:.1f}} %<extra></extra>"
-            traces.append(make_trace(i, group, places, means, "lines+markers", {"size": 7}, hovertemplate=hover))
+            hover = f"{plain_text(group.name)}<br>%{{text}}: %{{y:.1f}} %<extra></extra>"
+            marker, text = {"size": 7}, list(distributions.values())
+            traces.append(make_trace(i, group, places, means, "lines+markers", marker, text=text, hovertemplate=hover))
     if not traces:
         return None
     layout = {

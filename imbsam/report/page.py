@@ -220,6 +220,8 @@ def _before_and_after(groups: Sequence[Group], figures: dict[str, Figure]) -> st
         f"A point for each class: its recall with {groups[0].name} and with another run. Above the diagonal it is "
         "better than before. ● many, ■ medium, ▲ few."
     )
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Several runs are averaged rank by rank, as above."
     return plots("Recall of each class, before and after", note, shown, figures)
 
 
@@ -229,7 +231,7 @@ def _distributions(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
         return ""
     note = (
         "Accuracy on long-tailed test sets of these imbalance ratios: forward as in training, backward with the rarest "
-        "class of the training the most frequent. Computed from the classes' recalls, without drawing."
+        "class of the training the most frequent. Computed exactly from the classes' recalls, without resampling."
     )
     distributions = groups[0].task.distributions
     rows = [[group.name, *table_cells(group, distributions)] for group in groups if group.runs]
