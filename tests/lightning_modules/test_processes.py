@@ -63,7 +63,8 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
     for checkpoint, log in found[1:]:
         for name, value in found[0][0]["state_dict"].items():
             torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=0, atol=1e-10)
-        for name in ("test/loss", "test/all", "test/few", "train/loss_epoch"):
+        measures = ("lowest_recall", "harmonic_mean", "macro_f1", "top5_few", "ece_all", "backward_50")
+        for name in ("test/loss", "test/all", "test/few", "train/loss_epoch", *(f"test/{name}" for name in measures)):
             values = [[float(row[name]) for row in rows if row[name]] for rows in (log, found[0][1])]
             assert values[0] == pytest.approx(values[1], rel=1e-6), name
 
