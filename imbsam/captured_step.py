@@ -1,8 +1,7 @@
 """A step of the engine as CUDA graphs: captured once for each shape of its passes, replayed from then on."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -52,9 +51,8 @@ class CapturedStep:
         pass_sizes: Sequence[int] | None = None,
     ) -> None:
         check_signature(losses_of, example)
-        self.outputs: list[Tensor] = []
-        """What `losses_of` returned beside the losses of the first pass, for each micro-batch; overwritten by the next
-        step."""
+        self._eager_outputs: list[Tensor] | None = None
+        self._micro_batches = 0
         self._sam = sam
         self._losses_of = losses_of
         self._example = [t.detach() for t in example]
@@ -66,9 +64,11 @@ class CapturedStep:
         sizes = graph_sizes(len(example[0]), pass_sizes)
         self._static: StaticStep | None = None
         if graphs is not None:
-            with self._or_eagerly():
+            try:
                 check_module(sam, modules, self._params)
                 self._static = StaticStep(sam, losses_of, example, self._params, graphs, scaler, sizes)
+            except CaptureError as error:
+                self._fall_back_or_raise(error)
 
     def __call__(self, *batch: Any, targets: Any = None, sharpness_weight: Any = None) -> Tensor:
         """Add the gradient of the objective to ``.grad``, in place of :meth:`ClassAwareSAM.backward`.
@@ -90,6 +90,7 @@ class CapturedStep:
         several = len(batch) == 1 and isinstance(batch[0], list)
         micro = [tuple(one) for one in batch[0]] if several else [batch]
         whole = check_batches(micro, self._example)
+        self._micro_batches = len(micro)
         own = sharpness_weight is not None
         if several and own:
             raise SettingError("sharpness_weight goes with one batch: micro-batches bring their own targets")
@@ -102,30 +103,37 @@ class CapturedStep:
             check_same_module(trained_parameters(modules), self._params, self._addresses)
             plan = self._sam._plan(modules, own=own, group=self._sam.process_group)
             decided = [b for t in targets for b in plan.batches(self._losses_of, t, sharpness_weight)]
-            with self._or_eagerly():
-                loss = self._static.run(modules, plan, micro, decided, own=own)
-                self.outputs = self._static.outputs
-                return loss
+            self._eager_outputs = None
+            try:
+                return self._static.run(modules, plan, micro, decided, own=own)
+            except CaptureError as error:
+                self._fall_back_or_raise(error)
         return self._eager(micro, targets, sharpness_weight)
 
-    @contextlib.contextmanager
-    def _or_eagerly(self) -> Iterator[None]:
-        """Inside, a capture that fails ends in one line, or with "auto" in eager steps from there on."""
-        try:
-            yield
-        except CaptureError as error:
-            if not self._fall_back:
-                raise SettingError(
-                    f"capture is True, and the step cannot be captured: {error}; set capture=False, or capture="
-                    '"auto", which then trains eagerly'
-                ) from error
-            warnings.warn(f'capture is "auto", and the steps run eagerly: {error}', stacklevel=4)
-            self._static = None
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What `losses_of` returned beside the losses of the first pass, for each micro-batch."""
+        if self._eager_outputs is None and self._static is not None:
+            return self._static.outputs[: self._micro_batches]
+        return self._eager_outputs or []
+
+    def _fall_back_or_raise(self, error: CaptureError) -> None:
+        """A capture that failed ends in one line, or with "auto" in eager steps from there on."""
+        if not self._fall_back:
+            raise SettingError(
+                f"capture is True, and the step cannot be captured: {error}; set capture=False, or capture="
+                '"auto", which then trains eagerly'
+            ) from error
+        warnings.warn(f'capture is "auto", and the steps run eagerly: {error}', stacklevel=3)
+        self._static = None
 
     def _eager(self, micro: Sequence[Any], targets: Sequence[Any], sharpness_weight: Any) -> Tensor:
-        self.outputs = []
+        outputs: list[Tensor] = []
+        self._eager_outputs = outputs
         device = self._params[0].device
-        functions = [self._of_rows([to_device(t, device) for t in inputs], i) for i, inputs in enumerate(micro)]
+        functions = [
+            self._of_rows([to_device(t, device) for t in inputs], outputs, i) for i, inputs in enumerate(micro)
+        ]
         several = len(functions) > 1
         return self._sam.backward(
             list(zip(functions, targets, strict=True)) if several else functions[0],
@@ -134,15 +142,15 @@ class CapturedStep:
             backward=Tensor.backward if self._scaler is None else self._scaled_backward,
         )
 
-    def _of_rows(self, inputs: Sequence[Tensor], i: int) -> Callable[[Tensor], Any]:
+    def _of_rows(self, inputs: Sequence[Tensor], outputs: list[Tensor], i: int) -> Callable[[Tensor], Any]:
         """`losses_of` as the engine takes it: from row indices."""
 
         def losses(rows: Tensor) -> Any:
             found = self._losses_of(*(t[rows] for t in inputs))
             if not isinstance(found, tuple):
                 return found
-            if len(self.outputs) == i:  # the first pass
-                self.outputs.append(found[1].detach())
+            if len(outputs) == i:  # the first pass
+                outputs.append(found[1].detach())
             return found[0]
 
         return losses

@@ -86,24 +86,29 @@ class StaticStep:
         Raises:
             CaptureError: where the passes cannot be captured.
         """
-        grad_mode = torch.is_grad_enabled()
+        grad_mode, cached_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         grads = [p.grad for p in self._params]
         present = [grad for grad in grads if grad is not None]
-        before = clones(present)
-        self._buffers.keep()
+        before: list[Tensor] = []
+        kept = False
         undo_passes: Callable[[], None] | None = None
 
         def undo() -> None:
             for p, grad in zip(self._params, grads, strict=True):
                 p.grad = grad
-            if present:
+            if before:
                 copy_(present, before)
             if undo_passes is not None:
                 undo_passes()
-            self._buffers.undo()
-            torch.set_grad_enabled(grad_mode)  # an interruption may come between a no_grad block and its end
+            if kept:
+                self._buffers.undo()
+            torch.set_grad_enabled(grad_mode)  # an interruption may come where a block that sets them begins or ends
+            torch.set_autocast_cache_enabled(cached_casts)
 
         try:
+            before = clones(present)
+            self._buffers.keep()
+            kept = True
             source, rows = self._passes_of(plan, decided, own)
             self._fill(micro, decided, rows)
             with self._sam.no_sync():
