@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow test-kill test-slurm test-browser lint docs bench picture
+.PHONY: install run test test-slow test-gpu test-kill test-slurm test-browser lint docs bench picture
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,9 @@ test: install  ## what every change must pass
 
 test-slow: install  ## torch.compile, SIGTERM to two processes
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py
+
+test-gpu: install  ## what only a GPU can show: CUDA graphs, no host synchronisation
+	$(BIN)/python -m pytest -q -rs -m gpu
 
 test-kill: install  ## 20 runs killed and resumed; ends with their table
 	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/resuming/test_kill.py

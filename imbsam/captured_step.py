@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 from imbsam.batch import to_device
@@ -131,9 +132,7 @@ class CapturedStep:
         outputs: list[Tensor] = []
         self._eager_outputs = outputs
         device = self._params[0].device
-        functions = [
-            self._of_rows([to_device(t, device) for t in inputs], outputs, i) for i, inputs in enumerate(micro)
-        ]
+        functions = [self._of_rows([_moved(t, device) for t in inputs], outputs, i) for i, inputs in enumerate(micro)]
         several = len(functions) > 1
         return self._sam.backward(
             list(zip(functions, targets, strict=True)) if several else functions[0],
@@ -157,6 +156,10 @@ class CapturedStep:
 
     def _scaled_backward(self, loss: Tensor, **options: Any) -> None:
         self._scaler.scale(loss).backward(**options)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    return to_device(t, device) if t.device.type == "cpu" else t.to(device)
 
 
 class Capturable:
