@@ -14,8 +14,8 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of the table
-	$(BIN)/imbsam fit --config configs/digits_lt/sgd.yaml
-	$(BIN)/imbsam fit --config configs/digits_lt/imbsam.yaml
+	$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/sgd.yaml
+	$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/imbsam.yaml
 	$(BIN)/imbsam report logs/digits_lt/sgd logs/digits_lt/imbsam
 
 test: install  ## what every change must pass
@@ -48,7 +48,7 @@ docs: install  ## the documentation as a site, docs/_build/html/index.html; a br
 
 picture: install  ## the README's picture: five seeds of SGD and of ImbSAM on long-tailed digits, 5 minutes
 	for method in sgd imbsam; do \
-		$(BIN)/imbsam fit --config configs/digits_lt/$$method.yaml --seeds 0 1 2 3 4 \
+		$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/$$method.yaml --seeds 0 1 2 3 4 \
 			--trainer.logger.init_args.save_dir=logs/picture || exit 1; \
 	done
 	$(BIN)/imbsam report $(addprefix logs/picture/digits_lt/,sgd imbsam) --output docs/digits_lt.png

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, LongTailedDataModule
 from imbsam import ClassAwareSAM, ImbSAM
 from imbsam.snapshot import Buffers
-from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones import CifarResNet20, SmallCNN
 
 ContextRows = int | Literal["auto", "batch"]
 RHO = 0.05
@@ -43,16 +43,15 @@ RHO = 0.05
 def nets(images: Tensor, num_classes: int) -> dict[str, Callable[[], nn.Module]]:
     """The nets by name, for images of this shape."""
     channels, height = images.shape[1:3]
-    small = {"num_classes": num_classes, "in_channels": channels}
 
     def batch_norm() -> nn.Module:
         if height == 32:
-            return create_backbone("cifar_resnet20", num_classes=num_classes)
-        return create_backbone("small_cnn", norm="batch", **small)
+            return CifarResNet20(num_classes=num_classes)
+        return SmallCNN(num_classes, channels, norm="batch")
 
     return {
         "BatchNorm": batch_norm,
-        "dropout": lambda: create_backbone("small_cnn", dropout=0.3, **small),
+        "dropout": lambda: SmallCNN(num_classes, channels, dropout=0.3),
         "BatchNorm, bfloat16": batch_norm,
     }
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datamodules.anomaly.batches import EpochRows, Sampling
 from imbsam.sklearn import ImbSAMOutlierDetector
-from lightning_modules.detectors import create_detector
+from lightning_modules.detectors import DeepSAD, DevNet, PReNet, WeightedClassifier
 from lightning_modules.detectors.autoencoder import pretrain
 from lightning_modules.detectors.detector import Detector, mlp
 
@@ -45,6 +45,12 @@ SCALERS = {
     "quantile": lambda: QuantileTransformer(output_distribution="normal", random_state=0),
     "min_max": MinMaxScaler,
     "robust": RobustScaler,
+}
+DETECTORS: dict[str, type[Detector]] = {
+    "devnet": DevNet,
+    "prenet": PReNet,
+    "classifier": WeightedClassifier,
+    "deep_sad": DeepSAD,
 }
 SAMPLING: dict[str, Sampling] = {
     "devnet": "balanced",
@@ -102,7 +108,7 @@ def checks(data: dict[str, Part], name: str, lr: float, seed: int) -> Iterator[t
     """Train; every 50 steps the validation loss, the average precision to stop by (known, true) and that to judge."""
     fit, stop, judge = data["fit"], data["stop"], data["judge"]
     torch.manual_seed(seed)
-    detector = create_detector(name, (fit.x.shape[1],))
+    detector = DETECTORS[name]((fit.x.shape[1],))
     detector.prepare(fit.x, fit.known)
     optimizer = torch.optim.Adam(detector.parameters(), lr, fused=True)
     sampler = EpochRows(fit.known, SAMPLING[name], 256, CHECK_EVERY, seed)

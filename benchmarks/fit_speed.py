@@ -35,7 +35,7 @@ from datamodules import CIFAR100LTDataModule, LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
-from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones import CifarResNet20
 from lightning_modules.callbacks.refused_run import DiscardRefusedRun
 from lightning_modules.callbacks.result_tables import AccuracyTable
 
@@ -56,7 +56,7 @@ class RandomImages(CIFAR100LTDataModule):
 
 def bare_loop(data: LongTailedDataModule, lr: float) -> Iterator[int]:
     """Train without Lightning; yields the number of images after every batch."""
-    model: nn.Module = create_backbone("cifar_resnet20", num_classes=len(data.class_counts))
+    model: nn.Module = CifarResNet20(num_classes=len(data.class_counts))
     sam = ImbSAM(model, data.class_counts, eta=20, rho=0.05)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
 
@@ -119,7 +119,7 @@ def fit(
     lr = 0.05
     turns = TakeTurns(bare_loop(data, lr), window, clock)
     module = LongTailedClassifier(
-        backbone="cifar_resnet20",
+        backbone=CifarResNet20,
         sam=functools.partial(ImbSAM, eta=20, rho=0.05),
         optimizer=functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
     )

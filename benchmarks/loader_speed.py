@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from datamodules import CIFAR100LTDataModule
-from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones import CifarResNet20
 
 
 def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
@@ -28,7 +28,7 @@ def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
 
 def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
     """Images per second of SGD steps on batches that are already there."""
-    model = create_backbone("cifar_resnet20", num_classes=100)
+    model = CifarResNet20(num_classes=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = list(islice(data.train_dataloader(), steps + 2))
     for step, (images, labels) in enumerate(batches):

@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from datamodules import imbalanced_class_counts
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, reference
 from imbsam.class_groups import tail_mask
-from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones import CifarResNet32
 
 COUNTS = imbalanced_class_counts(500, 100, 100, "exponential")
 RHO = 0.05
@@ -66,8 +66,8 @@ class SmallViT(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet32_batchnorm": lambda: create_backbone("cifar_resnet32", num_classes=100),
-    "resnet32_groupnorm": lambda: create_backbone("cifar_resnet32", num_classes=100, norm="group"),
+    "resnet32_batchnorm": lambda: CifarResNet32(num_classes=100),
+    "resnet32_groupnorm": lambda: CifarResNet32(num_classes=100, norm="group"),
     "vit": lambda: SmallViT(num_classes=100),
 }
 

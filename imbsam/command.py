@@ -23,7 +23,7 @@ COMMANDS = {
     "report": "compare runs: a table, a web page, a picture",
 }
 
-CONFIG = ("--config FILE", "settings from a file, such as configs/digits_lt/imbsam.yaml; the last one wins")
+CONFIG = ("--config FILE", "settings from a file, such as configs/data/digits_lt.yaml; give several, the last one wins")
 
 SETTINGS = {
     "--model.sam": ("ImbSAM", "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, or a class of your own"),
@@ -109,7 +109,7 @@ def overview() -> str:
             *_columns(COMMANDS.items()),
             "",
             "imbsam COMMAND --help shows the settings that matter, imbsam --version the versions.",
-            "To begin: imbsam fit --config configs/digits_lt/imbsam.yaml",
+            "To begin: imbsam fit --config configs/data/digits_lt.yaml --config configs/method/imbsam.yaml",
         ]
     )
 

@@ -288,7 +288,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
 
     A network without biases draws the rows to a centre and pushes the few labelled anomalies away, by
     :class:`imbsam.deep_sad.DeepSADObjective`. Network, objective, scaling, optimizer (Adam) and budget are those of
-    ``configs/anomaly/deep_sad_imbsam.yaml`` without a validation part. Without labelled anomalies it is one-class Deep
+    ``configs/detector/deep_sad.yaml`` without a validation part. Without labelled anomalies it is one-class Deep
     SVDD (Ruff et al., ICML 2018), where imbsam has nothing to perturb; a warning says so. Columns are standardised by
     the training rows.
 

@@ -1,22 +1,25 @@
 """Anomaly detection with a few labelled anomalies, trained by a sharpness-aware backward pass."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import ImbSAM, SettingError
+from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
-from lightning_modules.base import SAMCallable, SharpnessAwareModule
-from lightning_modules.detectors import DETECTORS, Detector, create_detector
-from lightning_modules.factories import describe
+from lightning_modules.base import SharpnessAwareModule
+from lightning_modules.detectors import Detector, DevNet
+from lightning_modules.factories import called, describe, restore
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
+
+DetectorCallable = Callable[[Sequence[int]], Detector]
+"""What makes a detector of the shape of a sample, (d,) or (channels, H, W): a class, or a partial of one."""
 
 
 class _ChooseThreshold(Callback):
@@ -43,45 +46,27 @@ class AnomalyDetector(SharpnessAwareModule):
     ``test/f1`` are what it does on the test rows.
 
     Args:
-        detector: devnet, deep_sad, prenet, feawad or classifier (or, from Python, a subclass of ``Detector``).
-        detector_args: further settings of the detector, for example ``{hidden: [20]}``.
-        sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, or your own. The
-            labelled anomalies are its tail.
-        optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
-        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
-        lr_interval: step the scheduler after every epoch or after every optimizer step.
-        gradient_clip_val: clip the (unscaled) gradient at this value.
-        gradient_clip_algorithm: clip by norm or by value.
+        detector: what makes the detector of the shape of a sample: a class or a partial of one, such as ``DevNet`` (the
+            default), ``DeepSAD``, ``PReNet``, ``FEAWAD``, ``WeightedClassifier``, or your own subclass of ``Detector``.
+        optimizer: any torch optimizer that steps without a closure; default: Adam.
         budget: alarms that can be looked into, a number or a share of the rows; null: as many as there are anomalies.
+        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval`` and
+            ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     threshold: Tensor
 
     def __init__(
         self,
-        detector: str | type[Detector] = "devnet",
-        detector_args: dict[str, Any] | None = None,
-        sam: SAMCallable = ImbSAM,
-        optimizer: OptimizerCallable = torch.optim.Adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        detector: DetectorCallable | None = None,
+        optimizer: OptimizerCallable | None = None,
         budget: float | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(
-            sam,
-            optimizer,
-            lr_scheduler,
-            lr_interval,
-            1,
-            gradient_clip_val,
-            gradient_clip_algorithm,
-        )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam"])
-        self.save_hyperparameters({"sam": describe(self.sam_factory)})
-        self.detector_name = detector
-        self.detector_args = detector_args or {}
+        super().__init__(optimizer=optimizer or torch.optim.Adam, **training)
+        self.detector_factory: DetectorCallable = restore(detector) or DevNet
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "detector", "sam"])
+        self.save_hyperparameters({"detector": describe(self.detector_factory), "sam": describe(self.sam_factory)})
         self.input_shape: tuple[int, ...] | None = None
         self.class_counts: Tensor | None = None
         self.detector: Detector
@@ -91,6 +76,11 @@ class AnomalyDetector(SharpnessAwareModule):
         self._prepared = False
         self._loss, self._batches = torch.zeros(()), 0  # no metric: updating one costs a tenth of a step
         self.val_loss = MeanMetric()
+
+    @property
+    def detector_name(self) -> str:
+        """The name of the detector's class."""
+        return getattr(called(self.detector_factory), "__name__", "")
 
     def setup(self, stage: str) -> None:
         """Learn counts and shape of the data; a trained model brings its own to prediction."""
@@ -126,7 +116,10 @@ class AnomalyDetector(SharpnessAwareModule):
                 tuple(data.train_features.shape[1:]),
             )
         if not hasattr(self, "detector") and self.input_shape is not None:
-            self.detector = create_detector(self.detector_name, self.input_shape, **self.detector_args)
+            try:
+                self.detector = self.detector_factory(self.input_shape)
+            except TypeError as error:
+                raise SettingError(f"detector is {self.detector_name}: {error}") from error
         if hasattr(self, "detector"):
             assert self.class_counts is not None
             self.make_sam(self.detector, self.class_counts, tail_classes=[1])
@@ -271,12 +264,14 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def _check_sampling(self, data: Any) -> None:
         """Pairs for detectors of pairs, rows for the others."""
-        kind = DETECTORS.get(self.detector_name) if isinstance(self.detector_name, str) else self.detector_name
-        sampling = getattr(data, "sampling", None)
-        if kind is None or sampling is None or kind.uses_pairs == sampling.endswith("pairs"):
-            return  # an unknown name is refused where the detector is built
-        fix = "pairs or natural_pairs" if kind.uses_pairs else "natural or balanced"
-        raise SettingError(f"data.sampling is {sampling}, which {kind.__name__} cannot use: set it to {fix}")
+        uses_pairs, sampling = (
+            getattr(called(self.detector_factory), "uses_pairs", None),
+            getattr(data, "sampling", None),
+        )
+        if uses_pairs is None or sampling is None or uses_pairs == sampling.endswith("pairs"):
+            return
+        fix = "pairs or natural_pairs" if uses_pairs else "natural or balanced"
+        raise SettingError(f"data.sampling is {sampling}, which {self.detector_name} cannot use: set it to {fix}")
 
 
 def _in_tail(labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from imbsam import ClassAwareSAM, SettingError
+from imbsam import ClassAwareSAM, ImbSAM, SettingError
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
 from lightning_modules.perturbed_fraction import PerturbedFraction
@@ -37,13 +37,12 @@ class SharpnessAwareModule(LightningModule):
 
     Args:
         sam: the method: a class of ``(module, class_counts)``, such as ``Plain``, ``SAM``, ``ImbSAM``, ``FocalSAM`` or
-            one of your own, or a partial of it. Callbacks may change its ``rho`` and ``class_weight`` between steps.
-        optimizer: any torch optimizer that steps without a closure.
+            one of your own, or a partial of it; default: ``ImbSAM``. Callbacks may change its ``rho`` and
+            ``class_weight`` between steps.
+        optimizer: any torch optimizer that steps without a closure; default: SGD.
         lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
-        accumulate_grad_batches: batches that make up one step.
-        gradient_clip_val: clip the (unscaled) gradient at this value.
-        gradient_clip_algorithm: clip by norm or by value.
+        gradient_clip_val: clip the (unscaled) gradient at this norm.
     """
 
     train_loss_name = "train/loss"
@@ -51,31 +50,28 @@ class SharpnessAwareModule(LightningModule):
 
     def __init__(
         self,
-        sam: SAMCallable,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        lr_interval: Literal["epoch", "step"],
-        accumulate_grad_batches: int,
-        gradient_clip_val: float | None,
-        gradient_clip_algorithm: Literal["norm", "value"],
+        sam: SAMCallable | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
-        if accumulate_grad_batches < 1:
-            raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise SettingError(
                 f"gradient_clip_val is {gradient_clip_val}: give a number above 0, or null for no clipping"
             )
         self.automatic_optimization = False
-        self.sam_factory: SAMCallable = restore(sam)
-        self.optimizer = optimizer
+        # with a class as default in the signature, jsonargparse would pass its settings on to any other choice
+        self.sam_factory: SAMCallable = restore(sam) or ImbSAM
+        self.optimizer: OptimizerCallable = optimizer or torch.optim.SGD
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr: float | None = None
         """Learning rate in place of the optimizer's own: Lightning's lr_find sets it."""
-        self.accumulate_grad_batches = accumulate_grad_batches
+        self.accumulate_grad_batches = 1
+        """Batches that make up one step."""
         self.gradient_clip_val = gradient_clip_val
-        self.gradient_clip_algorithm = gradient_clip_algorithm
         self.sam: ClassAwareSAM
         # a metric, so that a run resumed mid-epoch continues the count; every rank skips the same steps
         self.skipped_steps = SumMetric(sync_on_compute=False)
@@ -158,11 +154,7 @@ class SharpnessAwareModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are unscaled by now."""
         if self.gradient_clip_val is not None:
-            self.clip_gradients(
-                optimizer,
-                gradient_clip_val=self.gradient_clip_val,
-                gradient_clip_algorithm=self.gradient_clip_algorithm,
-            )
+            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     def step_optimizer(self) -> None:
         """After the backward pass: one optimizer step, and the scheduler's where it counts steps."""

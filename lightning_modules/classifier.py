@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,10 +16,12 @@ from imbsam.class_groups import tail_mask
 from imbsam.losses import LDAM, CrossEntropy
 from imbsam.metrics import ClassGroupAccuracy
 from imbsam.row_weights import check_labels
-from lightning_modules.backbones import create_backbone
-from lightning_modules.backbones.heads import CosineClassifier, Head, set_head
+from lightning_modules.backbones.cifar_resnet import CifarResNet32
+from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
+from lightning_modules.backbones.library import LibraryNetwork
+from lightning_modules.backbones.network import BackboneCallable, create_network
 from lightning_modules.backbones.weights import load_weights
-from lightning_modules.base import SAMCallable, SharpnessAwareModule
+from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
@@ -40,31 +41,24 @@ class LongTailedClassifier(SharpnessAwareModule):
     weights; those of validation and test are not.
 
     Args:
-        backbone: cifar_resnet20, cifar_resnet32, cifar_resnet34, small_cnn, a torchvision classifier's name, or timm/
-            and a timm classifier's name.
-        backbone_args: further arguments of the backbone, for example ``{width: 8, norm: group}``.
-        head: the last layer: linear, or cosine, whose logits do not depend on the lengths of features and weights.
-        head_args: further arguments of the head: ``{scale: 30}`` for cosine.
+        backbone: what makes the network of a number of classes: a class or a partial of one (``CifarResNet32``,
+            ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, or a function such as
+            ``torchvision.models.resnet50``.
+        head: what makes the last layer of the number of features and of classes, such as ``CosineClassifier``; default:
+            the network's own.
         backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
             a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
-        sam: the method, a class of ``(module, class_counts)`` or a partial of one: Plain, SAM, ImbSAM, FocalSAM, or
-            your own. Its rho and its class weights may be changed in the course of the training by
-            :class:`~lightning_modules.callbacks.schedules.RhoSchedule` and
-            :class:`~lightning_modules.callbacks.schedules.DeferredReweighting`.
-        loss: the loss of every row, a class or a partial of one, which is given ``class_counts`` where it takes them:
-            CrossEntropy, Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your own, which
-            returns one loss for each row.
-        optimizer: any torch optimizer that steps without a closure (LBFGS needs one).
-        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
-        lr_interval: step the scheduler after every epoch or after every optimizer step.
+        loss: the loss of every sample, a class or a partial of one, which is given ``class_counts`` where it takes
+            them: CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or
+            your own, which returns one loss for each sample.
         accumulate_grad_batches: batches that count as one, for the perturbation too.
-        gradient_clip_val: clip the (unscaled) gradient at this value.
-        gradient_clip_algorithm: clip by norm or by value.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights with the channels last in memory, faster on GPUs in 16 bits.
         flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.
+        **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval`` and ``gradient_clip_val``, see
+            :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     train_loss_name = "train/loss_epoch"
@@ -74,39 +68,34 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def __init__(
         self,
-        backbone: str = "cifar_resnet32",
-        backbone_args: dict[str, Any] | None = None,
-        head: Head = "linear",
-        head_args: dict[str, Any] | None = None,
+        backbone: BackboneCallable | LibraryNetwork = CifarResNet32,
+        head: HeadCallable | None = None,
         backbone_weights: str | None = None,
-        sam: SAMCallable = ImbSAM,
-        loss: LossCallable = CrossEntropy,  # type: ignore[assignment]
-        optimizer: OptimizerCallable = torch.optim.SGD,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        loss: LossCallable | None = None,
         accumulate_grad_batches: int = 1,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         many: int = 100,
         few: int = 20,
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
+        **training: Any,
     ) -> None:
-        super().__init__(
-            sam,
-            optimizer,
-            lr_scheduler,
-            lr_interval,
-            accumulate_grad_batches,
-            gradient_clip_val,
-            gradient_clip_algorithm,
+        super().__init__(**training)
+        if accumulate_grad_batches < 1:
+            raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.backbone_factory: BackboneCallable = restore(backbone)
+        self.head_factory: HeadCallable | None = restore(head)
+        self.loss_factory: LossCallable = restore(loss) or CrossEntropy
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "head", "loss", "sam"])
+        self.save_hyperparameters(
+            {
+                "backbone": describe(self.backbone_factory),
+                "head": describe(self.head_factory),
+                "loss": describe(self.loss_factory),
+                "sam": describe(self.sam_factory),
+            }
         )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam", "loss"])
-        self.loss_factory: LossCallable = restore(loss)
-        self.save_hyperparameters({"sam": describe(self.sam_factory), "loss": describe(self.loss_factory)})
-        if "num_classes" in (backbone_args or {}):
-            raise SettingError("backbone_args sets num_classes: leave it out, the data says how many classes there are")
         self.settings: Any = self.hparams
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
@@ -159,8 +148,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         hp = self.settings
-        backbone = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
-        set_head(backbone, hp.head, **(hp.head_args or {}))
+        backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
         # a checkpoint to resume from is loaded later; by then the file may be gone
         if hp.backbone_weights is not None and self._trainer is not None and self.trainer.state.fn == "fit":
             self._weights_missing = not Path(hp.backbone_weights).exists()
@@ -173,18 +161,17 @@ class LongTailedClassifier(SharpnessAwareModule):
         super().on_fit_start()
         assert self.class_counts is not None
         self._watch_sampling(self.class_counts)
-        hp = self.settings
-        if isinstance(self.loss, LDAM) and hp.head != "cosine":
-            rank_zero_warn(
-                "loss is LDAM and the head is not a cosine one: its margins are for the scaled cosines of such a head, "
-                "and mean nothing fixed for logits that may grow at will; set head to cosine"
-            )
-        if isinstance(self.loss, LDAM) and hp.head == "cosine":
-            scale = next(m.scale for m in self.backbone.modules() if isinstance(m, CosineClassifier))
-            if scale != self.loss.scale:
+        if isinstance(self.loss, LDAM):
+            head = classifier(self.backbone)
+            if not isinstance(head, CosineClassifier):
                 rank_zero_warn(
-                    f"LDAM's scale is {self.loss.scale:g} and the cosine head's {scale:g}, so that the margins are not "
-                    f"max_margin of the cosine; set model.loss.scale to {scale:g}"
+                    "loss is LDAM and the head is not a cosine one: its margins are for the scaled cosines of such a "
+                    "head, and mean nothing fixed for logits that may grow at will; set head to CosineClassifier"
+                )
+            elif head.scale != self.loss.scale:
+                rank_zero_warn(
+                    f"LDAM's scale is {self.loss.scale:g} and the cosine head's {head.scale:g}, so that the margins "
+                    f"are not max_margin of the cosine; set model.loss.scale to {head.scale:g}"
                 )
 
     def on_train_start(self) -> None:
@@ -206,7 +193,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 raise
             raise SettingError(
                 f"backbone {self.settings.backbone} takes images of {stem.in_channels} channels and these have "
-                f"{images.shape[1]}: set backbone_args to {{in_channels: {images.shape[1]}}} (in_chans for timm's), or "
+                f"{images.shape[1]}: set backbone.in_channels to {images.shape[1]} (in_chans for timm's), or "
                 "choose another backbone"
             ) from error
         return logits

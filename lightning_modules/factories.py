@@ -1,5 +1,10 @@
-"""Choices that are objects: a class, or a partial of one, that is called once the data are known."""
+"""Choices that are objects: what builds a loss, a network or a method once the data are known.
 
+A choice is a class, a partial of one (the command line makes one of every choice that has settings), a function, or an
+instance of a dataclass that is called.
+"""
+
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -14,7 +19,7 @@ Factory = Callable[..., Any]
 
 
 def called(factory: Factory) -> Factory:
-    """Return the class or function that a partial (the command line makes one of every choice) calls in the end.
+    """Return the class or function that a partial calls in the end.
 
     Example:
         >>> called(functools.partial(dict, a=1))
@@ -31,40 +36,66 @@ def takes(factory: Factory, parameter: str) -> bool:
     return parameter in inspect.signature(called(factory)).parameters
 
 
-def describe(factory: Factory) -> dict[str, Any]:
-    """Return the choice as a config has it: ``class_path`` and ``init_args``, the settings that are plain values.
+def describe(factory: Factory | None) -> Any:
+    """Return the choice as a config has it.
+
+    Returns:
+        ``class_path`` and ``init_args`` (the settings that are plain values, with their defaults); a function without
+        settings is its path alone, and None is None.
 
     Example:
-        >>> from imbsam import ImbSAM
-        >>> describe(functools.partial(ImbSAM, eta=50))
-        {'class_path': 'imbsam.sam.ImbSAM', 'init_args': {'eta': 50}}
+        >>> from imbsam.losses import LDAM
+        >>> describe(functools.partial(LDAM, max_margin=0.3))
+        {'class_path': 'imbsam.losses.LDAM', 'init_args': {'max_margin': 0.3, 'scale': 30.0}}
     """
+    if factory is None:
+        return None
     target = called(factory)
     settings: dict[str, Any] = {}
+    if dataclasses.is_dataclass(target) and not isinstance(target, type):
+        settings, target = dataclasses.asdict(target), type(target)
     while isinstance(factory, functools.partial):
         settings = {**factory.keywords, **settings}
         factory = factory.func
-    plain = {name: value for name, value in settings.items() if _is_plain(value)}
-    return {"class_path": f"{target.__module__}.{getattr(target, '__qualname__', '')}", "init_args": plain}
+    path = f"{target.__module__}.{getattr(target, '__qualname__', '')}"
+    if not isinstance(target, type) and not settings:
+        return path
+    parameters = inspect.signature(target).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not None}
+    plain = {name: _plain(value) for name, value in {**defaults, **settings}.items() if _is_plain(value)}
+    return {"class_path": path, "init_args": plain}
 
 
-def restore(choice: Factory | Mapping[str, Any]) -> Factory:
+def restore(choice: Any) -> Any:
     """Return the factory of a :func:`describe`, as a checkpoint keeps it; a factory is returned as it is.
 
     Raises:
         SettingError: there is no such class.
     """
-    if not isinstance(choice, Mapping):
+    if not isinstance(choice, (str, Mapping)):
         return choice
-    module, _, name = str(choice["class_path"]).rpartition(".")
+    path = choice if isinstance(choice, str) else str(choice["class_path"])
+    module, _, name = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(f"class_path is {choice['class_path']}: there is no such class ({error})") from error
-    return functools.partial(target, **(choice.get("init_args") or {}))
+        raise SettingError(f"class_path is {path}: there is no such class ({error})") from error
+    settings = {} if isinstance(choice, str) else choice.get("init_args") or {}
+    if dataclasses.is_dataclass(target) and isinstance(target, type):
+        return target(**settings)
+    return functools.partial(target, **settings) if settings else target
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples: a config file knows no others."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, (bool, int, float, str))

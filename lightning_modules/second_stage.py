@@ -7,24 +7,25 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 
 from imbsam import SettingError
 from imbsam.metrics import ClassGroupAccuracy
-from lightning_modules.backbones import create_backbone
-from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
+from lightning_modules.backbones.cifar_resnet import CifarResNet32
+from lightning_modules.backbones.heads import CosineClassifier, classifier_name
+from lightning_modules.backbones.network import create_network
 from lightning_modules.backbones.weights import read_file
 from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
+from lightning_modules.factories import restore
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
 
 TAUS = [tenth / 10 for tenth in range(21)]
 """The exponents that tau_norm tries, those of the published code."""
 
-_BACKBONE = ("backbone", "backbone_args", "head", "head_args")
+_BACKBONE = ("backbone", "head")
 """The settings that the first stage's checkpoint decides."""
 
 
@@ -85,10 +86,11 @@ class SecondStageClassifier(LongTailedClassifier):
         max_norm_threshold: float = 0.1,
         **settings: Any,
     ) -> None:
-        super().__init__(
-            backbone="", backbone_args=None, head="linear", head_args=None, backbone_weights=None, **settings
-        )
+        # network and head follow from the checkpoint
+        super().__init__(backbone=CifarResNet32, head=None, backbone_weights=None, **settings)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone_weights", "sam", "loss", *_BACKBONE])
+        for name in _BACKBONE:
+            self.hparams.pop(name, None)
         if stage not in get_args(Stage):
             raise SettingError(f"stage is {stage!r}: choose one of {', '.join(get_args(Stage))}")
         if tau is not None and not tau >= 0:
@@ -129,7 +131,8 @@ class SecondStageClassifier(LongTailedClassifier):
             if not self._sharded and not (training and Path(self.settings.checkpoint).exists()):
                 return  # a checkpoint of our own follows, or we say so in configure_optimizers
             first = self._first_stage()
-        self.settings = AttributeDict({**self.settings, **(self.architecture or {})})
+        assert self.architecture is not None
+        self.backbone_factory, self.head_factory = (restore(self.architecture[name]) for name in _BACKBONE)
         self._first_weights = first
         super().configure_model()
         del self._first_weights
@@ -211,15 +214,13 @@ class SecondStageClassifier(LongTailedClassifier):
                 "have been trained on what is now the validation set"
             )
         self.architecture = {name: settings.get(name) for name in _BACKBONE}
-        self.architecture["head"] = self.architecture["head"] or "linear"
         self.architecture["stage"] = self.settings.stage
         state: dict[str, Tensor] = found["state_dict"]
         return {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         hp = self.settings
-        network = create_backbone(hp.backbone, num_classes=num_classes, **(hp.backbone_args or {}))
-        set_head(network, hp.head, **(hp.head_args or {}))
+        network = create_network(self.backbone_factory, num_classes, self.head_factory)
         self._head_name = classifier_name(network)
         if self._first_weights is not None:
             network.load_state_dict(self._first_weights)

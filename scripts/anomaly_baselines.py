@@ -43,12 +43,14 @@ COLUMNS = ("method", "data", "labelled_share", "seed", "average_precision")
 
 
 def command_line(config: str, path: Path, share: float, seed: int) -> float:
-    """Average precision on the test part, of `imbsam fit` with a config."""
+    """Average precision on the test part, of `imbsam fit` with a detector and a method: "devnet_sgd"."""
     from lightning_modules.cli.run import main
 
+    detector, _, method = config.rpartition("_")
+    pieces = ("data/anomaly_table", f"detector/{detector}", f"method/{method}")
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [
-            *("imbsam", "fit", "--config", f"configs/anomaly/{config}.yaml", f"--seed_everything={seed}"),
+            *("imbsam", "fit", *(f"--config=configs/{piece}.yaml" for piece in pieces), f"--seed_everything={seed}"),
             *(f"--data.path={path}", f"--data.labelled_share={share}", f"--data.seed={seed}"),
             *("--trainer.accelerator=cpu", f"--trainer.logger.init_args.save_dir={folder}"),
         ]

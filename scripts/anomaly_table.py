@@ -110,6 +110,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     from datamodules import AnomalyDataModule
     from imbsam import SAM, ImbSAM, Plain
     from lightning_modules import AnomalyDetector, RestoringEarlyStopping
+    from lightning_modules.detectors import FEAWAD, DeepSAD, DevNet, PReNet, WeightedClassifier
 
     recipe = RECIPES[fit.detector, fit.sampling]
     seed_everything(fit.seed, verbose=False)
@@ -125,10 +126,16 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
         seed=fit.seed,
     )
     method = {"sgd": Plain, "sam": SAM, "imbsam": ImbSAM}[fit.method]
+    kind = {
+        "devnet": DevNet,
+        "deep_sad": DeepSAD,
+        "prenet": PReNet,
+        "feawad": FEAWAD,
+        "classifier": WeightedClassifier,
+    }[fit.detector]
     detector = AnomalyDetector(
-        fit.detector,
-        recipe.args,
-        functools.partial(method, **({} if method is Plain else {"rho": fit.rho})),
+        functools.partial(kind, **recipe.args),
+        sam=functools.partial(method, **({} if method is Plain else {"rho": fit.rho})),
         optimizer=functools.partial(torch.optim.Adam, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True),
     )
     trainer = Trainer(

@@ -4,6 +4,7 @@ python scripts/reproduce.py cifar100_lt --root data                   # train wh
 python scripts/reproduce.py cifar100_lt --root data --minutes 9       # at most this long; start it again to resume
 python scripts/reproduce.py cifar100_lt --table                       # the table of what is there
 python scripts/reproduce.py cifar100_lt --root data -- --config configs/trainer/gpu.yaml --model.compile true
+python scripts/reproduce.py published                                 # the literature's numbers
 python scripts/reproduce.py pack --root data cifar100_lt_100.npz      # the images of ratio 100, seed 0, in one file
 
 A benchmark is one of those below; what follows ``--`` goes to every ``imbsam fit``. Runs lie in
@@ -20,6 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+import yaml
 
 from imbsam.report.runs import Run, UnreadableRunError, find_folders, read_run
 from imbsam.report.task import GROUPS
@@ -28,11 +32,6 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOGS = Path("logs")
 EXPERIMENT = "reproduce"
 
-Published = tuple[float | None, float | None, float | None, float | None]
-"""many, medium, few, all, in %."""
-
-NOTHING: Published = (None, None, None, None)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -40,74 +39,80 @@ class Row:
 
     Attributes:
         title: what the table calls it.
-        name: its folder.
-        config: its file under configs/.
+        pieces: its files under configs/ beside those of the benchmark, without ".yaml".
         settings: further arguments of ``imbsam fit``.
-        published: the accuracies in the literature.
     """
 
     title: str
-    name: str
-    config: str
+    pieces: tuple[str, ...]
     settings: tuple[str, ...] = ()
-    published: Published = NOTHING
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return "_".join(piece.rpartition("/")[2] for piece in self.pieces)
 
 
-DOUBLED = ("--model.sam.tail_weight=2",)
+DOUBLED = "loss/doubled_tail"
+METHODS = [
+    Row("SGD", ("method/sgd",)),
+    Row("SGD, tail loss doubled", ("method/sgd", DOUBLED)),
+    Row("SAM", ("method/sam",)),
+    Row("SAM, tail loss doubled", ("method/sam", DOUBLED)),
+    Row("ImbSAM, tail loss doubled", ("method/imbsam", DOUBLED)),
+]
+LOSSES = [
+    Row(f"{method_title}, {title}", (f"method/{method}", *pieces), settings)
+    for title, pieces, settings in (
+        ("cross-entropy", (), ()),
+        ("LDAM-DRW", ("loss/ldam_drw",), ("--trainer.callbacks.start_epoch=24",)),
+        ("balanced softmax", ("loss/balanced_softmax",), ()),
+    )
+    for method_title, method in (("SGD", "sgd"), ("ImbSAM", "imbsam"))
+]
 
 
-def paper_table(folder: str, published: dict[str, Published], overlay: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of every benchmark: SGD and SAM with and without the tail's loss doubled, and ImbSAM with it."""
-    rows = [
-        ("SGD", "sgd", "sgd", ()),
-        ("SGD, tail loss doubled", "sgd_doubled", "sgd", DOUBLED),
-        ("SAM", "sam", "sam", ()),
-        ("SAM, tail loss doubled", "sam_doubled", "sam", DOUBLED),
-        ("ImbSAM, tail loss doubled", "imbsam", "imbsam", DOUBLED),
-    ]
-    return [
-        Row(title, name, f"{folder}/{config}.yaml", overlay + settings, published.get(name, NOTHING))
-        for title, name, config, settings in rows
-    ]
+@dataclass(frozen=True)
+class Benchmark:
+    """A table: the pieces that all of its rows have, and the rows."""
+
+    pieces: tuple[str, ...]
+    rows: list[Row]
 
 
-def ratio(folder: str, number: int) -> tuple[str, ...]:
-    """The arguments of a ratio's overlay."""
-    return ("--config", str(CONFIGS / folder / f"ratio_{number}.yaml"))
-
-
-BENCHMARKS: dict[str, list[Row]] = {
-    "cifar100_lt": paper_table(
-        "cifar100_lt",
-        {"sgd": (77.8, 46.6, 13.5, 47.6), "sam": (79.7, 49.3, 12.4, 48.9), "imbsam": (75.9, 53.5, 19.4, 51.1)},
-    ),
-    "cifar100_lt_50": paper_table("cifar100_lt", {}, ratio("cifar100_lt", 50)),
-    "cifar100_lt_10": paper_table("cifar100_lt", {}, ratio("cifar100_lt", 10)),
-    "cifar10_lt": paper_table("cifar10_lt", {}),
-    "imagenet_lt": paper_table("imagenet_lt", {"imbsam": (None, None, None, 55.3)}),
-    "places_lt": paper_table("places_lt", {}),
-    "inaturalist2018": paper_table("inaturalist2018", {"imbsam": (None, None, None, 71.1)}),
-    "digits_lt": paper_table("digits_lt", {}),
-    "cifar100_lt_losses": [
-        Row(f"{method_title}, {title}", f"{method}_{name}", f"cifar100_lt/{method}_small.yaml", settings)
-        for title, name, settings in (
-            ("cross-entropy", "cross_entropy", ()),
-            (
-                "LDAM-DRW",
-                "ldam_drw",
-                (
-                    "--model.head=cosine",
-                    "--model.loss=LDAM",
-                    "--trainer.callbacks+=DeferredReweighting",
-                    "--trainer.callbacks.start_epoch=24",
-                ),
-            ),
-            ("balanced softmax", "balanced_softmax", ("--model.loss=LogitAdjusted",)),
-        )
-        for method_title, method in (("SGD", "sgd"), ("ImbSAM", "imbsam"))
-    ],
+BENCHMARKS = {
+    "cifar100_lt": Benchmark(("data/cifar100_lt",), METHODS),
+    "cifar100_lt_50": Benchmark(("data/cifar100_lt", "ratio/50"), METHODS),
+    "cifar100_lt_10": Benchmark(("data/cifar100_lt", "ratio/10"), METHODS),
+    "cifar100_lt_losses": Benchmark(("data/cifar100_lt", "size/small"), LOSSES),
+    "cifar10_lt": Benchmark(("data/cifar10_lt",), METHODS),
+    "imagenet_lt": Benchmark(("data/imagenet_lt",), METHODS),
+    "places_lt": Benchmark(("data/places_lt",), METHODS),
+    "inaturalist2018": Benchmark(("data/inaturalist2018",), METHODS),
+    "digits_lt": Benchmark(("data/digits_lt",), METHODS),
 }
 """The tables by name; cifar100_lt_losses is the small CPU recipe with three losses."""
+
+
+def published() -> list[dict[str, Any]]:
+    """What configs/published.yaml holds."""
+    entries: list[dict[str, Any]] = yaml.safe_load((CONFIGS / "published.yaml").read_text())
+    return entries
+
+
+def published_accuracy(benchmark: str, row: Row) -> dict[str, float]:
+    """The accuracies of the literature by group, of these very pieces."""
+    pieces = [*BENCHMARKS[benchmark].pieces, *row.pieces]
+    return next((entry["accuracy"] for entry in published() if entry["pieces"] == pieces), {})
+
+
+def published_table() -> str:
+    """Markdown: what the literature has, and by which configs."""
+    lines = ["| pieces of `configs/` | published, all classes | by |", "| :-- | --: | :-- |"]
+    for entry in published():
+        pieces = ", ".join(f"`{piece}`" for piece in entry["pieces"])
+        lines.append(f"| {pieces} | {entry['accuracy']['all']:.1f} | {entry['source']} |")
+    return "\n".join(lines)
 
 
 def folder_of(benchmark: str, row: Row, seed: int) -> str:
@@ -127,8 +132,11 @@ def tested(benchmark: str, row: Row, seed: int) -> Run | None:
 
 def command(benchmark: str, row: Row, seed: int, root: str | None, settings: Sequence[str]) -> list[str]:
     """The ``imbsam fit`` that starts or resumes the run."""
+    pieces = [*BENCHMARKS[benchmark].pieces, *row.pieces]
     return [
-        *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", str(CONFIGS / row.config), *row.settings),
+        *(sys.executable, "-m", "lightning_modules.cli", "fit"),
+        *(f"--config={CONFIGS / piece}.yaml" for piece in pieces),
+        *row.settings,
         *((f"--data.root={root}",) if root else ()),
         *settings,
         f"--seed_everything={seed}",
@@ -197,11 +205,11 @@ def table(benchmark: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     for row in rows:
         runs = [found for seed in seeds if (found := tested(benchmark, row, seed))]
         cells = [_cell([100 * one.final[f"test/{group}"] for one in runs]) for group in GROUPS]
-        known = any(value is not None for value in row.published)
-        published = " / ".join("" if value is None else f"{value:.1f}" for value in row.published) if known else ""
+        known = published_accuracy(benchmark, row)
+        others = " / ".join(f"{known[group]:.1f}" if group in known else "" for group in GROUPS) if known else ""
         # a trial of one epoch counts as a run too, and is to be seen
         epochs = ", ".join(sorted({str(one.settings.get("trainer.max_epochs", "")) for one in runs}))
-        lines.append(f"| {row.title} | {len(runs)} | {epochs} | " + " | ".join(cells) + f" | {published} |")
+        lines.append(f"| {row.title} | {len(runs)} | {epochs} | " + " | ".join(cells) + f" | {others} |")
     return "\n".join(lines)
 
 
@@ -229,7 +237,7 @@ def main() -> None:
         split = own.index("--")
         own, settings = own[:split], own[split + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "pack"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "published", "pack"])
     parser.add_argument("file", nargs="?", type=Path, help="pack: the file to write")
     parser.add_argument("--root", help="where the data lie; default: the DataModule's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -238,13 +246,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of what is there and train nothing")
     parser.add_argument("--ratio", type=float, default=100, help="pack: imbalance ratio; larger ones are in it too")
     args = parser.parse_intermixed_args(own)  # else a file after an option is not seen
+    if args.benchmark == "published":
+        print(published_table())
+        return
     if args.benchmark == "pack":
         if args.file is None or args.file.suffix != ".npz":
             parser.error("pack: name the file to write, ending in .npz")
         pack(args.root or "data", args.file, args.ratio, args.seeds[0])
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the run would outlive this script
-    rows = BENCHMARKS[args.benchmark]
+    rows = BENCHMARKS[args.benchmark].rows
     if args.rows:
         names = [row.name for row in rows]
         if unknown := set(args.rows) - set(names):

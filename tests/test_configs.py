@@ -1,18 +1,37 @@
-"""Every config builds what it names and runs two batches on data of the real set's shape."""
+"""Every piece of configs/ runs two batches on data of the real set's shape; the combinations that docs name parse."""
 
+import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from lightning_modules.backbones import create_backbone
 from lightning_modules.cli.run import main
+from lightning_modules.factories import restore
+from tests.pieces import CONFIGS, configs, merged
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SETS = {
-    "digits_lt": None,
+REPOSITORY = CONFIGS.parent
+KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage")
+PIECES = sorted(f"{path.parent.name}/{path.stem}" for kind in KINDS for path in (CONFIGS / kind).glob("*.yaml"))
+RUNS = [
+    ("data/digits_lt", "method/sgd"),
+    ("data/digits_lt", "method/sam"),
+    ("data/digits_lt", "method/focal_sam", "loss/doubled_tail"),
+    ("data/cifar100_lt", "ratio/50", "method/focal_sam_cifar100", "loss/ldam_drw"),
+    ("data/cifar100_lt", "size/small", "ratio/10", "method/imbsam", "stage/weight_balancing_1"),
+    ("data/cifar10_lt", "ratio/50_cifar10", "method/focal_sam_cifar10"),
+    ("data/cifar10_lt", "ratio/10_cifar10", "loss/balanced_softmax"),
+    ("data/imagenet_lt", "method/focal_sam_imagenet", "loss/ldam_drw_imagenet"),
+    ("data/places_lt", "method/imbsam", "loss/ldam_drw_places"),
+    ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
+    ("data/image_folder", "size/small_images"),
+    ("data/image_list", "method/sgd"),
+    *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
+    ("data/anomaly_images", "detector/deep_sad_images"),
+]
+SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]
+TREES = {
     "cifar10_lt": "cifar10_root",
     "cifar100_lt": "cifar100_root",
     "imagenet_lt": "imagenet_lt_root",
@@ -21,119 +40,122 @@ SETS = {
     "image_folder": "image_folder_root",
     "image_list": "image_list",
 }
-"""Folders of configs, and the fixture with a tree of the data set's shape."""
-OF_FILES = ("imagenet_lt", "places_lt", "inaturalist2018", "image_folder")
-FILES = [path for name in SETS for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))]
-OVERLAYS = [path for path in FILES if path.stem.startswith("ratio_")]
-CONFIGS = [path for path in FILES if path not in OVERLAYS]
-METHODS = {"Plain": "sgd", "SAM": "sam", "ImbSAM": "imbsam", "FocalSAM": "focal_sam"}
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+"""The fixture with a tree of the data set's shape."""
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SMALL = ["--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0"]
 
 
-def eta_of(config, default):
-    return config["model"]["init_args"]["sam"]["init_args"]["eta"] if "model" in config else default
-
-
-def name(path):
-    return f"{path.parent.name}/{path.stem}"
-
-
 def fit(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["imbsam", "fit", *map(str, arguments), *SMALL])
+    monkeypatch.setattr(sys, "argv", ["imbsam", "fit", *map(str, arguments), *QUIET])
     main()
 
 
-def data_arguments(path, request):
-    """Where the small tree lies, and images of a size that takes no time."""
-    fixture = SETS[path.parent.name]
-    if fixture == "image_list":
-        return [f"--data.path={request.getfixturevalue(fixture)}", "--data.image_size=32"]
-    own_validation = ["--data.val_share=0"] if fixture == "image_folder_root" else []
-    root = [f"--data.root={request.getfixturevalue(fixture)}"] if fixture else []
-    return root + own_validation + (["--data.image_size=32"] if path.parent.name in OF_FILES else [])
+def data_arguments(name, request):
+    """Where the small tree lies, and images and a network of a size that takes no time."""
+    if name.startswith("anomaly"):
+        return ["--data.batch_size=16"]
+    if name not in TREES:
+        return SMALL
+    option = "path" if name == "image_list" else "root"
+    tree = [f"--data.{option}={request.getfixturevalue(TREES[name])}", *SMALL]
+    tree += ["--data.val_share=0"] if name == "image_folder" else []
+    network = ["--model.backbone=CifarResNet20", "--model.backbone.width=4"]
+    return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
 
 
-def backbone_arguments(path):
-    """A small network in place of one that takes minutes here; `test_config_names_a_backbone` builds the real one."""
-    if "resnet" not in path.read_text():
-        return []
-    return ["--model.backbone=cifar_resnet20", "--model.backbone_args={width: 4}"]
-
-
-def test_every_data_set_has_every_method():
-    tricks = {"imbsam_ldam_drw", "imbsam_balanced_softmax"}
-    tricks |= {"imbsam_weight_balancing_stage1", "imbsam_weight_balancing_stage2"}
-    for folder in SETS:
-        stems = {path.stem for path in CONFIGS if path.parent.name == folder}
-        assert {"sgd", "imbsam"} <= stems
-        if not folder.startswith("image_"):
-            assert {"sam", "focal_sam"} <= stems
-            assert tricks <= stems or folder == "digits_lt"
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_config_runs(path, request, monkeypatch, tmp_path):
+@pytest.mark.parametrize("pieces", RUNS, ids=" ".join)
+def test_pieces_run(pieces, request, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    data = data_arguments(path, request)
-    if not path.stem.endswith("_stage2"):
-        short = ["--trainer.fast_dev_run=2", *QUIET[:2]]
-        fit(monkeypatch, "--config", path, *short, *data, *backbone_arguments(path))
-        return
-    first = path.with_stem(path.stem.replace("stage2", "stage1"))
-    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_test_batches=1", *QUIET[:2]]
-    fit(monkeypatch, "--config", first, *short, *data, *backbone_arguments(first))
-    (checkpoint,) = tmp_path.glob("logs/*/*/version_0/checkpoints/last.ckpt")
-    fit(
-        monkeypatch, "--config", path, "--trainer.fast_dev_run=2", *QUIET[:2], *data, f"--model.checkpoint={checkpoint}"
-    )
+    fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces[0][5:], request))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_config_is_consistent(path):
-    text = path.read_text()
-    assert text.startswith("#"), "a head comment says where the settings come from"
-    config = yaml.safe_load(text)
-    model = config["model"]["init_args"]
-    method = METHODS[model["sam"]["class_path"]]
-    assert path.stem == method or path.stem.startswith(f"{method}_")
-    assert model["lr_scheduler"] == {"class_path": "CosineToEnd"}, "its length is that of the run"
-    for callback in config["trainer"].get("callbacks", []):
-        assert callback["init_args"].get("start_epoch", 0) < config["trainer"]["max_epochs"]
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("first"))
+        fit(patch, *configs("data/digits_lt", "method/sgd"), "--trainer.max_epochs=1", *SMALL[1:])
+        (checkpoint,) = CONFIGS.cwd().glob("logs/digits_lt/sgd/version_0/checkpoints/last.ckpt")
+        return checkpoint
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_config_names_a_backbone(path):
-    model = yaml.safe_load(path.read_text())["model"]["init_args"]
+@pytest.mark.parametrize("stage", SECOND_STAGES)
+def test_second_stages_run(stage, first_stage, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    pieces = configs("data/digits_lt", "method/imbsam", f"stage/{stage}")
+    short = ["--data.val_share=0.1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    fit(monkeypatch, *pieces, f"--model.checkpoint={first_stage}", *short, *SMALL)
+    assert (tmp_path / f"logs/digits_lt/imbsam_{stage}/version_0/config.yaml").exists()
+
+
+def test_every_piece_is_run_here():
+    assert {piece for run in RUNS for piece in run} | {f"stage/{name}" for name in SECOND_STAGES} == set(PIECES)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_says_where_its_settings_come_from(piece):
+    assert (CONFIGS / f"{piece}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("piece", [piece for piece in PIECES if piece.startswith("data/")])
+def test_data_name_a_network_that_can_be_built_and_a_cosine_as_long_as_the_run(piece):
+    model = merged(piece)["model"].get("init_args", {})
     if "backbone" in model:
+        choice = {**model["backbone"], "class_path": f"lightning_modules.backbones.{model['backbone']['class_path']}"}
         with torch.device("meta"):
-            create_backbone(model["backbone"], num_classes=3, **model.get("backbone_args", {}))
+            restore(choice)(num_classes=3)
+        assert model["lr_scheduler"] == {"class_path": "CosineToEnd"}
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name)
-def test_ratio_overlays_go_over_a_config(path, monkeypatch, capsys):
-    overlay = yaml.safe_load(path.read_text())
-    for config in (path.with_stem("imbsam"), path.with_stem("imbsam_ldam_drw")):
-        arguments = ["fit", "--config", str(config), "--config", str(path), "--print_config"]
-        monkeypatch.setattr(sys, "argv", ["imbsam", *arguments])
-        with pytest.raises(SystemExit) as done:
-            main()
-        assert done.value.code == 0
-        merged = yaml.safe_load(capsys.readouterr().out)
-        eta = yaml.safe_load(config.read_text())["model"]["init_args"]["sam"]["init_args"]["eta"]
-        assert merged["data"]["init_args"]["ratio"] == overlay["data"]["init_args"]["ratio"]
-        assert merged["model"]["init_args"]["sam"]["init_args"]["eta"] == eta_of(overlay, eta)
+def test_deferred_weights_come_before_the_end():
+    for data, loss in (
+        ("cifar100_lt", "ldam_drw"),
+        ("imagenet_lt", "ldam_drw_imagenet"),
+        ("places_lt", "ldam_drw_places"),
+    ):
+        trainer = merged(f"data/{data}", f"loss/{loss}")["trainer"]
+        assert 0 < trainer["callbacks"][0]["init_args"]["start_epoch"] < trainer["max_epochs"]
 
 
-def test_eta_of_every_config_leaves_a_tail_and_a_head():
+@pytest.mark.parametrize(
+    ("data", "ratios"),
+    [
+        ("digits_lt", []),
+        ("cifar100_lt", ["ratio/50", "ratio/10"]),
+        ("cifar10_lt", ["ratio/50_cifar10", "ratio/10_cifar10"]),
+    ],
+)
+def test_eta_leaves_a_tail_and_a_head(data, ratios):
     from datamodules import imbalanced_class_counts
 
-    largest = {"digits_lt": (122, 10), "cifar10_lt": (5000, 10), "cifar100_lt": (500, 100)}
-    for path in FILES:
-        if path.parent.name in largest:
-            config = yaml.safe_load(path.read_text())
-            ratio = config["data"]["init_args"]["ratio"]
-            counts = imbalanced_class_counts(*largest[path.parent.name], ratio, "exponential")
-            eta = eta_of(config, 20)
-            tail = torch.tensor(counts) < eta
-            assert 0 < tail.sum() < len(counts), path
+    largest = {"digits_lt": (122, 10), "cifar10_lt": (5000, 10), "cifar100_lt": (500, 100)}[data]
+    for overlay in [(), *((ratio,) for ratio in ratios)]:
+        config = merged(f"data/{data}", *overlay)
+        counts = imbalanced_class_counts(*largest, config["data"]["init_args"]["ratio"], "exponential")
+        tail = torch.tensor(counts) < config["model"]["init_args"]["sam"]["init_args"]["eta"]
+        assert 0 < tail.sum() < len(counts), overlay
+
+
+def named_in_docs():
+    """The commands of README and docs that name configs, by their configs; lines that end in a backslash go on."""
+    texts = [path.read_text() for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]]
+    texts += [path.read_text() for path in sorted(CONFIGS.rglob("*.yaml"))]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if "--config configs/" in line]
+    return sorted({tuple(re.findall(r"--config configs/([\w/]+)\.yaml", line)) for line in lines})
+
+
+@pytest.mark.parametrize("pieces", named_in_docs(), ids=" ".join)
+def test_what_docs_name_parses(pieces, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    needed = ["--model.checkpoint=first.ckpt"] if set(pieces) & {f"stage/{name}" for name in SECOND_STAGES} else []
+    monkeypatch.setattr(sys, "argv", ["imbsam", "fit", *configs(*pieces), *needed, "--print_config"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    assert {"model", "data", "trainer"} <= yaml.safe_load(capsys.readouterr().out).keys()
+
+
+def test_docs_name_no_config_that_is_not_there():
+    text = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+    for path in [*text, *CONFIGS.rglob("*.yaml"), *(REPOSITORY / "scripts").rglob("*.*"), REPOSITORY / "Makefile"]:
+        for name in re.findall(r"configs/[\w/]+\.yaml", path.read_text()):
+            assert (REPOSITORY / name).exists(), f"{path.name}: {name}"

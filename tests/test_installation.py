@@ -46,7 +46,7 @@ def test_three_names_and_no_more_are_put_into_site_packages(site):
 
 
 def test_it_trains_and_reports_from_an_empty_folder(site, tmp_path):
-    config = "configs/digits_lt/imbsam.yaml"
+    config = "configs/data/digits_lt.yaml"
     out = run(site, tmp_path, "fit", "--config", config, "--trainer.max_epochs=1")
     assert "log: logs/digits_lt/imbsam/version_0" in out
     table = run(site, tmp_path, "report", "logs", "--format", "md")

@@ -59,7 +59,7 @@ def test_overlay_builds_its_trainer(path, monkeypatch, tmp_path):
     trainers = []
     monkeypatch.setattr(ImbSAMCLI, "after_fit", lambda self: trainers.append(self.trainer))
     monkeypatch.chdir(tmp_path)
-    config = REPOSITORY / "configs/digits_lt/imbsam.yaml"
+    config = REPOSITORY / "configs/data/digits_lt.yaml"
     monkeypatch.setattr(
         sys,
         "argv",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from imbsam.checks import check_whole_numbers
 from lightning_modules.backbones.normalization import norm_layer
 
-__all__ = ["CifarResNet", "cifar_resnet20", "cifar_resnet32", "cifar_resnet34"]
+__all__ = ["CifarResNet", "CifarResNet20", "CifarResNet32", "CifarResNet34"]
 
 
 class PadShortcut(nn.Module):
@@ -113,10 +113,8 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def cifar_resnet20(
-    num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
-) -> CifarResNet:
-    """Return ResNet-20 for CIFAR (6n + 2 layers, n = 3): 0.27 million parameters at 10 classes.
+class CifarResNet20(CifarResNet):
+    """ResNet-20 for CIFAR (6n + 2 layers, n = 3): 0.27 million parameters at 10 classes.
 
     Args:
         num_classes: number of logits.
@@ -133,30 +131,32 @@ def cifar_resnet20(
 
     Example:
         >>> import torch
-        >>> cifar_resnet20(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
+        >>> CifarResNet20(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    return CifarResNet((3, 3, 3), num_classes, width, norm, in_channels, stem_stride=stem_stride)
+
+    def __init__(
+        self, num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
+    ) -> None:
+        super().__init__((3, 3, 3), num_classes, width, norm, in_channels, stem_stride=stem_stride)
 
 
-def cifar_resnet32(
-    num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
-) -> CifarResNet:
-    """Return ResNet-32 for CIFAR (6n + 2 layers, n = 5): 0.46 million parameters at 10 classes.
+class CifarResNet32(CifarResNet):
+    """ResNet-32 for CIFAR (6n + 2 layers, n = 5): 0.46 million parameters at 10 classes.
 
-    The network of most work on CIFAR-100-LT. Arguments, errors and source are those of
-    :func:`cifar_resnet20`.
+    The network of most work on CIFAR-100-LT. Arguments, errors and source are those of :class:`CifarResNet20`.
     """
-    return CifarResNet((5, 5, 5), num_classes, width, norm, in_channels, stem_stride=stem_stride)
+
+    def __init__(
+        self, num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
+    ) -> None:
+        super().__init__((5, 5, 5), num_classes, width, norm, in_channels, stem_stride=stem_stride)
 
 
-def cifar_resnet34(
-    num_classes: int, width: int = 64, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
-) -> CifarResNet:
-    """Return ImageNet's ResNet-34 with a 3 x 3 stem and no max-pooling.
+class CifarResNet34(CifarResNet):
+    """ImageNet's ResNet-34 with a 3 x 3 stem and no max-pooling: 21.3 million parameters at 10 classes.
 
-    It has 21.3 million parameters at 10 classes and is the network of ImbSAM's results on CIFAR-100-LT
-    (Zhou et al., ICCV 2023, arXiv 2308.07815).
+    The network of ImbSAM's results on CIFAR-100-LT (Zhou et al., ICCV 2023, arXiv 2308.07815).
 
     Args:
         num_classes: number of logits.
@@ -171,4 +171,8 @@ def cifar_resnet34(
     Source:
         He et al., CVPR 2016, arXiv 1512.03385, table 1.
     """
-    return CifarResNet((3, 4, 6, 3), num_classes, width, norm, in_channels, projection=True, stem_stride=stem_stride)
+
+    def __init__(
+        self, num_classes: int, width: int = 64, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
+    ) -> None:
+        super().__init__((3, 4, 6, 3), num_classes, width, norm, in_channels, projection=True, stem_stride=stem_stride)

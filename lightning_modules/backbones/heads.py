@@ -1,7 +1,8 @@
 """The classifier of a network, its last layer: where it is, and what may take its place."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
-__all__ = ["HEADS", "CosineClassifier", "Head", "classifier_name", "classifier_of", "set_head"]
+__all__ = ["CosineClassifier", "HeadCallable", "classifier", "classifier_name", "replace_classifier"]
 
-Head = Literal["linear", "cosine"]
-HEADS: tuple[Head, ...] = ("linear", "cosine")
+HeadCallable = Callable[[int, int], nn.Module]
+"""What makes a last layer of the number of features and of classes: a class, or a partial of one."""
 
 # this project's networks, torchvision's ResNets; its other convolutional nets; its ViT; its Swin
 _PLACES = ("fc", "classifier", "heads", "head")
@@ -58,7 +59,7 @@ class CosineClassifier(nn.Module):
         super().__init__()
         check_whole_numbers(in_features=in_features, num_classes=num_classes)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise SettingError(f"scale={scale!r} cannot work; give a number above 0 (30 is LDAM's)")
+            raise SettingError(f"scale is {scale!r}: give a number above 0 (30 is LDAM's)")
         self.in_features, self.out_features, self.scale = in_features, num_classes, float(scale)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.reset_parameters()
@@ -86,63 +87,60 @@ def classifier_name(network: nn.Module) -> str:
         network: one of this project's networks, of torchvision's or of timm's.
 
     Returns:
-        the name of the last layer, an ``nn.Linear`` or a :class:`CosineClassifier`, for
-        ``network.get_submodule``.
+        the name of the last layer with ``in_features`` and ``out_features``, such as an ``nn.Linear`` or a
+        :class:`CosineClassifier`, for ``network.get_submodule``.
 
     Raises:
         SettingError: there is none, as in torchvision's SqueezeNet, whose classifier is a convolution.
 
     Example:
-        >>> from lightning_modules.backbones import create_backbone
-        >>> classifier_name(create_backbone("mobilenet_v3_small", num_classes=10))
+        >>> from lightning_modules.backbones import Torchvision
+        >>> classifier_name(Torchvision("mobilenet_v3_small")(num_classes=10))
         'classifier.3'
     """
     names: dict[nn.Module, str] = {module: name for name, module in network.named_modules()}
     if callable(get := getattr(network, "get_classifier", None)):  # timm's networks all have it
         layer: Any = get()
-        if isinstance(layer, (nn.Linear, CosineClassifier)):
+        if _is_classifier(layer):
             return names[layer]
     else:
         for place in _PLACES:
             if isinstance(inside := getattr(network, place, None), nn.Module):
-                layers = [m for m in inside.modules() if isinstance(m, (nn.Linear, CosineClassifier))]
+                layers = [module for module in inside.modules() if _is_classifier(module)]
                 if layers:
                     return names[layers[-1]]
     raise SettingError(
-        f"{type(network).__name__} has no linear classifier that could be replaced; choose another backbone, or "
-        "head=linear and train in one stage"
+        f"backbone is {type(network).__name__}, which has no linear classifier that could be replaced: choose another, "
+        "or leave head out and train in one stage"
     )
 
 
-def classifier_of(network: nn.Module) -> Any:
+def classifier(network: nn.Module) -> Any:
     """Return a network's classifier, see :func:`classifier_name`."""
     return network.get_submodule(classifier_name(network))
 
 
-def set_head(network: nn.Module, head: Head = "linear", **settings: Any) -> None:
+def replace_classifier(network: nn.Module, head: HeadCallable) -> None:
     """Put another classifier in the place of a network's own.
 
     Args:
         network: see :func:`classifier_name`; changed in place.
-        head: "linear" leaves it as it is, "cosine" is a :class:`CosineClassifier`.
-        settings: settings of that classifier, such as ``scale``.
+        head: called with the number of features and of classes.
 
     Raises:
-        SettingError: ``head`` is unknown, has no such setting, or the network's classifier cannot be found.
+        SettingError: the network's classifier cannot be found.
 
     Example:
-        >>> from lightning_modules.backbones import create_backbone
-        >>> network = create_backbone("small_cnn", num_classes=10)
-        >>> set_head(network, "cosine", scale=16)
+        >>> from functools import partial
+        >>> from lightning_modules.backbones import SmallCNN
+        >>> network = SmallCNN(num_classes=10)
+        >>> replace_classifier(network, partial(CosineClassifier, scale=16))
         >>> network.fc
         CosineClassifier(in_features=64, num_classes=10, scale=16)
     """
-    if head not in HEADS:
-        raise SettingError(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}")
-    if unknown := sorted(settings.keys() - ({"scale"} if head == "cosine" else set())):
-        has = "it has scale" if head == "cosine" else "it has none"
-        raise SettingError(f"head={head} has no setting {unknown[0]}={settings[unknown[0]]!r}; {has}")
-    if head == "linear":
-        return
-    old = classifier_of(network)
-    network.set_submodule(classifier_name(network), CosineClassifier(old.in_features, old.out_features, **settings))
+    old = classifier(network)
+    network.set_submodule(classifier_name(network), head(old.in_features, old.out_features))
+
+
+def _is_classifier(module: Any) -> bool:
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")

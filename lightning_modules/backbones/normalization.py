@@ -37,4 +37,4 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(math.gcd(32, max(1, channels // 8), channels), channels)
-    raise SettingError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    raise SettingError(f"norm is {norm}: choose one of {', '.join(NORMS)}")

@@ -23,7 +23,7 @@ def load_weights(network: nn.Module, path: str | Path) -> list[str]:
     """Copy a file's weights into a network, and say how many they were.
 
     Args:
-        network: one of ``create_backbone``, with any head; changed in place.
+        network: a classification network, with any head; changed in place.
         path: a state_dict (``.pt``, ``.pth``, read with ``weights_only=True``, or ``.safetensors``), on its own or
             under the key "state_dict" or "model"; or a checkpoint of ours (``.ckpt``). The prefix ``module.`` of
             ``DataParallel`` is taken away.
@@ -53,7 +53,7 @@ def load_weights(network: nn.Module, path: str | Path) -> list[str]:
     ) if names]  # fmt: skip
     if wrong:
         raise SettingError(
-            f"backbone_weights={str(path)!r} does not fit {type(network).__name__}: "
+            f"backbone_weights is {path}, which does not fit {type(network).__name__}: "
             + "; ".join(f"{len(names)} {what} ({first_few(names, 3)})" for names, what in wrong)
         )
     network.load_state_dict(found, strict=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imbsam.errors import SettingError
 from imbsam.gradients import local_shards
-from lightning_modules.backbones.heads import CosineClassifier, classifier_of
+from lightning_modules.backbones.heads import CosineClassifier, classifier
 
 
 class MaxNorm(Callback):
@@ -65,7 +65,7 @@ class MaxNorm(Callback):
 
 
 def _classifier(pl_module: Any) -> Any:
-    return classifier_of(pl_module.backbone)
+    return classifier(pl_module.backbone)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ class AnomalyTable(Callback):
             "F1, threshold from validation": "f1",
         }
         table = Table()
-        table.add_column(f"test rows, {hparams.get('detector')}, {getattr(pl_module, 'method', '')}")
+        table.add_column(f"test rows, {getattr(pl_module, 'detector_name', '')}, {getattr(pl_module, 'method', '')}")
         table.add_column("%", justify="right")
         for title, name in names.items():
             if f"test/{name}" in metrics:  # the last three only where a threshold was chosen

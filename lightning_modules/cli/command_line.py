@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,11 @@ class ImbSAMCLI(LightningCLI):
                 wandb.init_args.group = wandb.init_args.group or settings.name or None
 
     def _experiment(self, save_dir: Path) -> str:
-        """The folder of the runs inside `save_dir`: by the first config, or the checkpoint's."""
+        """The folder of the runs inside `save_dir`: by the configs, or the checkpoint's."""
         config = self.config[self.config.subcommand]
         if files := [Path(path.relative) for path in config.get("config") or []]:
-            return str(Path(files[0].parent.name) / files[0].stem)
+            method = getattr(config.model.init_args.get("sam"), "class_path", config.model.init_args.get("sam"))
+            return experiment_name(files, str(method).rpartition(".")[2].lower())
         if self._trained is not None:
             runs, logs = _run_of(config.ckpt_path).parent.resolve(), save_dir.resolve()
             if runs != logs and runs.is_relative_to(logs):
@@ -330,6 +332,28 @@ class ImbSAMCLI(LightningCLI):
         """Test the last epoch's weights, of a run that was finished before too."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def experiment_name(files: Sequence[Path], method: str) -> str:
+    """The folder of the runs of some configs.
+
+    Args:
+        files: the configs in their order.
+        method: the name of the method, for pieces without one.
+
+    Example:
+        >>> pieces = ["data/cifar100_lt.yaml", "method/sam.yaml", "ratio/50.yaml", "trainer/gpu.yaml"]
+        >>> experiment_name([Path(piece) for piece in pieces], "sam")
+        'cifar100_lt/sam_ratio_50'
+        >>> experiment_name([Path("my.yaml")], "sam")
+        'my'
+    """
+    first, kinds = files[0], [file.parent.name for file in files]
+    if kinds[0] != "data":
+        return str(Path(first.parent.name) / first.stem)
+    choices = [file for file in files[1:] if file.parent.name not in ("trainer", "logger")]
+    names = [f.stem if f.stem[:1].isalpha() else f"{f.parent.name}_{f.stem}" for f in choices]
+    return str(Path(first.stem) / "_".join(names if "method" in kinds else [method, *names]))
 
 
 def _run_of(checkpoint: str | Path) -> Path:

@@ -7,10 +7,19 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torchvision
 from lightning.pytorch import Trainer
 
 import datamodules
+import imbsam
 import lightning_modules
+from imbsam import losses
+from lightning_modules import backbones, detectors
+
+CLASSES = [
+    name for module in (lightning_modules, datamodules, backbones, detectors, losses, imbsam) for name in module.__all__
+]
+"""The short names that the command line knows."""
 
 _KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
 _OF_A_RUN = ("model", "data", "seed_everything", "config", "ckpt_path", "weights_only", "seeds")
@@ -25,8 +34,8 @@ def one_line(message: str) -> str:
     Returns:
         One line; of a report of another form, those of its lines that say what is wrong.
     """
-    found = _unknown_setting(message) or _unknown_class(message) or _missing_file(message) or _wrong_value(message)
-    return found or _without_noise(message)
+    kinds = (_unknown_setting, _unknown_class, _missing_setting, _missing_file, _wrong_value)
+    return next((line for kind in kinds if (line := kind(message))), None) or _without_noise(message)
 
 
 def settings_of(class_path: str) -> list[str]:
@@ -47,8 +56,9 @@ def settings_of(class_path: str) -> list[str]:
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing where no known name is near."""
-    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=0.6)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 def _key(message: str) -> str:
@@ -78,13 +88,20 @@ def _unknown_setting(message: str) -> str | None:
 
 def _unknown_class(message: str) -> str | None:
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        known = [*lightning_modules.__all__, *datamodules.__all__]
         own = "; a class of your own is a dotted path, such as my_module.MyClass"
-        return f"{_key(message)} is {match[1]}: there is no such class{did_you_mean(match[1], known) or own}"
+        if match[1] in torchvision.models.list_models(module=torchvision.models):
+            own = f"; did you mean Torchvision with name {match[1]}?"
+        return f"{_key(message)} is {match[1]}: there is no such class{did_you_mean(match[1], CLASSES) or own}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         known = dir(importlib.import_module(match[1]))
         meant = did_you_mean(match[2], known)
         return f"{_key(message)} is {match[1]}.{match[2]}: {match[1]} has no {match[2]}{meant}"
+    return None
+
+
+def _missing_setting(message: str) -> str | None:
+    if match := re.search(r"the following arguments are required: ([\w.]+)", message):
+        return f"{_key(message)} needs {match[1]}: set {_key(message)}.{match[1]}, or name another class"
     return None
 
 

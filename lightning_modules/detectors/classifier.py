@@ -31,7 +31,7 @@ class WeightedClassifier(Detector):
     def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (20,), weighted: bool = True) -> None:
         super().__init__()
         check_whole_numbers(hidden=hidden)
-        self.net: nn.Sequential = mlp([features_of("classifier", input_shape), *hidden, 1])
+        self.net: nn.Sequential = mlp([features_of("WeightedClassifier", input_shape), *hidden, 1])
         self.weighted = weighted
         self.register_buffer("weight", torch.ones(2))
 

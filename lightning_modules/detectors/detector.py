@@ -56,5 +56,7 @@ def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] 
 def features_of(name: str, input_shape: Sequence[int]) -> int:
     """The number of features of a table's row; refuses images."""
     if len(input_shape) != 1:
-        raise SettingError(f"detector {name} takes tables, and the data has samples of shape {tuple(input_shape)}")
+        raise SettingError(
+            f"detector is {name}, which takes tables, and the data has samples of shape {tuple(input_shape)}"
+        )
     return int(input_shape[0])

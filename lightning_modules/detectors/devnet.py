@@ -40,7 +40,7 @@ class DevNet(Detector):
     ) -> None:
         super().__init__()
         check_whole_numbers(hidden=hidden, reference_draws=reference_draws)
-        self.net: nn.Sequential = mlp([features_of("devnet", input_shape), *hidden, 1])
+        self.net: nn.Sequential = mlp([features_of("DevNet", input_shape), *hidden, 1])
         self.margin = margin
         draws = torch.randn(reference_draws)
         self.register_buffer("reference_mean", draws.mean())

@@ -45,8 +45,8 @@ class FEAWAD(Detector):
         super().__init__()
         check_whole_numbers(encoder=encoder, hidden=hidden)
         if not encoder:
-            raise SettingError("encoder is []: feawad needs an autoencoder, give at least one size")
-        d = features_of("feawad", input_shape)
+            raise SettingError("encoder is []: FEAWAD needs an autoencoder, give at least one size")
+        d = features_of("FEAWAD", input_shape)
         self.encoder = nn.Sequential(mlp([d, *encoder]), nn.ReLU())
         self.decoder: nn.Sequential = mlp([*reversed(encoder), d])
         sizes = [encoder[-1] + d, *hidden, 1]

@@ -49,10 +49,10 @@ class PReNet(Detector):
         super().__init__()
         check_whole_numbers(hidden=hidden, references=references)
         if not hidden:
-            raise SettingError("hidden is []: prenet compares features, give at least one size")
+            raise SettingError("hidden is []: PReNet compares features, give at least one size")
         if len(targets) != 3:
             raise SettingError(f"targets is {list(targets)}: give three, for no, one and two anomalies in the pair")
-        d = features_of("prenet", input_shape)
+        d = features_of("PReNet", input_shape)
         self.features: nn.Sequential = mlp([d, *hidden])
         self.relation = nn.Linear(2 * hidden[-1], 1)
         self.register_buffer("targets", torch.tensor(targets))

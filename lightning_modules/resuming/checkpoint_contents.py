@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imbsam import SettingError
 
-NETWORK_SETTINGS = ("backbone", "backbone_args", "head", "head_args", "detector", "detector_args", "stage")
+NETWORK_SETTINGS = ("backbone", "head", "detector", "stage")
 """The models' settings that say what the weights are of."""
 
 _OF_THE_RUN = ("_class_path", "_instantiator", "num_workers", "predict")

@@ -67,7 +67,7 @@ def test_help_of_fit_leads_to_rho_and_eta_and_to_the_rest(command):
     assert len(out.splitlines()) < 40
     assert {"--model.sam.rho", "--model.sam.eta", "--help-all"} <= set(out.split())
     settings = [f"{name}={example}" for name, (example, _) in SETTINGS.items()]
-    code, shown, err = command("fit", "--config=configs/digits_lt/imbsam.yaml", *settings, "--print_config")
+    code, shown, err = command("fit", "--config=configs/data/digits_lt.yaml", *settings, "--print_config")
     assert (code, err) == (0, "")  # every setting that help names is one
     assert "eta: 20" in shown
 
@@ -98,7 +98,7 @@ def test_a_datamodule_in_the_current_folder_is_found_and_its_report_folder_is_in
     for name in ("report", "configs", "datasets"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    config = "--config=configs/digits_lt/imbsam.yaml"  # not in the user's configs/
+    config = "--config=configs/data/digits_lt.yaml"  # not in the user's configs/
     run = [sys.executable, "-P", "-c", SCRIPT] if sys.version_info >= (3, 11) else [sys.executable, "-c", SCRIPT]
     for args, text in (
         (["check", config, "--data=my_data.MyData"], "the data can be read"),

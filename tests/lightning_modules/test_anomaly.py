@@ -17,9 +17,10 @@ from datamodules import AnomalyDataModule
 from imbsam import ImbSAM, Plain, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.anomaly import AnomalyDetector
-from lightning_modules.detectors import DETECTORS
+from lightning_modules.detectors import FEAWAD, DeepSAD, DevNet, PReNet, WeightedClassifier
 from lightning_modules.resuming.csv_logger import ResumableCSVLogger
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
+from tests.pieces import anomaly
 
 SHARED = Path(os.environ.get("IMBSAM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]
@@ -31,16 +32,16 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["deep_sad", "prenet"])
-def test_fit_test_predict(name, imbsam, tmp_path):
+@pytest.mark.parametrize(("name", "detector"), [("deep_sad", "DeepSAD"), ("prenet", "PReNet")])
+def test_fit_test_predict(name, detector, imbsam, tmp_path):
     """Both carry something from the training rows: a centre, references."""
-    config = ["--config", f"configs/anomaly/{name}_imbsam.yaml", *SHORT]
+    config = [*anomaly(name, "imbsam"), *SHORT]
     schedule = ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.end=0.1"]
     code, out, _ = imbsam("fit", *config, "--model.sam.rho=0.05", *schedule)
     assert code == 0
-    for text in ("AUROC", "average", "F1", name, "imbsam", "checkpoint: logs/anomaly/"):
+    for text in ("AUROC", "average", "F1", detector, "ImbSAM", "checkpoint: logs/anomaly_table/"):
         assert text in out
-    run = tmp_path / f"logs/anomaly/{name}_imbsam/version_0"
+    run = tmp_path / f"logs/anomaly_table/{name}_imbsam/version_0"
     logged = next(row for row in rows(run / "metrics.csv") if row.get("test/auroc"))
     assert [float(row["rho"]) for row in rows(run / "metrics.csv") if row["rho"]] == pytest.approx([0.05, 0.1])
     last = run / "checkpoints/last.ckpt"
@@ -68,15 +69,15 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
     if not path.is_file():
         pytest.skip(f"no {path}; set IMBSAM_DATA to the folder that holds adbench")
     settings = [f"--data.path={path}", "--data.labelled_share=1", "--trainer.max_epochs=40"]
-    code, _, _ = imbsam("fit", "--config", "configs/anomaly/classifier_sgd.yaml", *settings)
+    code, _, _ = imbsam("fit", *anomaly("classifier", "sgd"), *settings)
     assert code == 0
-    logged = rows(tmp_path / "logs/anomaly/classifier_sgd/version_0/metrics.csv")
+    logged = rows(tmp_path / "logs/anomaly_table/classifier_sgd/version_0/metrics.csv")
     assert next(float(row["test/average_precision"]) for row in logged if row.get("test/average_precision")) > 0.75
 
 
 def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
     """The threshold's precision would be that of the rows of rank 0."""
-    config = ["--config=configs/anomaly/devnet_sgd.yaml", *SHORT, "--trainer.accelerator=cpu"]
+    config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]
     assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
     more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
     answer = run_imbsam(tmp_path, "test", *config, *more, processes=2, alarm=120)
@@ -85,37 +86,37 @@ def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
 
 
 def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
-    config = ["--config", "configs/anomaly/devnet_sgd.yaml", *SHORT, "--data.val_share=0"]
+    config = [*anomaly("devnet", "sgd"), *SHORT, "--data.val_share=0"]
     code, out, _ = imbsam("fit", *config)
     assert code == 0
     assert "F1" not in out
-    last = tmp_path / "logs/anomaly/devnet_sgd/version_0/checkpoints/last.ckpt"
+    last = tmp_path / "logs/anomaly_table/devnet_sgd/version_0/checkpoints/last.ckpt"
     assert imbsam("predict", *config, "--ckpt_path", last, "--predictions.path", "scores.csv")[0] == 0
     assert set(rows("scores.csv")[0]) == {"row", "score"}
 
 
 @pytest.mark.parametrize(
-    ("config", "settings", "message"),
+    ("detector", "settings", "message"),
     [
-        ("devnet_sgd", ["--data.sampling=pairs"], "data.sampling is pairs, which DevNet cannot use"),
-        ("prenet_sgd", ["--data.sampling=natural"], "set it to pairs or natural_pairs"),
-        ("devnet_sgd", ["--model.detector=devnett"], "did you mean devnet"),
-        ("devnet_sgd", ["--model.budget=2.5"], "budget is 2.5"),
-        ("devnet_sgd", ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.start_epoch=-1"], "start_epoch is -1"),
+        ("devnet", ["--data.sampling=pairs"], "data.sampling is pairs, which DevNet cannot use"),
+        ("prenet", ["--data.sampling=natural"], "set it to pairs or natural_pairs"),
+        ("devnet", ["--model.detector=DevNett"], "did you mean DevNet"),
+        ("devnet", ["--model.budget=2.5"], "budget is 2.5"),
+        ("devnet", ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.start_epoch=-1"], "start_epoch is -1"),
     ],
 )
-def test_wrong_setting_is_one_line(config, settings, message, imbsam):
-    code, _, err = imbsam("fit", "--config", f"configs/anomaly/{config}.yaml", *SHORT, *settings)
+def test_wrong_setting_is_one_line(detector, settings, message, imbsam):
+    code, _, err = imbsam("fit", *anomaly(detector, "sgd"), *SHORT, *settings)
     assert code == 2
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("imbsam: error")]) == 1
 
 
-def attached(name, method, rho, **settings):
+def attached(detector, method, rho, **settings):
     """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
     torch.manual_seed(0)
     x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
-    module = AnomalyDetector(name, sam=partial(ImbSAM, rho=rho, **settings))
+    module = AnomalyDetector(detector, sam=partial(ImbSAM, rho=rho, **settings))
     module.class_counts, module.input_shape = labels.bincount(), (5,)
     module.configure_model()
     module.detector.prepare(x.float(), labels)
@@ -125,11 +126,11 @@ def attached(name, method, rho, **settings):
     return module, engine, x, labels
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("detector", [DevNet, DeepSAD, PReNet, FEAWAD, WeightedClassifier])
 @pytest.mark.parametrize("tail_weight", [1.0, 2.0])
-def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
+def test_gradient_is_that_of_the_objective(detector, tail_weight, monkeypatch):
     """1/B * sum_i a_i [(1 - c_i) l_i(w) + c_i l_i(w + e)], c_i = 1 for anomalies and for pairs with one in them."""
-    module, engine, x, labels = attached(name, "imbsam", 0.3, tail_weight=tail_weight)
+    module, engine, x, labels = attached(detector, "imbsam", 0.3, tail_weight=tail_weight)
     chosen = torch.randint(60, (24, 2)) if module.detector.uses_pairs else torch.randint(60, (24,))
     flat = chosen.reshape(24, -1)
     flat[:3, 0], flat[3:6, -1] = torch.arange(3), torch.arange(3, 6)
@@ -168,7 +169,7 @@ def test_gradient_is_that_of_the_objective(name, tail_weight, monkeypatch):
 def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
     data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
-    module = AnomalyDetector("devnet", sam=Plain)
+    module = AnomalyDetector(DevNet, sam=Plain)
     trainer = Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -192,9 +193,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
     assert trainer.current_epoch == (1 if early else 3)
 
 
-@pytest.mark.parametrize(
-    ("detector", "sampling"), [("devnet", "balanced"), ("deep_sad", "natural"), ("prenet", "pairs")]
-)
+@pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DeepSAD, "natural"), (PReNet, "pairs")])
 def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
     data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
     module = AnomalyDetector(detector, sam=partial(Plain, tail_weight=3.0))
@@ -249,7 +248,7 @@ def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_p
 
 
 def test_own_detector_and_wrong_shape():
-    class Norm(DETECTORS["devnet"]):
+    class Norm(DevNet):
         """The user's own."""
 
     module, *_ = attached(Norm, "sgd", 0.0)

@@ -18,10 +18,10 @@ from datamodules import DigitsLTDataModule
 from imbsam import SAM, FocalSAM, ImbSAM, Plain, SettingError
 from imbsam.losses import LDAM
 from lightning_modules import LongTailedClassifier
-from lightning_modules.backbones import create_backbone
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 
-SMALL: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8}, "many": 50, "few": 10}
+SMALL: dict[str, Any] = {"backbone": partial(SmallCNN, width=8), "many": 50, "few": 10}
 
 
 def trainer(tmp_path, **settings: Any) -> Trainer:
@@ -62,7 +62,7 @@ def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
     seed_everything(0)
     data = DigitsLTDataModule()
     data.setup()
-    plain = create_backbone("small_cnn", num_classes=10, width=8)
+    plain = SmallCNN(num_classes=10, width=8)
     optimizer = sgd(plain.parameters())
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
@@ -361,7 +361,8 @@ def test_model_of_other_classes(tmp_path):
         ({"sam": partial(ImbSAM, rho=-1.0)}, "rho is -1.0"),
         ({"sam": partial(ImbSAM, rho=float("nan"))}, "rho is nan"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0"),
-        ({"backbone_args": {"num_classes": 5}}, "backbone_args sets num_classes"),
+        ({"backbone": torch.nn.Linear(3, 4)}, "backbone is a Linear that is built already"),
+        ({"backbone": partial(SmallCNN, wdth=3)}, "unexpected keyword argument 'wdth'"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, "Invalid learning rate"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
         ({"loss": partial(LDAM, tauu=1)}, "loss is LDAM: .*tauu"),
@@ -451,5 +452,5 @@ def test_calibration_error_and_flip_of_a_test(tmp_path):
 
 
 def test_images_of_other_channels_are_one_line(tmp_path):
-    with pytest.raises(SettingError, match=r"takes images of 3 channels and these have 1: set backbone_args to"):
-        fit(tmp_path, backbone_args={"in_channels": 3})
+    with pytest.raises(SettingError, match=r"takes images of 3 channels and these have 1: set backbone"):
+        fit(tmp_path, backbone=partial(SmallCNN, in_channels=3))

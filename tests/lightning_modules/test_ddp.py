@@ -17,7 +17,7 @@ def test_fit_on_two_processes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in RANKS}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "configs/digits_lt/imbsam.yaml"),
+            *(sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "configs/data/digits_lt.yaml"),
             *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_epochs=1"),
         ],
         cwd=tmp_path,

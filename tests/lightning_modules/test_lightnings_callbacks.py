@@ -18,6 +18,7 @@ from lightning.pytorch.tuner import Tuner
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,8 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def model(norm="batch", **settings):
     seed_everything(0)
     return LongTailedClassifier(
-        backbone="small_cnn",
-        backbone_args={"width": 4, "norm": norm},
+        backbone=partial(SmallCNN, width=4, norm=norm),
         sam=partial(ImbSAM, rho=0.1),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         **settings,
@@ -53,7 +53,7 @@ def test_averaged_weights_are_those_of_the_steps(tmp_path, average):
             steps.append([p.detach().clone() for p in self.backbone.parameters()])
 
     seed_everything(0)
-    module = Watch(backbone="small_cnn", backbone_args={"width": 4}, optimizer=partial(torch.optim.SGD, lr=0.1))
+    module = Watch(backbone=partial(SmallCNN, width=4), optimizer=partial(torch.optim.SGD, lr=0.1))
     run = trainer(tmp_path, average(), max_epochs=1, limit_train_batches=4)
     run.fit(module, datamodule=DigitsLTDataModule(batch_size=128))
     if any(isinstance(callback, EMAWeightAveraging) for callback in run.callbacks):
@@ -89,7 +89,7 @@ def test_backbone_finetuning_freezes_and_unfreezes(tmp_path):
     def optimizer(params):
         return torch.optim.SGD([p for p in params if p.requires_grad], lr=0.1)
 
-    module = Watch(backbone="small_cnn", backbone_args={"width": 4, "norm": "group"}, optimizer=optimizer)
+    module = Watch(backbone=partial(SmallCNN, width=4, norm="group"), optimizer=optimizer)
     run = trainer(tmp_path, Features(unfreeze_backbone_at_epoch=1))
     run.fit(module, datamodule=DigitsLTDataModule(batch_size=128))
     assert frozen == [True, False]
@@ -126,8 +126,7 @@ def test_stochastic_weight_averaging_ends_with_the_average_and_its_statistics(tm
 
     seed_everything(0)
     module = Watch(
-        backbone="small_cnn",
-        backbone_args={"width": 4, "norm": "batch"},
+        backbone=partial(SmallCNN, width=4, norm="batch"),
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     )
     average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)  # Lightning counts it from 1

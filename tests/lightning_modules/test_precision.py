@@ -15,13 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, SettingError
 from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 
 
 def fit(tmp_path: Path, model_settings: dict[str, Any] | None = None, **settings: Any) -> LongTailedClassifier:
     seed_everything(0)
     model = LongTailedClassifier(
-        backbone="small_cnn",
-        backbone_args={"width": 8},
+        backbone=partial(SmallCNN, width=8),
         many=50,
         few=10,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 ARGS = [
     "fit",
-    "--config=configs/digits_lt/imbsam.yaml",
+    "--config=configs/data/digits_lt.yaml",
     "--trainer.accelerator=cpu",
     "--trainer.strategy=ddp",
     "--trainer.max_epochs=2",
@@ -56,7 +56,7 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
             f"--data.batch_size={32 // processes}",
             "--trainer.precision=64-true",
         ]
-        settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone_args={width: 8}"]
+        settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone.width=8"]
         answer = run_imbsam(folder, *ARGS, *settings, processes=processes, alarm=ALARM)
         assert answer["codes"] == [0] * processes, answer["err"]
         found.append(last(folder))
@@ -71,7 +71,7 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
 def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
     """SIGTERM to rank 1 alone; BatchNorm, dropout, and 67 validation images in 2 batches on rank 0 and 1 on rank 1."""
     settings = ["--trainer.devices=2", "--data.batch_size=16", "--data.eval_batch_size=33"]
-    settings += ["--model.backbone_args={width: 8, norm: batch, dropout: 0.2}"]
+    settings += ["--model.backbone.width=8", "--model.backbone.norm=batch", "--model.backbone.dropout=0.2"]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2, alarm=ALARM)
@@ -100,7 +100,7 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
         image.write_bytes(b"no image")
     settings = ["fit", "--data=ImageFolderLTDataModule", f"--data.root={root}", "--data.image_size=8"]
     settings += ["--data.num_workers=1", "--data.batch_size=2", "--model=LongTailedClassifier"]
-    settings += ["--model.backbone=cifar_resnet20", "--model.backbone_args={width: 8}"]
+    settings += ["--model.backbone=CifarResNet20", "--model.backbone.width=8"]
     settings += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
     answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
     assert 2 in answer["codes"]

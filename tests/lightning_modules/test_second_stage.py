@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
+from lightning_modules.backbones import CosineClassifier, SmallCNN
 
-NET: dict[str, Any] = {"backbone": "small_cnn", "backbone_args": {"width": 8, "norm": "batch"}}
+NET: dict[str, Any] = {"backbone": partial(SmallCNN, width=8, norm="batch")}
 GROUPS: dict[str, Any] = {"many": 50, "few": 10}
 
 
@@ -193,7 +194,7 @@ def test_from_crt_to_tau_norm_and_not_from_lws(tmp_path, first):
 
 def test_a_cosine_head(tmp_path):
     seed_everything(0)
-    model = LongTailedClassifier(**NET, head="cosine", head_args={"scale": 16}, sam=Plain, optimizer=sgd)
+    model = LongTailedClassifier(**NET, head=partial(CosineClassifier, scale=16), sam=Plain, optimizer=sgd)
     run = trainer(tmp_path)
     run.fit(model, datamodule=data())
     run.save_checkpoint(tmp_path / "cosine.ckpt")

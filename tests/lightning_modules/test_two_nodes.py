@@ -27,7 +27,7 @@ def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"),
             *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", "lightning_modules.cli", "fit"),
-            *("--config", "configs/digits_lt/imbsam.yaml", "--config", "configs/trainer/ddp.yaml"),
+            *("--config", "configs/data/digits_lt.yaml", "--config", "configs/trainer/ddp.yaml"),
             *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.max_epochs=1"),
             "--trainer.precision=32",  # bfloat16 is slow on many processors
             "--trainer.callbacks+=test_two_nodes.KeepWeights",

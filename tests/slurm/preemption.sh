@@ -13,7 +13,7 @@ say() { echo "$(date +%T) $*"; }
 
 submit() { # submit NAME: two tasks on processors, no GPU; prints the job's number
     sbatch --parsable --job-name="$1" --gpus-per-node=0 --cpus-per-task=1 "$repository/scripts/slurm/train.sbatch" \
-        --config configs/digits_lt/imbsam.yaml --config configs/trainer/slurm.yaml --trainer.accelerator=cpu \
+        --config configs/data/digits_lt.yaml --config configs/trainer/slurm.yaml --trainer.accelerator=cpu \
         --trainer.precision=32 --trainer.max_epochs=20 --model.lr_scheduler.init_args.T_max=20 --data.batch_size=8 \
         --checkpoint.every_seconds=1 --trainer.enable_model_summary=false
 }

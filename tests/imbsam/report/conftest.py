@@ -13,6 +13,7 @@ from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules import LongTailedClassifier
 from lightning_modules.callbacks.evaluation_files import write_evaluation
 from lightning_modules.cli.run import main as train
+from tests.pieces import anomaly
 
 COUNTS = [120, 60, 20, 12, 6, 3]
 NAMES = ["cat", "dog", "<img src=x onerror=alert(1)>", "</script><b>lynx", "%{x}", "eel | ray"]
@@ -115,8 +116,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for method in ("imbsam", "sgd"):
-            config = f"configs/anomaly/devnet_{method}.yaml"
-            arguments = ["fit", "--config", config, "--trainer.max_epochs=3", "--seeds", "0", "1"]
+            arguments = ["fit", *anomaly("devnet", method), "--trainer.max_epochs=3", "--seeds", "0", "1"]
             patch.setattr(sys, "argv", ["imbsam", *arguments])
             train()
     return root / "logs"

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,11 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from imbsam.errors import SettingError
-from lightning_modules.backbones import BACKBONES, create_backbone
+from lightning_modules.backbones import CifarResNet20, CifarResNet32, CifarResNet34, SmallCNN, Torchvision
 from lightning_modules.backbones.cifar_resnet import PadShortcut
+from lightning_modules.backbones.heads import CosineClassifier
+from lightning_modules.backbones.network import create_network
 from lightning_modules.backbones.normalization import norm_layer
 
-SIZES = {"cifar_resnet20": (3, 32), "cifar_resnet32": (3, 32), "cifar_resnet34": (3, 32), "small_cnn": (1, 8)}
+SIZES = {CifarResNet20: (3, 32), CifarResNet32: (3, 32), CifarResNet34: (3, 32), SmallCNN: (1, 8)}
 
 
 def parameters(model):
@@ -21,19 +25,15 @@ def images(rows, channels=3, size=32):
     return torch.randn(rows, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_backbone_is_covered_here():
-    assert set(SIZES) == set(BACKBONES)
-
-
-@pytest.mark.parametrize(("name", "millions"), [("cifar_resnet20", "0.27"), ("cifar_resnet32", "0.46")])
-def test_parameters_are_the_papers(name, millions):
+@pytest.mark.parametrize(("build", "millions"), [(CifarResNet20, "0.27"), (CifarResNet32, "0.46")])
+def test_parameters_are_the_papers(build, millions):
     """He et al., table 6."""
-    assert f"{parameters(create_backbone(name, 10)) / 1e6:.2f}" == millions
+    assert f"{parameters(build(10)) / 1e6:.2f}" == millions
 
 
-@pytest.mark.parametrize(("name", "layers"), [("cifar_resnet20", 20), ("cifar_resnet32", 32), ("cifar_resnet34", 34)])
-def test_number_of_weighted_layers_is_in_the_name(name, layers):
-    model = create_backbone(name, 10, width=4)
+@pytest.mark.parametrize(("build", "layers"), [(CifarResNet20, 20), (CifarResNet32, 32), (CifarResNet34, 34)])
+def test_number_of_weighted_layers_is_in_the_name(build, layers):
+    model = build(10, width=4)
     weighted = [m for m in model.modules() if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (3, 3)]
     assert len(weighted) == layers
 
@@ -42,7 +42,7 @@ def test_resnet34_is_torchvisions_but_for_the_stem():
     reference = torchvision.models.resnet34(weights=None, num_classes=10)
     reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     reference.maxpool = nn.Identity()
-    model = create_backbone("cifar_resnet34", 10)
+    model = CifarResNet34(10)
     theirs, ours = reference.state_dict(), model.state_dict()
     assert len(theirs) == len(ours)
     # Both register their layers in the order of the forward pass.
@@ -54,7 +54,7 @@ def test_resnet34_is_torchvisions_but_for_the_stem():
 
 def test_cifar_resnet_is_the_papers_function():
     """Section 4.2 written out: stem, 3 stages of n blocks, option A, average pooling, classifier."""
-    model = create_backbone("cifar_resnet20", 7, width=4, norm="group").double()
+    model = CifarResNet20(7, width=4, norm="group").double()
     weights = iter(model.parameters())
 
     def conv_norm(x, stride=1):
@@ -92,14 +92,14 @@ def test_pad_shortcut_has_no_parameters_and_keeps_the_signal():
 
 
 def test_small_cnn_is_small():
-    assert parameters(create_backbone("small_cnn", 10)) < 60_000
+    assert parameters(SmallCNN(10)) < 60_000
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("build", SIZES)
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_settings_reach_the_network(name, norm):
-    _, size = SIZES[name]
-    model = create_backbone(name, 5, width=6, norm=norm, in_channels=2)
+def test_settings_reach_the_network(build, norm):
+    _, size = SIZES[build]
+    model = build(5, width=6, norm=norm, in_channels=2)
     out = model(images(3, channels=2, size=size))
     assert out.shape == (3, 5)
     out.sum().backward()
@@ -110,10 +110,10 @@ def test_settings_reach_the_network(name, norm):
     assert other not in kinds
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_with_groupnorm_rows_do_not_see_each_other(name):
-    channels, size = SIZES[name]
-    model = create_backbone(name, 5, width=8, norm="group").double().train()
+@pytest.mark.parametrize("build", SIZES)
+def test_with_groupnorm_rows_do_not_see_each_other(build):
+    channels, size = SIZES[build]
+    model = build(5, width=8, norm="group").double().train()
     x = images(4, channels, size).double()
     assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-9, atol=1e-10)
 
@@ -127,7 +127,7 @@ def test_groupnorm_takes_any_number_of_channels(channels):
 
 
 def test_dropout_acts_in_training_alone():
-    model = create_backbone("small_cnn", 10, width=8, dropout=0.5)
+    model = SmallCNN(10, width=8, dropout=0.5)
     x = images(4, 1, 8)
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -135,58 +135,62 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_torchvision_names_are_known():
-    model = create_backbone("squeezenet1_1", num_classes=3, dropout=0.1)
+    model = Torchvision("squeezenet1_1", {"dropout": 0.1})(num_classes=3)
     assert isinstance(model, torchvision.models.SqueezeNet)
     assert model(images(2, size=64)).shape == (2, 3)
 
 
 def test_torchvision_networks_with_auxiliary_logits_return_logits(recwarn):
-    model = create_backbone("googlenet", num_classes=3)
+    model = Torchvision("googlenet")(num_classes=3)
     assert isinstance(model.train()(images(2, size=64)), torch.Tensor)
     assert not [w for w in recwarn if "googlenet" in str(w.message).lower() or "init" in str(w.message)]
     with pytest.raises(SettingError, match="aux_logits"):
-        create_backbone("googlenet", num_classes=3, aux_logits=True)
+        Torchvision("googlenet", {"aux_logits": True})(num_classes=3)
 
 
 @pytest.mark.parametrize(
     ("name", "suggests"),
     [
-        ("cifar_resnet23", "cifar_resnet"),
         ("resnet_50", "resnet50"),
         ("RESNET50", "resnet50"),
-        ("smal_cnn", "small_cnn"),
-        ("zzzz", "small_cnn"),
+        ("zzzz", "see the library"),
         ("fasterrcnn_resnet50_fpn", "resnet"),
     ],
 )
 def test_unknown_name_is_one_line_with_the_closest(name, suggests):
     with pytest.raises(SettingError, match=f"{name}.*{suggests}") as caught:
-        create_backbone(name, 10)
+        Torchvision(name)(10)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "says"),
+    ("build", "says"),
     [
-        ("cifar_resnet20", {"depth": 3}, "depth=3.*width, norm, in_channels"),
-        ("small_cnn", {"width": 0}, "width is 0"),
-        ("small_cnn", {"width": 2.5}, "width is 2.5"),
-        ("cifar_resnet32", {"in_channels": -1}, "in_channels is -1"),
-        ("cifar_resnet32", {"norm": "layer"}, "norm='layer'.*batch, group"),
-        ("small_cnn", {"dropout": 1.0}, "dropout=1.0"),
-        ("small_cnn", {"dropout": float("nan")}, "dropout=nan"),
-        ("squeezenet1_1", {"wdth": 3}, "squeezenet1_1.*wdth"),
-        ("squeezenet1_1", {"weights": "DEFAULT"}, "weights='DEFAULT'"),
+        (partial(SmallCNN, width=0), "width is 0"),
+        (partial(SmallCNN, width=2.5), "width is 2.5"),
+        (partial(CifarResNet32, in_channels=-1), "in_channels is -1"),
+        (partial(CifarResNet32, norm="layer"), "norm is layer: choose one of batch, group"),
+        (partial(SmallCNN, dropout=1.0), "dropout is 1.0"),
+        (partial(SmallCNN, dropout=float("nan")), "dropout is nan"),
+        (Torchvision("squeezenet1_1", {"wdth": 3}), "squeezenet1_1.*wdth"),
+        (Torchvision("squeezenet1_1", {"weights": "DEFAULT"}), "weights is DEFAULT"),
+        (partial(CifarResNet20, depth=3), "backbone or head: .*depth"),
+        (torch.nn.Linear(3, 4), "built already"),
     ],
 )
-def test_bad_setting_is_one_line_with_its_name(name, settings, says):
+def test_bad_setting_is_one_line_with_its_name(build, says):
     with pytest.raises(SettingError, match=says) as caught:
-        create_backbone(name, 10, **settings)
+        create_network(build, 10)
     assert "\n" not in str(caught.value)
 
 
+def test_a_function_is_a_backbone_too():
+    network = create_network(torchvision.models.resnet18, 5, partial(CosineClassifier, scale=16))
+    assert network.fc.weight.shape == (5, 512)
+    assert isinstance(create_network(lambda classes: nn.Linear(3, classes), 4), nn.Linear)
+
+
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, True, None])
-@pytest.mark.parametrize("name", ["cifar_resnet20", "squeezenet1_1"])
-def test_bad_num_classes_is_refused(name, num_classes):
+def test_bad_num_classes_is_refused(num_classes):
     with pytest.raises(SettingError, match="num_classes is "):
-        create_backbone(name, num_classes)
+        CifarResNet20(num_classes)

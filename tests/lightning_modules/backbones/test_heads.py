@@ -1,5 +1,7 @@
 """The cosine classifier, and how the last layer of any network is found."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,8 @@ from torch.testing import assert_close
 
 from imbsam.errors import SettingError
 from lightning_modules import LongTailedClassifier
-from lightning_modules.backbones import BACKBONES, create_backbone
-from lightning_modules.backbones.heads import CosineClassifier, classifier_name, classifier_of, set_head
+from lightning_modules.backbones import CifarResNet20, CifarResNet32, CifarResNet34, SmallCNN, Torchvision
+from lightning_modules.backbones.heads import CosineClassifier, classifier, classifier_name, replace_classifier
 
 
 def test_logits_are_the_scaled_cosine():
@@ -42,21 +44,26 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("name", "place"), [*PLACES.items(), *((name, "fc") for name in BACKBONES)])
-def test_the_last_layer_of_a_network_is_replaced(name, place):
+OURS = [CifarResNet20, CifarResNet32, CifarResNet34, SmallCNN]
+
+
+@pytest.mark.parametrize(
+    ("build", "place"), [*((Torchvision(name), place) for name, place in PLACES.items()), *((b, "fc") for b in OURS)]
+)
+def test_the_last_layer_of_a_network_is_replaced(build, place):
     with torch.device("meta"):  # shapes without numbers: quick
-        network = create_backbone(name, num_classes=7)
-        old = classifier_of(network)
+        network = build(num_classes=7)
+        old = classifier(network)
         assert (classifier_name(network), old.out_features) == (place, 7)
-        set_head(network, "cosine", scale=20)
+        replace_classifier(network, partial(CosineClassifier, scale=20))
         new = network.get_submodule(place)
     assert isinstance(new, CosineClassifier)
-    assert new is classifier_of(network)
+    assert new is classifier(network)
     assert (new.weight.shape, new.scale) == (old.weight.shape, 20)
 
 
 def test_head_of_the_classifier(tmp_path):
-    model = LongTailedClassifier(backbone="small_cnn", head="cosine", head_args={"scale": 16})
+    model = LongTailedClassifier(backbone=SmallCNN, head=partial(CosineClassifier, scale=16))
     model._learn_classes(torch.tensor([50, 20, 5]), ["a", "b", "c"])
     model.configure_model()
     assert model.backbone.fc.scale == 16
@@ -67,24 +74,25 @@ def test_head_of_the_classifier(tmp_path):
     assert_close(logits, 16 * F.cosine_similarity(features[0][:, None], model.backbone.fc.weight[None], dim=2))
 
 
-@pytest.mark.parametrize(
-    ("head", "settings", "says"),
-    [
-        ("cosinus", {}, "head='cosinus'.*linear, cosine"),
-        ("cosine", {"scale": 0}, "scale=0"),
-        ("cosine", {"scale": float("nan")}, "scale=nan"),
-        ("cosine", {"scale": "30"}, "scale='30'"),
-        ("cosine", {"bias": True}, "head=cosine has no setting bias=True; it has scale"),
-        ("linear", {"scale": 30}, "head=linear has no setting scale=30"),
-    ],
-)
-def test_bad_setting_is_one_line(head, settings, says):
-    with pytest.raises(SettingError, match=says):
-        set_head(create_backbone("small_cnn", 3), head, **settings)
+def test_a_head_of_ones_own_is_found_by_its_sizes():
+    class Doubled(nn.Linear):
+        def forward(self, features):
+            return 2 * super().forward(features)
+
+    network = SmallCNN(3)
+    replace_classifier(network, Doubled)
+    assert classifier(network) is network.fc
+    assert isinstance(network.fc, Doubled)
+
+
+@pytest.mark.parametrize("scale", [0, float("nan"), "30"])
+def test_bad_scale_is_one_line(scale):
+    with pytest.raises(SettingError, match=f"scale is {scale!r}"):
+        CosineClassifier(4, 3, scale=scale)
 
 
 def test_a_network_without_a_linear_classifier_is_refused():
     with torch.device("meta"):
-        network = create_backbone("squeezenet1_1", 3)
-    with pytest.raises(SettingError, match="SqueezeNet has no linear classifier"):
-        set_head(network, "cosine")
+        network = Torchvision("squeezenet1_1")(3)
+    with pytest.raises(SettingError, match="backbone is SqueezeNet, which has no linear classifier"):
+        replace_classifier(network, CosineClassifier)

@@ -3,6 +3,7 @@
 import builtins
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from lightning.pytorch import Trainer, seed_everything
 from datamodules import DigitsLTDataModule
 from imbsam import Plain, SettingError
 from lightning_modules import LongTailedClassifier
-from lightning_modules.backbones import create_backbone
-from lightning_modules.backbones.heads import CosineClassifier, classifier_name, set_head
+from lightning_modules.backbones import SmallCNN, Timm
+from lightning_modules.backbones.heads import CosineClassifier, classifier_name, replace_classifier
 from lightning_modules.backbones.weights import load_weights
 
 
 def network(num_classes=10, norm="batch", **settings):
-    return create_backbone("small_cnn", num_classes, width=4, norm=norm, **settings)
+    return SmallCNN(num_classes, width=4, norm=norm, **settings)
 
 
 def same(found, wanted, but=()):
@@ -53,7 +54,7 @@ def test_the_classifier_is_left_out_where_it_does_not_fit(tmp_path):
     torch.save(wanted, tmp_path / "seven.pth")
     torch.save({n: t for n, t in wanted.items() if "fc" not in n and "batches" not in n}, tmp_path / "headless.pth")
     cosine = network(num_classes=7)
-    set_head(cosine, "cosine")
+    replace_classifier(cosine, CosineClassifier)
     for found, file, left in (
         (network(), "seven.pth", ["fc.weight", "fc.bias"]),
         (network(), "headless.pth", ["fc.weight", "fc.bias"]),
@@ -71,7 +72,7 @@ def test_other_weights_are_refused_with_a_short_list(tmp_path):
         SettingError, match=r"does not fit SmallCNN: 6 missing \(features.1.running_mean, .* and 3 more\)"
     ):
         load_weights(network(), tmp_path / "group.pth")
-    torch.save(create_backbone("small_cnn", 10, width=8, norm="batch").state_dict(), tmp_path / "wide.pth")
+    torch.save(SmallCNN(10, width=8, norm="batch").state_dict(), tmp_path / "wide.pth")
     with pytest.raises(
         SettingError, match=r"of another shape \(features.0.weight is \(8, 1, 3, 3\), not \(4, 1, 3, 3\)"
     ):
@@ -104,9 +105,9 @@ def trainer(tmp_path, **settings):
 
 def test_training_starts_from_the_file_and_a_checkpoint_does_not_need_it(tmp_path):
     path = tmp_path / "weights.pth"
-    wanted = create_backbone("small_cnn", 5, width=4).state_dict()
+    wanted = SmallCNN(5, width=4).state_dict()
     torch.save(wanted, path)
-    settings = {"backbone": "small_cnn", "backbone_args": {"width": 4}, "backbone_weights": str(path), "sam": Plain}
+    settings = {"backbone": partial(SmallCNN, width=4), "backbone_weights": str(path), "sam": Plain}
 
     def model():
         seed_everything(0)
@@ -129,18 +130,18 @@ def test_timm_by_name():
     pytest.importorskip("timm")
     for name, place in (("resnet18", "fc"), ("convnext_atto", "head.fc"), ("vit_tiny_patch16_224", "head")):
         with torch.device("meta"):
-            model = create_backbone(f"timm/{name}", num_classes=7)
+            model = Timm(name)(num_classes=7)
         assert classifier_name(model) == place
-        set_head(model, "cosine")
+        replace_classifier(model, CosineClassifier)
         assert isinstance(model.get_classifier(), CosineClassifier)
-    model = create_backbone("timm/test_resnet", num_classes=3, in_chans=1)
+    model = Timm("test_resnet", {"in_chans": 1})(num_classes=3)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
-    with pytest.raises(SettingError, match=r"'timm/resnet_50' is unknown; did you mean timm/"):
-        create_backbone("timm/resnet_50", 3)
-    with pytest.raises(SettingError, match=r"pretrained=True downloads.*backbone_weights"):
-        create_backbone("timm/resnet18", 3, pretrained=True)
-    with pytest.raises(SettingError, match="timm's resnet18 does not take wdth=3"):
-        create_backbone("timm/resnet18", 3, wdth=3)
+    with pytest.raises(SettingError, match=r"backbone.name is resnet_50: timm has no such network; did you mean "):
+        Timm("resnet_50")(3)
+    with pytest.raises(SettingError, match=r"pretrained is True, which downloads: .*backbone_weights"):
+        Timm("resnet18", {"pretrained": True})(3)
+    with pytest.raises(SettingError, match=r"backbone.settings of resnet18 is wdth=3: .*wdth"):
+        Timm("resnet18", {"wdth": 3})(3)
 
 
 def test_missing_timm_is_one_line(monkeypatch):
@@ -154,4 +155,4 @@ def test_missing_timm_is_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_timm)
     with pytest.raises(SettingError, match=r"pip install timm"):
-        create_backbone("timm/resnet18", 3)
+        Timm("resnet18")(3)

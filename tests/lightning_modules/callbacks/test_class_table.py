@@ -56,7 +56,7 @@ def test_a_name_with_square_brackets_is_shown_as_it_is(capsys):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rank_zero_prints_it_before_the_first_epoch(run_imbsam, tmp_path, processes):
     """With the progress bar and the model summary of a user."""
-    arguments = ["fit", "--config=configs/digits_lt/imbsam.yaml", "--trainer.accelerator=cpu"]
+    arguments = ["fit", "--config=configs/data/digits_lt.yaml", "--trainer.accelerator=cpu"]
     arguments += [f"--trainer.devices={processes}", "--trainer.max_epochs=1"]
     done = run_imbsam(tmp_path, *arguments, processes=processes)
     assert done["codes"] == [0] * processes, done

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lightning_modules.callbacks.convergence import loss_trend
+from tests.pieces import anomaly
 
-DIGITS = ["--config", "configs/digits_lt/imbsam.yaml", "--trainer.enable_model_summary=false"]
+DIGITS = ["--config", "configs/data/digits_lt.yaml", "--trainer.enable_model_summary=false"]
 
 
 def test_a_steady_fall_is_found_at_any_scale_and_a_plateau_is_not():
@@ -52,6 +53,6 @@ def test_the_line_is_of_the_logged_losses_over_an_interruption_too(imbsam, tmp_p
 
 
 def test_detectors_have_the_line_too(imbsam):
-    code, out, _ = imbsam("fit", "--config=configs/anomaly/devnet_imbsam.yaml", "--trainer.max_epochs=3")
+    code, out, _ = imbsam("fit", *anomaly("devnet", "imbsam"), "--trainer.max_epochs=3")
     assert code == 0
     assert "training loss: " in out

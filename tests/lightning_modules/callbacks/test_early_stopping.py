@@ -47,7 +47,7 @@ def fit(folder, patience=3, max_epochs=30, resume=False, crash=None, **data_sett
     settings = {"sampling": "balanced", "batch_size": 64, "batches_per_epoch": 2, "val_share": 0.3, **data_settings}
     data = AnomalyDataModule(**settings)
     optimizer = lambda params: torch.optim.Adam(params, lr=0.05)  # noqa: E731
-    module = AnomalyDetector("devnet", sam=partial(ImbSAM, rho=0.05), optimizer=optimizer)
+    module = AnomalyDetector(sam=partial(ImbSAM, rho=0.05), optimizer=optimizer)
     trainer.fit(module, datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None)
     return trainer, module, watch, stopping
 

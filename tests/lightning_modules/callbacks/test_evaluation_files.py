@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     """Two epochs on the digits, by the command line."""
     folder = tmp_path_factory.mktemp("run")
     arguments = [
-        *("fit", "--config=configs/digits_lt/imbsam.yaml", f"--trainer.logger.init_args.save_dir={folder}"),
+        *("fit", "--config=configs/data/digits_lt.yaml", f"--trainer.logger.init_args.save_dir={folder}"),
         *("--trainer.max_epochs=2", "--model.lr_scheduler.init_args.T_max=2", "--trainer.enable_progress_bar=false"),
     ]
     with pytest.MonkeyPatch.context() as patch:

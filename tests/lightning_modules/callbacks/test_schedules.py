@@ -13,6 +13,7 @@ from imbsam import ImbSAM, Plain, SettingError
 from imbsam.class_weights import effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import CosineClassifier, SmallCNN
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
 from lightning_modules.resuming.csv_logger import ResumableCSVLogger
 
@@ -52,8 +53,7 @@ def fit(
     seed_everything(0, workers=True)
     module = LongTailedClassifier(
         **{
-            "backbone": "small_cnn",
-            "backbone_args": {"width": 4},
+            "backbone": partial(SmallCNN, width=4),
             "optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
             "many": 50,
             "few": 10,
@@ -229,6 +229,6 @@ def test_ldam_without_a_cosine_head_warns(tmp_path):
 
 
 def test_ldam_with_another_scale_than_its_head_warns(tmp_path):
-    settings = {"loss": LDAM, "head": "cosine", "head_args": {"scale": 16}}
+    settings = {"loss": LDAM, "head": partial(CosineClassifier, scale=16)}
     with pytest.warns(UserWarning, match=r"LDAM's scale is 30 and the cosine head's 16"):
         fit(tmp_path, **settings, trainer={"max_steps": 1})

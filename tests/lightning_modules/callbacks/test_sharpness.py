@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from datamodules import DigitsLTDataModule
 from imbsam import SettingError
 from imbsam.sharpness import MEASURES, mean_loss
 from lightning_modules import LongTailedClassifier, SharpnessOfGroups
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
 from lightning_modules.group_sharpness import GroupSamples
 
@@ -29,7 +31,7 @@ def rows(path):
 CONFIG = """
 model:
   class_path: LongTailedClassifier
-  init_args: {backbone: small_cnn, backbone_args: {width: 2, norm: batch, dropout: 0.1}, many: 50, few: 10}
+  init_args: {backbone: {class_path: SmallCNN, init_args: {width: 2, norm: batch, dropout: 0.1}}, many: 50, few: 10}
 data: {class_path: DigitsLTDataModule, init_args: {batch_size: 64}}
 trainer: {max_epochs: 3, enable_progress_bar: false, enable_model_summary: false, accelerator: cpu}
 """
@@ -174,7 +176,7 @@ class OtherData(LightningDataModule):
 
 
 def test_other_data_say_what_is_missing():
-    model = LongTailedClassifier("small_cnn", {"width": 2})
+    model = LongTailedClassifier(partial(SmallCNN, width=2))
     trainer = Trainer(
         max_epochs=1,
         logger=False,

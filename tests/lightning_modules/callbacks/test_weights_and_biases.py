@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("wandb")
 
 SHORT = [
-    *("fit", "--config=configs/digits_lt/imbsam.yaml", "--data.val_share=0.2", "--trainer.max_epochs=1"),
+    *("fit", "--config=configs/data/digits_lt.yaml", "--data.val_share=0.2", "--trainer.max_epochs=1"),
     *("--model.lr_scheduler.init_args.T_max=1", "--trainer.log_every_n_steps=1"),
 ]
 OFFLINE = [*SHORT, "--config=configs/logger/wandb.yaml"]
@@ -81,7 +81,7 @@ def test_name_group_and_settings(first):
     settings = {
         "model": "LongTailedClassifier",
         "model.sam.rho": 0.05,
-        "model.backbone_args.width": 16,
+        "model.backbone.init_args.width": 16,
         "model.optimizer.lr": 0.05,
         "data": "DigitsLTDataModule",
         "data.ratio": 50,

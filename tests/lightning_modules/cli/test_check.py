@@ -2,7 +2,9 @@
 
 import shutil
 
-SHORT = ["--config", "configs/digits_lt/imbsam.yaml"]
+from tests.pieces import anomaly
+
+SHORT = ["--config", "configs/data/digits_lt.yaml"]
 
 
 def test_it_shows_the_classes_and_leaves_nothing_behind(imbsam, tmp_path):
@@ -19,7 +21,7 @@ def test_every_file_that_cannot_be_read_is_named(imbsam, tmp_path, image_folder_
     """Of training, validation and test; whatever a training would do with them."""
     root = tmp_path / "images"
     shutil.copytree(image_folder_root, root)
-    config = ["--config=configs/image_folder/imbsam.yaml", f"--data.root={root}", "--data.val_share=0"]
+    config = ["--config=configs/data/image_folder.yaml", f"--data.root={root}", "--data.val_share=0"]
     code, out, _ = imbsam("check", *config)
     assert (code, "the data can be read" in out) == (0, True)
     bad = [root / "train/ant/train 3.jpg", root / "val/bee/val 0.jpg", root / "test/dog/test 1.jpg"]
@@ -37,12 +39,12 @@ def test_every_file_that_cannot_be_read_is_named(imbsam, tmp_path, image_folder_
 
 
 def test_tables_of_anomalies_too(imbsam):
-    code, out, _ = imbsam("check", "--config=configs/anomaly/devnet_imbsam.yaml")
+    code, out, _ = imbsam("check", *anomaly("devnet", "imbsam"))
     assert code == 0
     assert "training samples: 995 unlabelled, 10 anomaly" in out
     assert "the data can be read" in out
 
 
 def test_what_a_training_would_refuse_is_one_line(imbsam, tmp_path):
-    code, _, err = imbsam("check", "--config=configs/image_folder/imbsam.yaml", "--data.root=nowhere")
+    code, _, err = imbsam("check", "--config=configs/data/image_folder.yaml", "--data.root=nowhere")
     assert (code, "root='nowhere' is no folder" in err) == (2, True)

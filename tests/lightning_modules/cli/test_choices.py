@@ -8,7 +8,7 @@ import yaml
 
 from lightning_modules import LongTailedClassifier
 
-CONFIG = str(Path(__file__).resolve().parents[3] / "configs/digits_lt/imbsam.yaml")
+CONFIG = str(Path(__file__).resolve().parents[3] / "configs/data/digits_lt.yaml")
 SHORT = [f"--config={CONFIG}", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
 
@@ -39,6 +39,35 @@ def test_a_method_and_a_loss_of_ones_own_are_class_paths(imbsam, tmp_path, monke
     model = LongTailedClassifier.load_from_checkpoint(last)
     assert (model.method, type(model.loss).__name__, model.loss.factor) == ("HalfSAM", "Squares", 2)
     assert torch.isfinite(model(torch.zeros(2, 1, 8, 8))).all()
+
+
+def test_a_choice_has_its_own_defaults_and_not_those_of_ours(imbsam, tmp_path, monkeypatch):
+    (tmp_path / "mine2.py").write_text(
+        "from imbsam import ImbSAM\n"
+        "from imbsam.losses import CrossEntropy\n"
+        "class Far(ImbSAM):\n"
+        "    def __init__(self, module, class_counts=None, *, rho: float = 0.3, **settings):\n"
+        "        super().__init__(module, class_counts, rho=rho, **settings)\n"
+        "class Smooth(CrossEntropy):\n"
+        "    def __init__(self, label_smoothing: float = 0.2):\n"
+        "        super().__init__(label_smoothing)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--model.sam=mine2.Far", "--model.loss=mine2.Smooth", "--model.backbone=CifarResNet34"]
+    plain = ["--model=LongTailedClassifier", "--data=DigitsLTDataModule", "--model.optimizer=torch.optim.AdamW"]
+    _, out, _ = imbsam("fit", *plain, *own, "--print_config")
+    model = yaml.safe_load(out)["model"]["init_args"]
+    assert model["sam"]["init_args"]["rho"] == 0.3
+    assert model["loss"]["init_args"]["label_smoothing"] == 0.2
+    assert model["backbone"]["init_args"]["width"] == 64
+    assert model["optimizer"]["init_args"]["weight_decay"] == 0.01  # SGD's is 0
+    _, out, _ = imbsam("fit", f"--config={CONFIG}", *own, "--print_config")
+    sam = yaml.safe_load(out)["model"]["init_args"]["sam"]["init_args"]
+    assert (sam["rho"], sam["eta"]) == (0.3, 20)  # eta is what the config says
+    _, out, _ = imbsam(
+        "fit", "--model=AnomalyDetector", "--model.detector=DeepSAD", "--data=AnomalyDataModule", "--print_config"
+    )
+    assert yaml.safe_load(out)["model"]["init_args"]["detector"]["init_args"]["hidden"] is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-DIGITS = ["--config", "configs/digits_lt/imbsam.yaml", "--trainer.enable_model_summary=false"]
+DIGITS = ["--config", "configs/data/digits_lt.yaml", "--trainer.enable_model_summary=false"]
 SHORT = [
     *DIGITS,
     "--trainer.max_epochs=1",
@@ -292,7 +292,7 @@ def test_missing_data_and_no_network(imbsam, tmp_path, monkeypatch):
         raise urllib.error.URLError("no network in this test")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    code, _, err = imbsam("fit", "--config", "configs/cifar100_lt/imbsam_small.yaml", "--data.root=nowhere")
+    code, _, err = imbsam("fit", "--config", "configs/data/cifar100_lt.yaml", "--data.root=nowhere")
     assert code == 2
     assert err.splitlines()[-1].startswith("imbsam: error: data.root='nowhere' has no folder cifar-100-python")
     assert not list(tmp_path.rglob("version_*"))

@@ -10,6 +10,13 @@ from lightning_modules.cli.run import main
     [
         (["--model.optimizer.lr=0.1x"], "model.optimizer.lr is 0.1x: give a number"),
         (["--model.eta=1"], "model.eta is no setting of LongTailedClassifier; did you mean model.sam.eta?"),
+        (["--model.backbone=CifarResnet32"], "there is no such class; did you mean CifarResNet32?"),
+        (["--model.backbone=resnet50"], "there is no such class; did you mean Torchvision with name resnet50?"),
+        (["--model.backbone=Timm"], "model.backbone needs name: set model.backbone.name"),
+        (["--model.backbone.widht=3"], "model.backbone.widht is no setting of SmallCNN; did you mean width?"),
+        (["--model.backbone.num_classes=3"], "model.backbone.num_classes is no setting of SmallCNN"),
+        (["--model.sam=Imbsam"], "did you mean ImbSAM?"),
+        (["--model.loss=LDAN"], "did you mean LDAM?"),
         (["--model.sam.etaa=1"], "model.sam.etaa is no setting of ImbSAM; did you mean eta?"),
         (["--data.ratioo=3"], "data.ratioo is no setting of DigitsLTDataModule; did you mean ratio?"),
         (["--data.ratio=x"], "data.ratio is x: give a number"),
@@ -23,7 +30,7 @@ from lightning_modules.cli.run import main
 )
 def test_command_line(args, line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/digits_lt/imbsam.yaml", *args])
+    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/data/digits_lt.yaml", *args])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -48,7 +55,7 @@ def test_command_line(args, line, monkeypatch, capsys, tmp_path):
 def test_config(text, line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(text)
-    configs = ["--config=configs/digits_lt/imbsam.yaml", "--config=mine.yaml"]
+    configs = ["--config=configs/data/digits_lt.yaml", "--config=mine.yaml"]
     monkeypatch.setattr("sys.argv", ["imbsam", "fit", *configs])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -14,7 +14,7 @@ from imbsam import SettingError
 from lightning_modules.cli.seeds import split_seeds
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-SHORT = ["--config", "configs/digits_lt/imbsam.yaml", "--trainer.max_epochs=1"]
+SHORT = ["--config", "configs/data/digits_lt.yaml", "--trainer.max_epochs=1"]
 
 
 def loss(run):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from lightning_modules.cli.run import main
+from tests.pieces import configs
 
+DIGITS = configs("data/digits_lt", "method/sgd")
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
@@ -37,7 +39,10 @@ def test_one_line(args, line, monkeypatch, capsys, tmp_path):
     if "gpu" in args[0] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/digits_lt/sgd.yaml", *SHORT, *args])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["imbsam", "fit", *DIGITS, *SHORT, *args],
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -48,7 +53,10 @@ def test_one_line(args, line, monkeypatch, capsys, tmp_path):
 
 def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["imbsam", "fit", "--config=configs/digits_lt/sgd.yaml", *SHORT])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["imbsam", "fit", *DIGITS, *SHORT],
+    )
     main()
     shown = capsys.readouterr().out
     assert "backbone" in shown
@@ -59,7 +67,12 @@ def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
 
 def test_summary_can_be_left_out(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--config=configs/digits_lt/sgd.yaml", *SHORT, "--trainer.enable_model_summary=false"]
+    arguments = [
+        "--config=configs/data/digits_lt.yaml",
+        "--config=configs/method/sgd.yaml",
+        *SHORT,
+        "--trainer.enable_model_summary=false",
+    ]
     monkeypatch.setattr("sys.argv", ["imbsam", "fit", *arguments])
     main()
     assert "trained parameters" not in capsys.readouterr().out

@@ -1,18 +1,15 @@
 """The detectors' losses against their papers' formulas, their scores, their preparation."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from imbsam import SettingError
 from imbsam.sklearn import ImbSAMOutlierDetector
-from lightning_modules.detectors import DETECTORS, create_detector
+from lightning_modules.detectors import FEAWAD, DeepSAD, DevNet, PReNet, WeightedClassifier
+from tests.pieces import merged
 
 D = 6
-CONFIGS = Path(__file__).resolve().parents[3] / "configs/anomaly"
 
 
 @pytest.fixture
@@ -25,16 +22,16 @@ def rows():
     return x, labels
 
 
-def built(name, x, labels, **settings):
+def built(kind, x, labels, **settings):
     torch.manual_seed(0)
-    detector = create_detector(name, x.shape[1:], **settings)
+    detector = kind(x.shape[1:], **settings)
     detector.prepare(x, labels)
     return detector
 
 
 def test_devnet_loss(rows):
     x, labels = rows
-    detector = built("devnet", x, labels, margin=3.0)
+    detector = built(DevNet, x, labels, margin=3.0)
     reference = detector.reference_mean.item(), detector.reference_std.item()
     assert reference == pytest.approx((0, 1), abs=0.05)
     w1, b1, w2, b2 = (p.detach().numpy() for p in detector.parameters())
@@ -48,7 +45,7 @@ def test_devnet_loss(rows):
 
 def test_deep_sad_loss_centre_and_spread(rows):
     x, labels = rows
-    detector = built("deep_sad", x, labels, eta=2.0)
+    detector = built(DeepSAD, x, labels, eta=2.0)
     assert all(p.dim() > 1 for p in detector.parameters()), "no bias"
     w1, w2 = (p.detach().double().numpy() for p in detector.parameters())
     hidden = x.double().numpy() @ w1.T
@@ -68,14 +65,14 @@ def test_there_is_one_deep_sad(rows):
     """Detector and estimator: the same network, settings and objective, so the same scores from the same weights."""
     x, labels = rows
     estimator = ImbSAMOutlierDetector(max_epochs=2, random_state=0).fit(x, np.where(labels == 1, -1, 1))
-    detector = create_detector("deep_sad", (D,)).double()
+    detector = DeepSAD((D,)).double()
     assert [p.shape for p in detector.encoder.parameters()] == [p.shape for p in estimator.network_.parameters()]
     assert [type(m) for m in detector.encoder] == [type(m) for m in estimator.network_]
     detector.encoder.load_state_dict(estimator.network_.state_dict())
     detector.objective.load_state_dict(estimator.objective_.state_dict())
     scaled = torch.from_numpy(estimator.scaler_.transform(x))
     np.testing.assert_allclose(detector.scores(scaled).detach(), -estimator.score_samples(x), rtol=1e-10)
-    config = yaml.safe_load((CONFIGS / "deep_sad_imbsam.yaml").read_text())
+    config = merged("data/anomaly_table", "detector/deep_sad")
     optimizer = config["model"]["init_args"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.Adam"
     assert optimizer["init_args"]["lr"] == estimator.learning_rate
@@ -104,17 +101,17 @@ def test_deep_sad_pretraining_learns_to_reconstruct(rows):
 
 def test_deep_sad_takes_images():
     images, labels = torch.rand(40, 3, 8, 8), (torch.arange(40) < 4).long()
-    detector = built("deep_sad", images, labels, pretrain_steps=2)
+    detector = built(DeepSAD, images, labels, pretrain_steps=2)
     assert detector.losses(images, labels).shape == (40,)
     with pytest.raises(SettingError, match="divisible by 4"):
-        create_detector("deep_sad", (1, 6, 6))
+        DeepSAD((1, 6, 6))
     with pytest.raises(SettingError, match="takes tables"):
-        create_detector("devnet", (1, 8, 8))
+        DevNet((1, 8, 8))
 
 
 def test_prenet_loss_and_scores(rows):
     x, labels = rows
-    detector = built("prenet", x, labels, references=5)
+    detector = built(PReNet, x, labels, references=5)
     w1, b1, w2, b2 = (p.detach().numpy() for p in detector.parameters())
 
     def phi(left, right):
@@ -139,7 +136,7 @@ def test_prenet_loss_and_scores(rows):
 
 def test_feawad_loss(rows):
     x, labels = rows
-    detector = built("feawad", x, labels, encoder=[5, 3], hidden=[7, 4], pretrain_steps=20)
+    detector = built(FEAWAD, x, labels, encoder=[5, 3], hidden=[7, 4], pretrain_steps=20)
     p = {name: value.detach().double().numpy() for name, value in detector.named_parameters()}
     rows_ = x.double().numpy()
 
@@ -158,7 +155,7 @@ def test_feawad_loss(rows):
 
 
 def test_feawad_has_a_gradient_where_the_reconstruction_is_perfect():
-    detector = create_detector("feawad", (D,))
+    detector = FEAWAD((D,))
     for p in detector.parameters():
         torch.nn.init.zeros_(p)
     detector.losses(torch.zeros(2, D), torch.tensor([0, 1])).sum().backward()
@@ -168,7 +165,7 @@ def test_feawad_has_a_gradient_where_the_reconstruction_is_perfect():
 def test_classifier_loss(rows):
     x, labels = rows
     for weighted in (True, False):
-        detector = built("classifier", x, labels, weighted=weighted)
+        detector = built(WeightedClassifier, x, labels, weighted=weighted)
         weights = np.array([400 / (2 * 380), 400 / (2 * 20)]) if weighted else np.ones(2)
         phi = detector.scores(x).detach().double().numpy()
         sign = 2 * labels.numpy() - 1
@@ -176,10 +173,10 @@ def test_classifier_loss(rows):
         assert detector.losses(x, labels).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_learns_to_score_anomalies_higher(name, rows):
+@pytest.mark.parametrize("kind", [DevNet, DeepSAD, PReNet, FEAWAD, WeightedClassifier])
+def test_learns_to_score_anomalies_higher(kind, rows):
     x, labels = rows
-    detector = built(name, x, labels)
+    detector = built(kind, x, labels)
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     for _ in range(150):
         # half anomalies; pairs of all kinds
@@ -194,34 +191,32 @@ def test_learns_to_score_anomalies_higher(name, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("kind", "settings", "message"),
     [
-        ("devnett", {}, "did you mean devnet"),
-        ("devnet", {"hiden": [3]}, "detector_args has hiden"),
-        ("devnet", {"hidden": [0]}, "hidden is"),
-        ("prenet", {"targets": [0, 8]}, "give three"),
-        ("feawad", {"pretrain_steps": -1}, "pretrain_steps is -1"),
+        (DevNet, {"hidden": [0]}, "hidden is"),
+        (PReNet, {"targets": [0, 8]}, "give three"),
+        (FEAWAD, {"pretrain_steps": -1}, "pretrain_steps is -1"),
     ],
 )
-def test_wrong_settings(name, settings, message, rows):
+def test_wrong_settings(kind, settings, message, rows):
     with pytest.raises(SettingError, match=message):
-        built(name, *rows, **settings)
+        built(kind, *rows, **settings)
 
 
-@pytest.mark.parametrize("name", ["prenet", "classifier"])
-def test_no_labelled_anomaly(name, rows):
+@pytest.mark.parametrize("kind", [PReNet, WeightedClassifier])
+def test_no_labelled_anomaly(kind, rows):
     x, labels = rows
     with pytest.raises(SettingError, match="labelled anomal"):
-        built(name, x, torch.zeros_like(labels))
+        built(kind, x, torch.zeros_like(labels))
 
 
-@pytest.mark.parametrize("name", ["devnet", "deep_sad", "feawad", "classifier"])
-def test_no_hidden_layer_is_a_linear_detector(name, rows):
-    assert built(name, *rows, hidden=[]).scores(rows[0]).shape == (400,)
+@pytest.mark.parametrize("kind", [DevNet, DeepSAD, FEAWAD, WeightedClassifier])
+def test_no_hidden_layer_is_a_linear_detector(kind, rows):
+    assert built(kind, *rows, hidden=[]).scores(rows[0]).shape == (400,)
 
 
 def test_nothing_to_compare_or_encode_is_refused():
-    with pytest.raises(SettingError, match=r"hidden is \[\]: prenet compares features"):
-        create_detector("prenet", (D,), hidden=[])
-    with pytest.raises(SettingError, match=r"encoder is \[\]: feawad needs an autoencoder"):
-        create_detector("feawad", (D,), encoder=[])
+    with pytest.raises(SettingError, match=r"hidden is \[\]: PReNet compares features"):
+        PReNet((D,), hidden=[])
+    with pytest.raises(SettingError, match=r"encoder is \[\]: FEAWAD needs an autoencoder"):
+        FEAWAD((D,), encoder=[])

@@ -16,14 +16,15 @@ from PIL import Image
 from imbsam import SettingError
 from lightning_modules.class_names import check_class_names
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
+from tests.pieces import anomaly
 
 CLASSES = {"ant": 24, "bee": 12, "cat": 8}
-SMALL_NET = ["--model.backbone=small_cnn", "--model.backbone_args={width: 4, in_channels: 3}"]
+SMALL_NET = ["--model.backbone=SmallCNN", "--model.backbone.width=4", "--model.backbone.in_channels=3"]
 ONE_EPOCH = ["--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
-IMAGES = ["--config=configs/image_folder/imbsam.yaml", *SMALL_NET, *ONE_EPOCH, "--data.image_size=8"]
+IMAGES = ["--config=configs/data/image_folder.yaml", *SMALL_NET, *ONE_EPOCH, "--data.image_size=8"]
 IMAGES += ["--data.num_workers=0", "--data.val_share=0"]
-DIGITS = ["--config=configs/digits_lt/imbsam.yaml", *ONE_EPOCH]
-DEVNET = "--config=configs/anomaly/devnet_sgd.yaml"
+DIGITS = ["--config=configs/data/digits_lt.yaml", *ONE_EPOCH]
+DEVNET = anomaly("devnet", "sgd")
 TABLES = ["--trainer.max_epochs=1", "--data.batches_per_epoch=2", "--data.val_share=0"]
 
 
@@ -48,8 +49,8 @@ def trained(run_imbsam, tmp_path_factory):
     for args in (
         [*IMAGES, "--data.root=pictures"],
         DIGITS,
-        [DEVNET, *frauds],
-        ["--config=configs/anomaly/classifier_sgd.yaml", *frauds],
+        [*DEVNET, *frauds],
+        [*anomaly("classifier", "sgd"), *frauds],
     ):
         answer = run_imbsam(folder, "fit", *args)
         assert answer["codes"] == [0], answer["err"][0]
@@ -280,7 +281,7 @@ def test_a_folder_is_no_checkpoint(run_imbsam, work):
     [
         (
             "fit",
-            [*DIGITS, "--model.backbone_args={width: 8}"],
+            [*DIGITS, "--model.backbone.width=8"],
             "digits_lt/imbsam",
             "model.backbone_args is {'width': 8}, and the checkpoint's is {'width': 16}",
         ),
@@ -379,7 +380,7 @@ class Blobs(LightningDataModule):
 def test_data_of_the_users_own(imbsam, tmp_path, monkeypatch):
     """Its class, settings and class names travel in the checkpoint as those of ours do."""
     (tmp_path / "blobs_for_test.py").write_text(OWN_DATA)
-    named = ["--model=LongTailedClassifier", "--model.backbone=small_cnn", "--data=blobs_for_test.Blobs"]
+    named = ["--model=LongTailedClassifier", "--model.backbone=SmallCNN", "--data=blobs_for_test.Blobs"]
     args = ["test", "--ckpt_path=logs/version_0/checkpoints/last.ckpt"]
     with monkeypatch.context() as at_home:
         at_home.syspath_prepend(tmp_path)

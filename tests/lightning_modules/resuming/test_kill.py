@@ -10,14 +10,15 @@ import torch
 
 ARGS = [
     "fit",
-    "--config=configs/digits_lt/imbsam.yaml",
+    "--config=configs/data/digits_lt.yaml",
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=3",
     "--trainer.log_every_n_steps=2",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--model.lr_scheduler.init_args.T_max=3",
-    "--model.backbone_args={width: 8, dropout: 0.2}",
+    "--model.backbone.width=8",
+    "--model.backbone.dropout=0.2",
     "--data.val_share=0.2",
     "--checkpoint.every_seconds=0",
     "--ckpt_path=last",

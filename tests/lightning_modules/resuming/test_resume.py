@@ -18,6 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, SettingError
 from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
 from lightning_modules.resuming.checkpoint_files import (
     LAST,
@@ -77,8 +78,7 @@ def fit(
     seed_everything(3, workers=True)
     module = LongTailedClassifier(
         **{
-            "backbone": "small_cnn",
-            "backbone_args": {"width": 4, "dropout": 0.3, "norm": "batch"},
+            "backbone": partial(SmallCNN, width=4, dropout=0.3, norm="batch"),
             "many": 50,
             "few": 10,
             "sam": partial(ImbSAM, rho=0.5),

@@ -25,7 +25,7 @@ class Command:
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [
-                    *(Path(sys.executable).with_name("imbsam"), "fit", "--config", "configs/digits_lt/imbsam.yaml"),
+                    *(Path(sys.executable).with_name("imbsam"), "fit", "--config", "configs/data/digits_lt.yaml"),
                     *("--trainer.accelerator=cpu", *args),
                 ],
                 cwd=folder,
