@@ -106,7 +106,7 @@ class CapturedStep:
             decided = [b for t in targets for b in plan.batches(self._losses_of, t, sharpness_weight)]
             self._eager_outputs = None
             try:
-                return self._static.run(modules, plan, micro, decided, own=own)
+                return self._static.run(modules, plan, micro, decided)
             except CaptureError as error:
                 self._fall_back_or_raise(error)
         return self._eager(micro, targets, sharpness_weight)

@@ -68,9 +68,7 @@ class StaticStep:
         """What `losses_of` returned beside the losses of the first pass, of each micro-batch."""
         return [self._results.outputs[i] for i in sorted(self._results.outputs)]
 
-    def run(
-        self, modules: Sequence[nn.Module], plan: Plan, micro: Sequence[Any], decided: Sequence[Batch], *, own: bool
-    ) -> Tensor:
+    def run(self, modules: Sequence[nn.Module], plan: Plan, micro: Sequence[Any], decided: Sequence[Batch]) -> Tensor:
         """Add the gradient to `.grad`, or leave everything as it was.
 
         Args:
@@ -78,7 +76,6 @@ class StaticStep:
             plan: what is decided from the settings.
             micro: the tensors of each micro-batch.
             decided: the loss and sharpness weights of each.
-            own: whether the rows have brought their own sharpness weights.
 
         Returns:
             1/B * sum_i a_i l_i(w), detached.
@@ -109,7 +106,7 @@ class StaticStep:
             before = clones(present)
             self._buffers.keep()
             kept = True
-            source, rows = self._passes_of(plan, decided, own)
+            source, rows = self._passes_of(plan, decided)
             self._fill(micro, decided, rows)
             with self._sam.no_sync():
                 reduction = reduction_over(self._sam.process_group, self._params, self._sam.perturbation, plan.perturbs)
@@ -159,14 +156,14 @@ class StaticStep:
         if into:
             torch._foreach_add_(into, increments)
 
-    def _passes_of(self, plan: Plan, decided: Sequence[Batch], own: bool) -> tuple[SharpGradient, int]:
+    def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int]:
         """Where g_s(w) comes from, and the number of rows of an extra pass; alike for all micro-batches."""
         size = decided[0].size
         if any(batch.source.name not in ("NONE", "EVERY_ROW", "SAME_GRAPH", "OWN_FORWARD") for batch in decided):
             raise CaptureError(f"{type(self._sam).__name__} has several perturbations a step")
         if all(batch.source is SharpGradient.NONE for batch in decided):
             return SharpGradient.NONE, 0
-        if not own and bool((plan.sharpness_weight.numpy() == 1).all()):
+        if all(batch.source is SharpGradient.EVERY_ROW for batch in decided):
             return SharpGradient.EVERY_ROW, size
         if plan.context_rows is None:
             return SharpGradient.SAME_GRAPH, size

@@ -230,6 +230,6 @@ def test_each_shape_is_captured_once():
     step = CapturedStep(own, losses, batches(1)[0], graphs=graphs())
     for x, y in [*batches(5), *batches(5)]:
         step(x, y)
-    # four shapes (none, 8, 16, the whole batch twice), three times in the warm-up and once in the capture; and once a
-    # step for its replay, which calls the passes here
+    # four shapes (none, 8, 16, and the batch where every row is sharp, twice), three times in the warm-up and once in
+    # the capture; and once a step for its replay, which calls the passes here
     assert calls.count(24) == 4 * (3 + 1) + (3 + 1) + 10 + 2
