@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from datamodules import imbalanced_class_counts
 from imbsam import SAM, ClassAwareSAM, ImbSAM, Plain
-from imbsam.captured_step import CapturedStep
-from imbsam.graphs import CudaGraphs, DirectCalls
+from imbsam.capture.captured_step import CapturedStep
+from imbsam.capture.graphs import CudaGraphs, DirectCalls
 from lightning_modules.backbones import CifarResNet34
 
 COUNTS = imbalanced_class_counts(500, 100, 100, "exponential")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from imbsam.batch import Losses, Plan
-from imbsam.captured_step import Capturable
+from imbsam.capture.captured_step import Capturable
 from imbsam.class_groups import class_counts_tensor
 from imbsam.class_weights import with_tail_weight
 from imbsam.distributed import broadcast_buffers, check_modules, forward_communicates, fsdp_modules, reduction_over

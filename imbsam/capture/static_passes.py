@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.batch import SharpGradient
+from imbsam.capture.philox import Generators, Moment
+from imbsam.capture.scratch_buffers import ScratchBuffers, Start
+from imbsam.capture.static_tensors import Results, Slot, weighted_sum
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients
 from imbsam.perturbation import Ascent, perturbation
-from imbsam.philox import Generators, Moment
-from imbsam.scratch_buffers import ScratchBuffers, Start
-from imbsam.static_tensors import Results, Slot, counted_sum
 
 
 class StaticPasses:
@@ -127,17 +127,17 @@ class StaticPasses:
                 self._starts.append((self.buffers.start(first=i == 0), self.generators.now()))
             losses = self._losses(slot.inputs, slot.size, keep=i)
             self.buffers.settle()
-            objective = (losses * slot.a.to(losses.dtype)).sum() / self._total
+            objective = weighted_sum(losses, slot.a) / self._total
             loss = loss + objective.detach()
             if self.source is SharpGradient.EVERY_ROW:
                 g_s = self._gradient(objective, g_s)
                 continue
             if self.source is SharpGradient.SAME_GRAPH:
-                found = self._retained_gradient(counted_sum(losses, slot.a, slot.c) / self._total)
+                found = self._retained_gradient(weighted_sum(losses, slot.a * slot.c) / self._total)
                 if found is not None:
                     g_s += found
                     self.buffers.set_aside()  # activation checkpointing moves them again in the second backward
-                    g_rest = self._gradient(counted_sum(losses, slot.a, 1 - slot.c) / self._total, g_rest)
+                    g_rest = self._gradient(weighted_sum(losses, slot.a * (1 - slot.c)) / self._total, g_rest)
                     continue
                 self.source = SharpGradient.OWN_FORWARD
             g_rest = self._gradient(objective, g_rest)
@@ -198,7 +198,7 @@ class StaticPasses:
         else:
             rows = slot.rows(self._rows)
             losses, a, c = self._losses(slot.taken(rows), self._rows), slot.a[rows], slot.c[rows]
-        return self._gradient(counted_sum(losses, a, c) / self._total, add_to)
+        return self._gradient(weighted_sum(losses, a * c) / self._total, add_to)
 
     def _losses(self, inputs: tuple[Tensor, ...], size: int, keep: int | None = None) -> Tensor:
         losses = self._losses_of(*inputs)

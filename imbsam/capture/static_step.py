@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.batch import Batch, Plan, SharpGradient
-from imbsam.capture_checks import check_module
+from imbsam.capture.checks import check_module
+from imbsam.capture.graphs import CaptureError, Graphs, Recording
+from imbsam.capture.scratch_buffers import ScratchBuffers
+from imbsam.capture.static_passes import StaticPasses
+from imbsam.capture.static_tensors import Results, Slot
 from imbsam.distributed import Reduction, reduction_over
 from imbsam.extra_passes import extra_pass_rows
 from imbsam.gradients import Gradients, clones, copy_
-from imbsam.graphs import CaptureError, Graphs, Recording
-from imbsam.scratch_buffers import ScratchBuffers
-from imbsam.static_passes import StaticPasses
-from imbsam.static_tensors import Results, Slot
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
-from imbsam.captured_step import CapturedStep
-from imbsam.graphs import DirectCalls
+from imbsam.capture.captured_step import CapturedStep
+from imbsam.capture.graphs import DirectCalls
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from imbsam.capture.graphs import CaptureError
 from imbsam.distributed import check_modules, forward_communicates
 from imbsam.errors import SettingError
-from imbsam.graphs import CaptureError
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM

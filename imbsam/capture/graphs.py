@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
+from imbsam.capture.philox import Philox
+from imbsam.capture.static_passes import StaticPasses
 from imbsam.gradients import clones, copy_
-from imbsam.philox import Philox
 from imbsam.snapshot import RandomState
-from imbsam.static_passes import StaticPasses
 
 WARM_UP = 3
 """Runs before a capture: kernels are chosen and compiled, and workspaces allocated, on the streams of the capture."""

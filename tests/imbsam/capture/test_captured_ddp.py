@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
-from imbsam.captured_step import CapturedStep
-from imbsam.graphs import DirectCalls
-from tests.imbsam.captured_nets import assert_same
+from imbsam.capture.captured_step import CapturedStep
+from imbsam.capture.graphs import DirectCalls
+from tests.imbsam.capture.nets import assert_same
 
 COUNTS = [100, 10]
 ROWS = 12

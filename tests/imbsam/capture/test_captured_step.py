@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbsam import ClassAwareSAM, Plain
-from tests.imbsam.captured_nets import METHODS, Net, assert_same, batches, captured, of_rows, pair, state
+from tests.imbsam.capture.nets import METHODS, Net, assert_same, batches, captured, of_rows, pair, state
 
 
 def train(sam: ClassAwareSAM, backward: Callable[[Tensor, Tensor], Tensor], steps: int = 7) -> list[Any]:

@@ -13,8 +13,8 @@ from torch import nn
 
 import imbsam
 from imbsam import SAM, ImbSAM, SettingError
-from imbsam.graphs import CaptureError, DirectCalls
-from tests.imbsam.captured_nets import (
+from imbsam.capture.graphs import CaptureError, DirectCalls
+from tests.imbsam.capture.nets import (
     BATCH,
     COUNTS,
     METHODS,
@@ -124,7 +124,7 @@ class Refusing(DirectCalls):
 def test_capture_that_fails_ends_in_one_line_with_everything_as_it_was():
     own, _ = pair("imbsam 4")
     before = state(own)
-    step = imbsam.captured_step.CapturedStep(
+    step = imbsam.capture.captured_step.CapturedStep(
         own, losses_of(own.module), batches(1)[0], graphs=Refusing(torch.device("cpu"))
     )
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_capture_that_fails_ends_in_one_line_with_everything_as_it_was():
 
 def test_auto_trains_eagerly_after_a_capture_that_failed():
     own, eager = pair("imbsam 4")
-    step = imbsam.captured_step.CapturedStep(
+    step = imbsam.capture.captured_step.CapturedStep(
         own, losses_of(own.module), batches(1)[0], graphs=Refusing(torch.device("cpu")), fall_back=True
     )
     x, y = batches(1)[0]

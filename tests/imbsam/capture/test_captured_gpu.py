@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbsam import SAM, ClassAwareSAM, ImbSAM, SettingError
-from tests.imbsam.captured_nets import COUNTS, LABELS, METHODS, Net
+from tests.imbsam.capture.nets import COUNTS, LABELS, METHODS, Net
 
 pytestmark = [
     pytest.mark.gpu,

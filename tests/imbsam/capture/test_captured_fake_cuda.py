@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import imbsam.graphs
+import imbsam.capture.graphs
 import imbsam.step
 from imbsam import ImbSAM, SettingError
-from imbsam.captured_step import CapturedStep
-from imbsam.graphs import CudaGraphs
-from tests.imbsam.captured_nets import COUNTS, METHODS, assert_same, batches, losses_of, of_rows, pair
+from imbsam.capture.captured_step import CapturedStep
+from imbsam.capture.graphs import CudaGraphs
+from tests.imbsam.capture.nets import COUNTS, METHODS, assert_same, batches, losses_of, of_rows, pair
 
 
 class State:

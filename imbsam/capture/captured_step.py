@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbsam.batch import to_device
-from imbsam.capture_checks import (
+from imbsam.capture.checks import (
     Losses,
     check_batches,
     check_module,
@@ -16,10 +16,10 @@ from imbsam.capture_checks import (
     check_signature,
     trained_parameters,
 )
+from imbsam.capture.graphs import CaptureError, CudaGraphs, Graphs
+from imbsam.capture.pass_sizes import graph_sizes
+from imbsam.capture.static_step import StaticStep
 from imbsam.errors import SettingError
-from imbsam.graphs import CaptureError, CudaGraphs, Graphs
-from imbsam.pass_sizes import graph_sizes
-from imbsam.static_step import StaticStep
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM
