@@ -242,3 +242,4 @@ def test_another_training_mode_is_another_graph():
             x, y = batches(1)[0]
             step(x, y) if sam is own else sam.backward(of_rows(sam.module, x, y), y)
         assert_same(state(own), state(eager))
+    assert len(step._static._recordings) == 2

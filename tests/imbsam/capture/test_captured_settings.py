@@ -91,6 +91,7 @@ def test_autocast_inside_or_around_the_step(context_rows, enclosing):
         if enclosing:  # the same shape without it is another graph
             step(x.float(), y)
             assert not torch.equal(model[0].weight.grad, grads[-1][0] * 2)
+            assert len(step._static._recordings) == (2 if model is models[0] else 1)
     assert_same(grads[0], grads[1])
 
 
