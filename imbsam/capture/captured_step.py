@@ -56,7 +56,7 @@ class CapturedStep:
         self._micro_batches = 0
         self._sam = sam
         self._losses_of = losses_of
-        self._example = [t.detach() for t in example]
+        self._example = [torch.empty_like(t, device="meta") for t in example]
         self._fall_back = fall_back
         self._scaler = scaler
         modules = list(sam.module.modules())
@@ -67,7 +67,7 @@ class CapturedStep:
         if graphs is not None:
             try:
                 check_module(sam, modules, self._params)
-                self._static = StaticStep(sam, losses_of, example, self._params, graphs, scaler, sizes)
+                self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
             except CaptureError as error:
                 self._fall_back_or_raise(error)
 
@@ -99,6 +99,8 @@ class CapturedStep:
             targets = [None if own else one[-1] for one in micro]
         elif not several:
             targets = [targets]
+        elif len(targets) != len(micro):
+            raise SettingError(f"targets has {len(targets)} entries for {len(micro)} micro-batches: give one for each")
         if self._static is not None and whole:
             modules = list(self._sam.module.modules())
             check_same_module(trained_parameters(modules), self._params, self._addresses)

@@ -30,7 +30,7 @@ class StaticStep:
     Args:
         sam: the engine whose settings it follows.
         losses_of: from the tensors of a batch to its losses.
-        example: a full batch.
+        example: a full batch, on any device; shapes, dtypes and memory formats count.
         params: the trained parameters.
         graphs: what records the passes.
         scaler: a GradScaler, or None.
@@ -49,7 +49,7 @@ class StaticStep:
     ) -> None:
         self._sam = sam
         self._losses_of = losses_of
-        self._example = [t.detach() for t in example]
+        self._example = example
         self._params = params
         self._device = params[0].device
         self._graphs = graphs

@@ -208,6 +208,7 @@ def move(model: nn.Module) -> None:
         (None, (X[:, :3], Y), r"tensor 0 of the batch has shape \(24, 3\)"),
         (None, (X,), r"the batch is \(Tensor\): give 2 tensors"),
         (None, ([],), "the list of micro-batches is empty"),
+        (None, ([(X, Y), (X,)],), r"the batch is \(Tensor\): give 2 tensors"),
         (freeze, (X, Y), "module has 3 trained parameters that are not the 4 it was captured with"),
         (grow, (X, Y), "module has 6 trained parameters that are not the 4 it was captured with"),
         (move, (X, Y), r"module's parameters have moved since capture\(\)"),
@@ -225,21 +226,15 @@ def test_what_a_step_refuses(change, batch, message):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_micro_batches_without_their_targets_are_refused():
+    model = net()
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    with pytest.raises(SettingError, match="targets has 1 entries for 2 micro-batches"):
+        step([(X, Y), (X, Y)], targets=[Y])
+
+
 def test_losses_that_are_not_one_a_row_are_refused():
     model = net()
     step = captured(SAM(model), lambda x, y: F.cross_entropy(model(x), y), (X, Y))
     with pytest.raises(SettingError, match=rf"losses_of\(x, y\) returned shape \(\) for {BATCH} rows"):
         step(X, Y)
-
-
-def test_another_training_mode_is_another_graph():
-    own, eager = pair("imbsam 4")
-    step = captured(own)
-    for training in (True, False, True):
-        for sam in (own, eager):
-            sam.module.train(training)
-            torch.manual_seed(0)
-            x, y = batches(1)[0]
-            step(x, y) if sam is own else sam.backward(of_rows(sam.module, x, y), y)
-        assert_same(state(own), state(eager))
-    assert len(step._static._recordings) == 2

@@ -159,3 +159,16 @@ def test_no_host_device_synchronisation(method):
     with NoSynchronisation():
         for x, y in batches(3):
             step(x, y)
+
+
+def test_another_training_mode_is_another_graph():
+    own, eager = pair("imbsam 4")
+    step = captured(own)
+    for training in (True, False, True):
+        for sam in (own, eager):
+            sam.module.train(training)
+            torch.manual_seed(0)
+            x, y = batches(1)[0]
+            step(x, y) if sam is own else sam.backward(of_rows(sam.module, x, y), y)
+        assert_same(state(own), state(eager))
+    assert len(step._static._recordings) == 2
