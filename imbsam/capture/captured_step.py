@@ -11,6 +11,7 @@ from imbsam.batch import to_device
 from imbsam.capture.checks import (
     Losses,
     check_batches,
+    check_method,
     check_module,
     check_same_module,
     check_signature,
@@ -66,6 +67,7 @@ class CapturedStep:
         self._static: StaticStep | None = None
         if graphs is not None:
             try:
+                check_method(sam)
                 check_module(sam, modules, self._params)
                 self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
             except CaptureError as error:

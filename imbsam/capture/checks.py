@@ -44,6 +44,17 @@ def check_signature(losses_of: Any, example: Any) -> None:
         ) from error
 
 
+def check_method(sam: "ClassAwareSAM") -> None:
+    """Refuse a method whose step is not the one that is captured: some class of it overrides what the engine does."""
+    for cls in type(sam).__mro__:
+        if cls.__name__ == "ClassAwareSAM":
+            return
+        engine = {name for base in cls.__mro__[1:] for name, value in vars(base).items() if inspect.isfunction(value)}
+        own = [name for name, value in vars(cls).items() if name in engine and not name.startswith("__")]
+        if own:
+            raise CaptureError(f"{cls.__name__} has a step of its own ({', '.join(own)})")
+
+
 def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Sequence[nn.Parameter]) -> None:
     """Refuse what :meth:`ClassAwareSAM.backward` refuses.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from imbsam.batch import Batch, Plan, SharpGradient
 from imbsam.capture.checks import check_module
-from imbsam.capture.graphs import CaptureError, Graphs, Recording
+from imbsam.capture.graphs import Graphs, Recording
 from imbsam.capture.scratch_buffers import ScratchBuffers
 from imbsam.capture.static_passes import StaticPasses
 from imbsam.capture.static_tensors import Results, Slot
@@ -159,8 +159,6 @@ class StaticStep:
     def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int]:
         """Where g_s(w) comes from, and the number of rows of an extra pass; alike for all micro-batches."""
         size = decided[0].size
-        if any(batch.source.name not in ("NONE", "EVERY_ROW", "SAME_GRAPH", "OWN_FORWARD") for batch in decided):
-            raise CaptureError(f"{type(self._sam).__name__} has several perturbations a step")
         if all(batch.source is SharpGradient.NONE for batch in decided):
             return SharpGradient.NONE, 0
         if all(batch.source is SharpGradient.EVERY_ROW for batch in decided):
