@@ -6,10 +6,13 @@ states. What only a GPU can show is in test_captured_gpu.py.
 
 import copy
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,10 +36,21 @@ def graphs() -> CudaGraphs:
     return CudaGraphs(torch.device("cuda", 0))
 
 
+@pytest.fixture(params=["one process", "split at the all-reduce"])
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    if request.param == "one process":
+        yield None
+        return
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("method", METHODS)
-def test_masks_weights_buffers_and_offset_are_the_eager_engines(method):
+def test_masks_weights_buffers_and_offset_are_the_eager_engines(method, group):
     own, eager = pair(method, net)
+    own.process_group = eager.process_group = group
     step = CapturedStep(own, losses_of(own.module), batches(1)[0], graphs=graphs(), pass_sizes=range(2, 24, 2))
     optimizers = [torch.optim.SGD(s.module.parameters(), lr=0.1, momentum=0.9) for s in (own, eager)]
     state = DEFAULT.state

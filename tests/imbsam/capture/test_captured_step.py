@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbsam import ClassAwareSAM, Plain
+from imbsam.batch import SharpGradient
 from tests.imbsam.capture.nets import METHODS, Net, assert_same, batches, captured, of_rows, pair, state
 
 
@@ -41,6 +42,35 @@ def test_activation_checkpointing_moves_the_buffers_as_in_the_eager_engine(metho
     own, eager = pair(method, lambda: Net(checkpointed=True))
     wanted = train(eager, lambda x, y: eager.backward(of_rows(eager.module, x, y), y), steps=2)
     assert_same(train(own, captured(own), steps=2), wanted)
+
+
+class OnceOnly(torch.autograd.Function):
+    """A graph with donated buffers, as torch.compile builds them: it refuses to be used twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+        return grad
+
+
+class Compiled(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return OnceOnly.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("method", ["imbsam batch", "focal"])
+def test_graph_that_serves_only_once(method):
+    own, eager = pair(method, Compiled)
+    wanted = train(eager, lambda x, y: eager.backward(of_rows(eager.module, x, y), y), steps=3)
+    step = captured(own)
+    assert_same(train(own, step, steps=3), wanted)
+    sources = {recording.passes.source for recording in step._static._recordings.values()}
+    assert SharpGradient.OWN_FORWARD in sources
 
 
 @pytest.mark.parametrize("method", METHODS)
