@@ -111,13 +111,18 @@ class CudaGraphs:
         Raises:
             CaptureError: where something in the passes cannot be part of a graph.
         """
-        draws = Philox(self._device)
+        draws, host = Philox(self._device), RandomState(set())
         passes.generators, passes.branch = draws, self._branch if self.branches and passes.can_branch else None
         weights = clones(passes.params)
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         try:
             self._warm_up(passes, draws)
+            if host.host_moved():
+                raise CaptureError(
+                    "the forward draws random numbers on the host (Python's, NumPy's or torch's CPU generator), and a "
+                    "graph would draw the same ones in every step"
+                )
             graphs = [self._capture(program, draws) for program in passes.programs]
         finally:
             passes.ascent = None  # its copy of the weights belongs to the graph
@@ -125,10 +130,10 @@ class CudaGraphs:
             copy_(passes.params, weights)  # an interruption may have come at w + e
             passes.buffers.undo()
             draws.undo()
+            host.restore()
         return CudaRecording(passes, graphs, draws)
 
     def _warm_up(self, passes: StaticPasses, draws: Philox) -> None:
-        host = RandomState(set())
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), uncached_autocast():
             for _ in range(WARM_UP):
                 draws.begin_warm_up()
@@ -136,13 +141,6 @@ class CudaGraphs:
                     draws.next_program()
                     program()
                 draws.end_warm_up()
-                passes.buffers.undo()
-        if host.host_moved():
-            host.restore()
-            raise CaptureError(
-                "the forward draws random numbers on the host (Python's, NumPy's or torch's CPU generator), and a "
-                "graph would draw the same ones in every step"
-            )
 
     def _capture(self, program: Callable[[], None], draws: Philox) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
