@@ -9,11 +9,11 @@ from torch import Tensor
 
 from imbsam.batch import to_device
 from imbsam.capture.checks import (
+    Captured,
     Losses,
     check_batches,
     check_method,
     check_module,
-    check_same_module,
     check_signature,
     trained_parameters,
 )
@@ -61,8 +61,8 @@ class CapturedStep:
         self._fall_back = fall_back
         self._scaler = scaler
         modules = list(sam.module.modules())
-        self._params = trained_parameters(modules)
-        self._addresses = [p.data_ptr() for p in self._params]
+        self._captured = Captured(modules)
+        self._params = self._captured.params
         sizes = graph_sizes(len(example[0]), pass_sizes)
         self._static: StaticStep | None = None
         if graphs is not None:
@@ -105,7 +105,7 @@ class CapturedStep:
             raise SettingError(f"targets has {len(targets)} entries for {len(micro)} micro-batches: give one for each")
         if self._static is not None and whole:
             modules = list(self._sam.module.modules())
-            check_same_module(trained_parameters(modules), self._params, self._addresses)
+            self._captured.check(modules)
             plan = self._sam._plan(modules, own=own, group=self._sam.process_group)
             decided = [b for t in targets for b in plan.batches(self._losses_of, t, sharpness_weight)]
             self._eager_outputs = None

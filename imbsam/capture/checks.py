@@ -69,17 +69,38 @@ def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Seq
         raise CaptureError(f"module lies on several devices, {' and '.join(devices)}")
 
 
-def check_same_module(
-    params: Sequence[nn.Parameter], captured: Sequence[nn.Parameter], addresses: Sequence[int]
-) -> None:
-    """Refuse a module whose trained parameters are not those of the capture, or lie elsewhere."""
-    if len(params) != len(captured) or any(p is not q for p, q in zip(params, captured, strict=True)):
-        raise SettingError(
-            f"module has {len(params)} trained parameters that are not the {len(captured)} it was captured with "
-            "(one was added, replaced, frozen or unfrozen): call capture() again"
-        )
-    if any(p.data_ptr() != address for p, address in zip(params, addresses, strict=True)):
-        raise SettingError("module's parameters have moved since capture() (device, dtype, .data): call it again")
+class Captured:
+    """What must not change from the capture on: the submodules, which parameters are trained, and where all of them lie.
+
+    Args:
+        modules: the module's submodules, itself first.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.params = trained_parameters(modules)
+        self._addresses = _addresses(modules)
+
+    def check(self, modules: Sequence[nn.Module]) -> None:
+        """Refuse a module that has changed."""
+        params = trained_parameters(modules)
+        if not _same(params, self.params):
+            raise SettingError(
+                f"module has {len(params)} trained parameters that are not the {len(self.params)} it was captured with "
+                "(one was added, replaced, frozen or unfrozen): call capture() again"
+            )
+        if not _same(modules, self.modules):
+            raise SettingError("module has other submodules than it was captured with: call capture() again")
+        if _addresses(modules) != self._addresses:
+            raise SettingError("module's parameters have moved since capture() (device, dtype, .data): call it again")
+
+
+def _addresses(modules: Sequence[nn.Module]) -> list[int]:
+    return [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
+
+
+def _same(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    return len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
 
 
 def check_batches(micro: Sequence[Any], example: Sequence[Tensor]) -> bool:

@@ -75,8 +75,22 @@ def grow(model: nn.Module) -> None:
     model.append(nn.Linear(4, 4))
 
 
+def normalise(model: nn.Module) -> None:
+    model.append(nn.BatchNorm1d(4, affine=False))
+
+
 def move(model: nn.Module) -> None:
     model[0].weight.data = model[0].weight.data.clone()
+
+
+def test_frozen_parameters_must_not_move_either():
+    model = net()
+    freeze(model)
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    step(X, Y)
+    model[0].bias.data = model[0].bias.data.clone()
+    with pytest.raises(SettingError, match=r"module's parameters have moved since capture\(\)"):
+        step(X, Y)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +104,7 @@ def move(model: nn.Module) -> None:
         (None, ([(X, Y), (X,)],), r"the batch is \(Tensor\): give 2 tensors"),
         (freeze, (X, Y), "module has 3 trained parameters that are not the 4 it was captured with"),
         (grow, (X, Y), "module has 6 trained parameters that are not the 4 it was captured with"),
+        (normalise, (X, Y), "module has other submodules than it was captured with"),
         (move, (X, Y), r"module's parameters have moved since capture\(\)"),
         (None, (X, Y + 9), "targets holds the label 12"),
     ],
