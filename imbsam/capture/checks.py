@@ -70,7 +70,7 @@ def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Seq
 
 
 class Captured:
-    """What must not change from the capture on: the submodules, which parameters are trained, and where all of them lie.
+    """What must not change from the capture on: submodules, which parameters are trained, and where all of them lie.
 
     Args:
         modules: the module's submodules, itself first.
