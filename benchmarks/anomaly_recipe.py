@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 from torch import Tensor, nn
 
-from datamodules.anomaly.batches import EpochRows, Sampling
+from datamodules.anomaly.batches import EpochBatches, Sampling
 from imbsam.sklearn import ImbSAMOutlierDetector
 from lightning_modules.detectors import DeepSAD, DevNet, PReNet, WeightedClassifier
 from lightning_modules.detectors.autoencoder import pretrain
@@ -96,7 +96,7 @@ def parts(path: Path, share: float, seed: int, scaling: str) -> dict[str, Part]:
 def validation_loss(detector: Detector, sampling: Sampling, part: Part) -> float:
     """The training objective on the rows to stop by, with the labels known there."""
     if sampling == "pairs":
-        rows = next(iter(EpochRows(part.known, "pairs", 512, 1, 0)))
+        rows = next(iter(EpochBatches(part.known, "pairs", 512, 1, 0)))
         return float(detector.losses(part.x[rows], part.known[rows]).mean())
     losses = detector.losses(part.x, part.known)
     if sampling == "balanced":
@@ -111,9 +111,9 @@ def checks(data: dict[str, Part], name: str, lr: float, seed: int) -> Iterator[t
     detector = DETECTORS[name]((fit.x.shape[1],))
     detector.prepare(fit.x, fit.known)
     optimizer = torch.optim.Adam(detector.parameters(), lr, fused=True)
-    sampler = EpochRows(fit.known, SAMPLING[name], 256, CHECK_EVERY, seed)
+    batches = EpochBatches(fit.known, SAMPLING[name], 256, CHECK_EVERY, seed)
     while True:
-        for rows in sampler:
+        for rows in batches:
             loss = detector.losses(fit.x[rows], fit.known[rows]).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -201,7 +201,7 @@ class FirstDeepSAD:
             return (encoder(x) - centre).square().sum(1) / spread  # type: ignore[no-any-return]
 
         optimizer = torch.optim.Adam(encoder.parameters(), self.lr, weight_decay=1e-6, fused=True)
-        for rows in EpochRows(fit.known, "natural", 256, self.steps, seed):
+        for rows in EpochBatches(fit.known, "natural", 256, self.steps, seed):
             d = distance(fit.x[rows])
             loss = torch.where(fit.known[rows] == 1, 1 / (d + 1e-6), d).mean()
             optimizer.zero_grad()

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from datamodules import imbalanced_class_counts
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, reference
+from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, reference
 from imbsam.class_groups import tail_mask
 from lightning_modules.backbones import CifarResNet32
 
@@ -141,6 +141,8 @@ def methods(model: nn.Module, etas: list[int], context_rows: list[int]) -> dict[
     """The steps to compare, SGD first, by the name that the table gives them."""
     batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     steps = {"SGD": plain, "SAM": engine(SAM(model, rho=RHO)), "Focal-SAM": engine(FocalSAM(model, COUNTS, rho=RHO))}
+    family = {"GSAM": GSAM, "SSE-SAM": SSESAM, "CC-SAM": CCSAM}
+    steps |= {name: engine(method(model, COUNTS, rho=RHO)) for name, method in family.items()}
     for eta in etas:
         steps[f"eta {eta}: published, by hand"] = by_hand(tail_mask(torch.tensor(COUNTS), eta))
         for k in ("batch", "auto", *(context_rows if batch_norm else [])):

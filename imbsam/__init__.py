@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from imbsam.errors import SettingError
 
 if TYPE_CHECKING:
-    from imbsam.sam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
+    from imbsam.sam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, PartitionedSAM, Plain
 else:
 
     def __getattr__(name):
@@ -24,4 +24,15 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain", "SettingError"]
+__all__ = [
+    "CCSAM",
+    "GSAM",
+    "SAM",
+    "SSESAM",
+    "ClassAwareSAM",
+    "FocalSAM",
+    "ImbSAM",
+    "PartitionedSAM",
+    "Plain",
+    "SettingError",
+]

@@ -1,4 +1,4 @@
-"""How well anomaly scores rank, and what a budget of alarms or a threshold catches."""
+"""Ranking metrics of anomaly scores, and the precision and recall of a budget of alarms."""
 
 import math
 from typing import Any
@@ -20,14 +20,14 @@ from imbsam.errors import SettingError
 class AnomalyMetrics(Metric):
     """AUROC, average precision, and precision and recall of the highest scores, by torchmetrics.
 
-    torchmetrics puts scores outside [0, 1] through a sigmoid, which makes every large score a 1 (of distances or
-    deviations most are large); so the scores are ranked first, ties kept, and the metrics see the ranks.
+    torchmetrics passes scores outside [0, 1] through a sigmoid, which turns every large score, such as a distance, into
+    1. So the scores are ranked first, ties kept, and the metrics are computed from the ranks.
 
     :meth:`compute` gives ``auroc``, ``average_precision``, and ``budget_precision`` and ``budget_recall`` of the
-    ``budget`` highest scores, all in [0, 1]; nan where the part has only normal rows or only anomalies.
+    ``budget`` highest scores, all in [0, 1]; nan if there are only normal samples or only anomalies.
 
     Args:
-        budget: alarms that can be looked into: a number from 1, or a share of the rows below 1. Default: as many as
+        budget: alarms that can be inspected: a number from 1, or a fraction of the samples below 1. Default: as many as
             there are anomalies (precision and recall are then the same).
 
     Example:
@@ -44,13 +44,13 @@ class AnomalyMetrics(Metric):
     def __init__(self, budget: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if budget is not None and not (0 < budget < 1 or (budget >= 1 and float(budget).is_integer())):
-            raise SettingError(f"budget is {budget}: give a whole number of alarms, or a share of the rows below 1")
+            raise SettingError(f"budget is {budget}: give a whole number, or a fraction of the samples below 1")
         self.budget = budget
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Take in scores (B,), higher is more anomalous, and labels (B,), 1 for anomalies."""
+        """Add scores (B,), higher is more anomalous, and labels (B,), 1 for anomalies."""
         if not scores.isfinite().all():
             raise SettingError(
                 "the detector's scores are not finite: training diverged; lower the learning rate or rho"
@@ -59,7 +59,7 @@ class AnomalyMetrics(Metric):
         self.labels.append(labels.long())
 
     def compute(self) -> dict[str, Tensor]:
-        """The four metrics of all rows since the last reset."""
+        """The four metrics of all samples since the last reset."""
         scores, labels = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
         names = ("auroc", "average_precision", "budget_precision", "budget_recall")
         if not 0 < int(labels.sum()) < len(labels):
@@ -73,14 +73,14 @@ class AnomalyMetrics(Metric):
             "budget_recall": retrieval_recall(ranks, labels, top_k=alarms),
         }
 
-    def alarms(self, rows: int, anomalies: int) -> int:
-        """The budget as a number of rows."""
+    def alarms(self, samples: int, anomalies: int) -> int:
+        """The budget as a number of samples."""
         if self.budget is None:
             return anomalies
-        return min(rows, max(1, round(self.budget * rows) if self.budget < 1 else int(self.budget)))
+        return min(samples, max(1, round(self.budget * samples) if self.budget < 1 else int(self.budget)))
 
     def best_threshold(self) -> float:
-        """The score from which alarms have the best F1 on these rows; nan where there is none."""
+        """The threshold on the score with the best F1 on these samples; nan if there is none."""
         scores, labels = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
         if not 0 < int(labels.sum()) < len(labels):
             return math.nan

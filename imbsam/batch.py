@@ -3,7 +3,7 @@
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class SharpGradient(enum.Enum):
     EVERY_ROW = "every row has c = 1: g_s is the whole gradient and g_rest is 0"
     SAME_GRAPH = "the extra passes see the whole batch: the graph of the first forward gives g_s too"
     OWN_FORWARD = "from a forward of its own, on the sharp rows and their context; g_rest is then g_all - g_s"
+    BY_GROUP = "several groups of classes, each with a g_s: `Batch.parts` has each group's sharp rows"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Plan:
     """Whether every rank runs the extra passes, with or without sharp rows, because a pass waits for the others."""
     may_be_empty: bool
     """Whether a batch may have no rows: other ranks have some, and average with this one."""
+    rho: float
+    """Length of e."""
 
     def batches(self, losses: Any, targets: Any, sharpness_weight: Any) -> "list[Batch]":
         """Decide for the one batch, or for each of a list of micro-batches ``(losses, targets)``."""
@@ -88,6 +91,10 @@ class Plan:
         rows = self._extra_pass_rows(c)
         return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
 
+    def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
+        """Each e of the step: its length, and the batches whose sharp rows it is for. Here there is one."""
+        return [(self.rho, [batch for batch in batches if batch.takes_extra_passes])]
+
     def _extra_pass_rows(self, c: Tensor) -> Tensor:
         size = len(c)
         sharp = np.flatnonzero(c.numpy()).tolist() if self.perturbs else []
@@ -126,6 +133,10 @@ class Batch:
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
     """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
+    sharp_of_group: dict[int, Tensor] = field(default_factory=dict)
+    """With several groups of classes, c_ik of each that has sharp rows, float64 (B,) each."""
+    parts: "list[Batch]" = field(default_factory=list)
+    """With several groups of classes, the batch as each of them sees it; it does not run at w + e itself."""
     _sharp: tuple[Tensor, Tensor] | None = None
 
     @property

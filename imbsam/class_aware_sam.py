@@ -11,9 +11,17 @@ from imbsam.batch import Losses, Plan
 from imbsam.capture.captured_step import Capturable
 from imbsam.class_groups import class_counts_tensor
 from imbsam.class_weights import with_tail_weight
-from imbsam.distributed import broadcast_buffers, check_modules, forward_communicates, fsdp_modules, reduction_over
+from imbsam.distributed import (
+    Reduction,
+    broadcast_buffers,
+    check_modules,
+    communication_of,
+    forward_communicates,
+    fsdp_modules,
+    reduction_over,
+)
 from imbsam.errors import SettingError
-from imbsam.extra_passes import AUTO_CONTEXT_ROWS, ContextRows, normalises_over_rows
+from imbsam.extra_passes import AUTO_CONTEXT_ROWS, ContextRows, check_context_rows, normalises_over_rows
 from imbsam.row_weights import class_vector
 from imbsam.step import Step
 
@@ -114,20 +122,14 @@ class ClassAwareSAM(Capturable):
         if tail_weight != 1:
             self.class_weight = with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
         self.adaptive = adaptive
-        a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
-        if context_rows not in ("auto", "batch") and not a_number:
-            raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
+        check_context_rows(context_rows)
         self.context_rows = context_rows
         if perturbation not in ("global", "per_rank"):
             raise SettingError(f'perturbation is {perturbation!r}: give "global" or "per_rank"')
         self.perturbation = perturbation
-        # wrapped by Fabric or torch.compile, it may lie deeper
-        ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
-        if ddp is not None:
-            no_sync = ddp.no_sync if no_sync is None else no_sync
-            process_group = ddp.process_group if process_group is None else process_group
-        self.no_sync = no_sync or contextlib.nullcontext
-        self.process_group = process_group
+        ddp_no_sync, ddp_group = communication_of(module)
+        self.no_sync = no_sync or ddp_no_sync
+        self.process_group = ddp_group if process_group is None else process_group
 
     @property
     def rho(self) -> float:
@@ -148,14 +150,10 @@ class ClassAwareSAM(Capturable):
     @class_weight.setter
     def class_weight(self, class_weight: Tensor | Sequence[float] | None) -> None:
         weight = None if class_weight is None else class_vector("class_weight", class_weight)
-        if (
-            weight is not None
-            and weight.dim() == self.sharpness_weight.dim() == 1
-            and len(weight) != len(self.sharpness_weight)
-        ):
+        classes = self.sharpness_weight
+        if weight is not None and weight.dim() == classes.dim() == 1 and len(weight) != len(classes):
             raise SettingError(
-                f"class_weight has {len(weight)} entries for {len(self.sharpness_weight)} classes: "
-                "give one weight for each class"
+                f"class_weight has {len(weight)} entries for {len(classes)} classes: give one weight for each class"
             )
         self._class_weight = weight
 
@@ -195,21 +193,21 @@ class ClassAwareSAM(Capturable):
 
         reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
         # as module.parameters() orders them, tied ones once, without another walk of the modules
-        params = list(
-            {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}.values()
-        )
+        found = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
+        params = list({id(p): p for p in found}.values())
         if not params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
         group = None if sharded else self.process_group
         check_modules(modules, self.perturbation, group)
         plan = self._plan(modules, own=sharpness_weight is not None, group=group)
+        batches = plan.batches(losses, targets, sharpness_weight)
         step = Step(
             modules,
             params,
-            plan.batches(losses, targets, sharpness_weight),
-            rho=self.rho,
+            batches,
+            ascents=plan.ascents(batches),
             adaptive=self.adaptive,
-            reduction=reduction_over(group, params, self.perturbation, plan.perturbs),
+            reduction=self._reduction(params, group, plan),
             run_backward=backward,
             after_write=reshard,
         )
@@ -232,6 +230,9 @@ class ClassAwareSAM(Capturable):
         if self.process_group is not None or fsdp_modules(list(self.module.modules())):
             broadcast_buffers(self.module, self.process_group)
 
+    def _reduction(self, params: Sequence[Tensor], group: Any, plan: Plan) -> Reduction:
+        return reduction_over(group, params, self.perturbation, plan.perturbs)
+
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
         context_rows = self.context_rows
@@ -245,4 +246,5 @@ class ClassAwareSAM(Capturable):
             perturbs=perturbs,
             in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
             may_be_empty=group is not None and not waits and context_rows != "batch",
+            rho=self.rho,
         )

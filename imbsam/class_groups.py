@@ -1,19 +1,18 @@
-"""From class counts to tail mask, many / medium / few groups and sharpness vectors.
+"""Tail mask, many / medium / few groups and sharpness weights from the class counts.
 
-*Class counts* are the training samples of each class, after any validation split. Everything here is computed
-once, on the CPU, from the counts alone.
+*Class counts* are the training samples of each class, after any validation split. Everything is computed on the CPU.
 """
 
-import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from imbsam.checks import check_numbers
 from imbsam.errors import SettingError
 
-__all__ = ["class_counts_tensor", "class_groups", "focal_sharpness", "tail_mask"]
+__all__ = ["class_counts_tensor", "class_groups", "focal_sharpness", "nonzero_class_counts", "tail_mask"]
 
 
 def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
@@ -35,27 +34,34 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
     try:
         counts = torch.as_tensor(class_counts, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise SettingError(
-            f"class_counts={_short(class_counts)} is not a list of numbers; "
-            "give one integer per class, the number of its training samples"
-        ) from error
-    if counts.ndim != 1:
-        raise SettingError(
-            f"class_counts has shape {tuple(counts.shape)}; give one integer per class, shape (num_classes,)"
-        )
-    if counts.numel() == 0:
-        raise SettingError("class_counts=[] is empty; give one integer per class, at least one")
+        raise SettingError(f"class_counts is {_short(class_counts)}: give one integer per class") from error
+    if counts.ndim != 1 or counts.numel() == 0:
+        raise SettingError(f"class_counts has shape {tuple(counts.shape)}: give one integer per class")
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise SettingError(
-            f"class_counts={_short(class_counts)} is of type {counts.dtype}; "
-            "give integers, the number of training samples of each class"
-        )
+        raise SettingError(f"class_counts is {_short(class_counts)}, of type {counts.dtype}: give integers")
     counts = counts.detach().to(dtype=torch.int64, copy=True)
     if bool((counts < 0).any()):
         index = int((counts < 0).nonzero()[0])
+        raise SettingError(f"class_counts is {int(counts[index])} for class {index}: give integers from 0")
+    return counts
+
+
+def nonzero_class_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
+    """Validate class counts that a class prior is computed from: at least one must be above 0.
+
+    Args:
+        class_counts: as for :func:`class_counts_tensor`.
+
+    Returns:
+        int64 tensor of shape (C,) on the CPU.
+
+    Raises:
+        SettingError: as for :func:`class_counts_tensor`, or if every count is 0.
+    """
+    counts = class_counts_tensor(class_counts)
+    if not bool(counts.any()):
         raise SettingError(
-            f"class_counts={_short(class_counts)} is negative ({int(counts[index])}) for class {index}; "
-            "give the number of training samples of each class, 0 or more"
+            f"class_counts is {_short(counts.tolist())}, no training sample: give at least one count above 0"
         )
     return counts
 
@@ -92,32 +98,26 @@ def tail_mask(
         tensor([False,  True,  True])
     """
     counts = class_counts_tensor(class_counts)
+    check_numbers(eta=eta, finite=False, hint="20 is the paper's")
     if tail_classes is None:
-        return counts < _non_negative("eta", eta)
-    _non_negative("eta", eta)
+        return counts < eta
     mask = torch.zeros(counts.numel(), dtype=torch.bool, device="cpu")
     if hasattr(tail_classes, "dtype"):  # a tensor or array
         named = torch.as_tensor(tail_classes, device="cpu").detach()
         if named.dtype == torch.bool:
             if named.shape != mask.shape:
                 raise SettingError(
-                    f"tail_classes is a mask of shape {tuple(named.shape)}; give one entry per class, shape "
+                    f"tail_classes is a mask of shape {tuple(named.shape)}: give one entry per class, shape "
                     f"({counts.numel()},), or class indices"
                 )
             return named.clone()
         tail_classes = named.tolist()
     if not isinstance(tail_classes, Iterable):
-        raise SettingError(f"tail_classes={tail_classes!r} is not a list; give class indices, as in [{tail_classes!r}]")
+        raise SettingError(f"tail_classes is {tail_classes!r}: give a list of class indices, as in [{tail_classes!r}]")
     for index in tail_classes:
-        try:
-            a_boolean = isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) == torch.bool
-            in_range = 0 <= index < counts.numel() and int(index) == index and not a_boolean
-        except (TypeError, ValueError, RuntimeError):
-            in_range = False
-        if not in_range:
-            raise SettingError(
-                f"tail_classes holds {index!r}, which is no class; give class indices in 0..{counts.numel() - 1}"
-            )
+        whole = isinstance(index, Integral) and not isinstance(index, bool)
+        if not whole or not 0 <= index < counts.numel():
+            raise SettingError(f"tail_classes holds {index!r}: give class indices in 0..{counts.numel() - 1}")
         mask[int(index)] = True
     return mask
 
@@ -148,10 +148,9 @@ def class_groups(class_counts: Tensor | Sequence[int], many: int = 100, few: int
         tensor([False,  True,  True, False])
     """
     counts = class_counts_tensor(class_counts)
-    _non_negative("many", many)
-    _non_negative("few", few)
+    check_numbers(many=many, few=few, finite=False)
     if few > many + 1:
-        raise SettingError(f"few={few} is above many={many}, so that classes would be in both groups; give few <= many")
+        raise SettingError(f"few is {few} and many {many}, so that classes would be in both groups: give few <= many")
     is_many, is_few = counts > many, counts < few
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
 
@@ -186,28 +185,9 @@ def focal_sharpness(
         >>> focal_sharpness([80, 15, 5], focal_lambda=1.0, focal_gamma=2.0)
         tensor([0.0400, 0.7225, 0.9025], dtype=torch.float64)
     """
-    counts = class_counts_tensor(class_counts)
-    for name, value in (("focal_lambda", focal_lambda), ("focal_gamma", focal_gamma)):
-        if math.isinf(_non_negative(name, value)):
-            raise SettingError(f"{name}={value} is infinite; give a finite number, 0 or more")
-    total = counts.sum()
-    if total == 0:
-        raise SettingError(
-            f"class_counts={_short(class_counts)} has no training sample; "
-            "give the number of training samples of each class, at least one above 0"
-        )
-    share = counts.to(torch.float64) / total
-    return float(focal_lambda) * (1.0 - share) ** float(focal_gamma)
-
-
-def _non_negative(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"{name}={value!r} is not a number; give a number, 0 or more") from error
-    if math.isnan(number) or number < 0:
-        raise SettingError(f"{name}={value} is nan or negative; give a number, 0 or more")
-    return number
+    check_numbers(focal_lambda=focal_lambda, focal_gamma=focal_gamma)
+    counts = nonzero_class_counts(class_counts).double()
+    return float(focal_lambda) * (1.0 - counts / counts.sum()) ** float(focal_gamma)
 
 
 def _short(value: object, limit: int = 60) -> str:

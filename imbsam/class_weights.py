@@ -1,21 +1,15 @@
 """Loss weights of the classes from their counts: re-weighting that goes with any loss."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from imbsam.class_groups import class_counts_tensor, tail_mask
+from imbsam.checks import check_interval, check_numbers
+from imbsam.class_groups import nonzero_class_counts, tail_mask
 from imbsam.errors import SettingError
 
 __all__ = ["effective_number_weights", "with_tail_weight"]
-
-
-def check_beta(name: str, beta: float) -> None:
-    """Refuse a beta outside [0, 1), by the name of the setting."""
-    if not 0 <= beta < 1:
-        raise SettingError(f"{name}={beta} is outside [0, 1); 0.9999 is usual, 0 weighs every class alike")
 
 
 def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
@@ -52,14 +46,8 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
         >>> effective_number_weights([500, 50, 5], beta=0.99)
         tensor([ 0.7633,  1.9197, 15.4721], dtype=torch.float64)
     """
-    counts = class_counts_tensor(class_counts)
-    if not bool(counts.any()):
-        raise SettingError(
-            f"class_counts={counts.tolist()[:8]} has no training sample; "
-            "give the number of training samples of each class, at least one above 0"
-        )
-    check_beta("beta", beta)
-    n = counts.double()
+    check_interval("[0, 1)", beta=beta)
+    n = nonzero_class_counts(class_counts).double()
     inverse = (1 - beta) / (1 - beta ** n.clamp(min=1))
     return inverse * n.sum() / (n * inverse).sum()
 
@@ -86,8 +74,7 @@ def with_tail_weight(
     Raises:
         SettingError: if ``tail_weight`` is out of its range, or ``class_counts`` is None.
     """
-    if not 0 <= tail_weight < math.inf:
-        raise SettingError(f"tail_weight is {tail_weight}: give a finite number from 0 (1 leaves the loss as it is)")
+    check_numbers(tail_weight=tail_weight, hint="1 leaves the loss as it is")
     if class_counts is None:
         raise SettingError(f"tail_weight is {tail_weight} and class_counts None: give the training samples per class")
     tail = tail_mask(class_counts, eta, tail_classes)

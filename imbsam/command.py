@@ -26,7 +26,10 @@ COMMANDS = {
 CONFIG = ("--config FILE", "settings from a file, such as configs/data/digits_lt.yaml; give several, the last one wins")
 
 SETTINGS = {
-    "--model.sam": ("ImbSAM", "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, or a class of your own"),
+    "--model.sam": (
+        "ImbSAM",
+        "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, CCSAM, SSESAM, GSAM, or a class of your own",
+    ),
     "--model.sam.rho": ("0.05", "length of the perturbation; choose it on a validation split"),
     "--model.sam.eta": ("20", "classes with fewer training samples than eta are the tail"),
     "--model.sam.tail_weight": ("2", "multiply the loss of the tail classes, for every method"),

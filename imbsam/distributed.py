@@ -1,7 +1,8 @@
 """Several processes: who averages the gradients of the ranks, and what cannot work between the passes of a step."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Reduction:
 
 
 class Averaged(Reduction):
-    """Ranks with whole copies of the model: one all-reduce for g_s, one for the gradient.
+    """Ranks with whole copies of the model: one all-reduce for each g_s, one for the gradient.
 
     Args:
         params: the trained parameters.
@@ -102,6 +103,22 @@ def mean(grads: Gradients, params: Sequence[Tensor], group: Any, *, keep_none: b
     return Gradients(means)
 
 
+@torch.no_grad()
+def union(numbers: set[int], device: torch.device, most: int, group: Any) -> set[int]:
+    """The numbers, each from 0 and below `most`, that some rank of the group holds; the host waits for the answer."""
+    held = torch.tensor([float(number in numbers) for number in range(most)], device="cpu")
+    held = to_device(held, device)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
+    return {number for number, somewhere in enumerate(held.tolist()) if somewhere > 0}
+
+
+def communication_of(module: nn.Module) -> tuple[Callable[[], AbstractContextManager[Any]], Any]:
+    """`no_sync` and the process group of DistributedDataParallel, where the module is it or wraps it; or none."""
+    # wrapped by Fabric or torch.compile, it may lie deeper
+    ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    return (nullcontext, None) if ddp is None else (ddp.no_sync, ddp.process_group)
+
+
 def fsdp_modules(modules: Sequence[nn.Module]) -> list[Any]:
     """Those under FSDP2 (``fully_shard``), which reduces the gradients of every pass itself."""
     return _of_kind(modules, "FSDPModule") if _several() else []
@@ -141,7 +158,7 @@ def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any
         if ddp._comm_hooks:
             raise SettingError(
                 "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
-                "here, in at most two all-reduces; leave the hook out"
+                "here; leave the hook out"
             )
         if ddp.static_graph:
             raise SettingError(

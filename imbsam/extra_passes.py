@@ -7,10 +7,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from imbsam.errors import SettingError
+
 ContextRows = int | Literal["auto", "batch"]
 
 AUTO_CONTEXT_ROWS = 32
 """Context rows of `"auto"` for a module with BatchNorm in training mode; docs/cost.md has the measurements."""
+
+
+def check_context_rows(context_rows: ContextRows) -> None:
+    """Refuse what is no number of rows, and none of the two words for one."""
+    a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
+    if context_rows not in ("auto", "batch") and not a_number:
+        raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
 
 
 def normalises_over_rows(module: nn.Module) -> bool:

@@ -1,11 +1,19 @@
-"""Per-sample classification losses that may know the class prior.
+r"""Per-sample classification losses, some of which know the class prior.
 
-Each returns one loss per row, shape (N,), because class-aware sharpness weighs the rows itself. Reduce with
-``.mean()`` for plain training. Logits of 16 bits are raised to float32 first, so that the losses are the
-same inside and outside autocast.
+Each returns one loss per sample, shape (N,), because class-aware sharpness weights the samples itself. Reduce with
+``.mean()`` for plain training.
 
-Targets are class indices (N,), or probabilities p (N, C), as mixup and CutMix make them: then the loss of a row is
-the expected one, sum_j p_ij * loss(x_i, j), which for cross-entropy is its usual definition.
+Shapes of a call ``loss(logits, target)``:
+
+* logits: floating (N, C), on the module's device. 16-bit logits are raised to float32 first, so that the losses are the
+  same inside and outside autocast.
+* target: int64 class indices (N,), or floating probabilities :math:`q` (N, C), as mixup and CutMix make them. A sample
+  with probabilities has the expected loss :math:`\sum_j q_j\, \ell(x, j)`, which for cross-entropy is its usual
+  definition.
+* returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
+
+A call raises :class:`~imbsam.errors.SettingError` for other shapes, or logits of another number of classes than
+``class_counts``.
 """
 
 import math
@@ -15,14 +23,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam.class_groups import class_counts_tensor
+from imbsam.checks import check_interval, check_numbers
+from imbsam.class_groups import nonzero_class_counts
 from imbsam.errors import SettingError
 
 __all__ = ["LDAM", "CrossEntropy", "Focal", "LogitAdjusted", "VectorScaling"]
 
 
-class CrossEntropy(nn.Module):
-    r"""Softmax cross-entropy of each row.
+class _Loss(nn.Module):
+    """What the losses share: class counts, settings in ``repr``, and the checks of logits and target."""
+
+    class_counts: Tensor
+
+    def __init__(self, class_counts: Tensor | Sequence[int] | None = None, **settings: float) -> None:
+        super().__init__()
+        counts = None if class_counts is None else nonzero_class_counts(class_counts)
+        # the counts and not what is computed from them: .half() and bf16-true training round floats
+        self.register_buffer("class_counts", counts, persistent=False)
+        self._settings = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, float(value))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each sample, shape (N,)."""
+        if logits.ndim != 2 or target.shape not in (logits.shape[:1], logits.shape):
+            raise SettingError(
+                f"logits have shape {tuple(logits.shape)} and target {tuple(target.shape)}: give logits (N, C) with "
+                "class indices (N,) or probabilities (N, C)"
+            )
+        if self.class_counts is not None and logits.shape[1] != len(self.class_counts):
+            raise SettingError(
+                f"logits have {logits.shape[1]} classes and class_counts {len(self.class_counts)}: give one count per "
+                "class of the model"
+            )
+        return self._losses(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, target)
+
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Settings for ``repr``."""
+        classes = [] if self.class_counts is None else [f"num_classes={len(self.class_counts)}"]
+        return ", ".join([*classes, *(f"{name}={getattr(self, name)}" for name in self._settings)])
+
+
+class CrossEntropy(_Loss):
+    r"""Softmax cross-entropy of each sample.
 
     .. math::
         \ell_i = -\sum_{j} q_{ij} \log \frac{e^{f_j(x_i)}}{\sum_k e^{f_k(x_i)}}, \qquad
@@ -36,11 +82,6 @@ class CrossEntropy(nn.Module):
     Raises:
         SettingError: if ``label_smoothing`` is outside [0, 1].
 
-    Shapes:
-        * logits: floating (N, C), any device.
-        * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-        * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
-
     Source:
         Label smoothing: Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*,
         CVPR 2016, arXiv 1512.00567, section 7.
@@ -51,21 +92,17 @@ class CrossEntropy(nn.Module):
         tensor([0.1269, 0.6931])
     """
 
+    label_smoothing: float
+
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = _smoothing(label_smoothing)
+        check_interval("[0, 1]", label_smoothing=label_smoothing)
+        super().__init__(label_smoothing=label_smoothing)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, shape (N,)."""
-        _check_shapes(logits, target)
-        return _cross_entropy(_wide(logits), target, self.label_smoothing)
-
-    def extra_repr(self) -> str:
-        """Settings for ``repr``."""
-        return f"label_smoothing={self.label_smoothing}"
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        return _cross_entropy(logits, target, self.label_smoothing)
 
 
-class LogitAdjusted(nn.Module):
+class LogitAdjusted(_Loss):
     r"""Cross-entropy of logits shifted by the class prior, so that the raw logits serve a balanced test set.
 
     .. math::
@@ -76,8 +113,7 @@ class LogitAdjusted(nn.Module):
     with :math:`q` as in :class:`CrossEntropy`. The shift belongs to the loss alone: predict with the argmax
     of the raw logits. ``tau=1`` is balanced softmax, ``tau=0`` plain cross-entropy.
 
-    A class without training samples counts as if it had one. With its true prior 0 the shift would be minus
-    infinity, the loss of a row of that class infinite, and nan where targets are probabilities.
+    A class without training samples counts as if it had one: its true prior 0 would shift its logit by minus infinity.
 
     Args:
         class_counts: training samples per class :math:`n_j`, C integers, at least one above 0.
@@ -85,13 +121,7 @@ class LogitAdjusted(nn.Module):
         label_smoothing: in [0, 1].
 
     Raises:
-        SettingError: if a setting is out of its range, every count is 0, or (in ``forward``) the logits have
-            another number of classes than ``class_counts``.
-
-    Shapes:
-        * logits: floating (N, C), any device that the module was moved to.
-        * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-        * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
+        SettingError: if a setting is outside its range, or every count is 0.
 
     Source:
         Menon et al., *Long-tail learning via logit adjustment*, ICLR 2021, arXiv 2007.07314, equation 10;
@@ -104,7 +134,8 @@ class LogitAdjusted(nn.Module):
         tensor([0.1054, 2.3026])
     """
 
-    class_counts: Tensor
+    tau: float
+    label_smoothing: float
 
     def __init__(
         self,
@@ -112,48 +143,34 @@ class LogitAdjusted(nn.Module):
         tau: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.tau = _finite("tau", tau, "1 is balanced softmax")
-        self.label_smoothing = _smoothing(label_smoothing)
-        self.register_buffer("class_counts", _some_counts(class_counts), persistent=False)
+        check_numbers(tau=tau, hint="1 is balanced softmax")
+        check_interval("[0, 1]", label_smoothing=label_smoothing)
+        super().__init__(class_counts, tau=tau, label_smoothing=label_smoothing)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, shape (N,)."""
-        logits = _wide(logits)
-        _check_shapes(logits, target, self.class_counts)
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         counts = self.class_counts.clamp(min=1).to(logits.dtype)
         return _cross_entropy(logits + self.tau * (counts / counts.sum()).log(), target, self.label_smoothing)
 
-    def extra_repr(self) -> str:
-        """Settings for ``repr``."""
-        classes = self.class_counts.numel()
-        return f"num_classes={classes}, tau={self.tau}, label_smoothing={self.label_smoothing}"
 
-
-class Focal(nn.Module):
-    r"""Focal loss in its softmax form: cross-entropy that counts less for rows that are classified well.
+class Focal(_Loss):
+    r"""Focal loss in its softmax form: cross-entropy that counts less for samples that are classified well.
 
     .. math::
         \ell_i = -\sum_j q_{ij}\, (1 - p_j(x_i))^\gamma \log p_j(x_i), \qquad
         p_j(x_i) = \frac{e^{f_j(x_i)}}{\sum_k e^{f_k(x_i)}}
 
-    with targets :math:`q` (one-hot for class indices). It knows nothing of the class counts; class-balanced focal loss
-    is this one with :func:`imbsam.class_weights.effective_number_weights`.
+    with targets :math:`q` (one-hot for class indices). It does not use the class counts; class-balanced focal loss is
+    this loss with :func:`imbsam.class_weights.effective_number_weights`.
 
     Args:
         gamma: :math:`\gamma` >= 0, finite; 0 is cross-entropy, 2 the paper's choice.
 
     Raises:
-        SettingError: if ``gamma`` is out of its range.
-
-    Shapes:
-        * logits: floating (N, C), any device.
-        * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-        * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
+        SettingError: if ``gamma`` is outside its range.
 
     Source:
         Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017, arXiv 1708.02002, equation 4, with the softmax
-        probability in place of the sigmoid's, as in Cui et al. (below) and the LDAM code.
+        probability in place of the sigmoid's, as in Cui et al. (CVPR 2019, arXiv 1901.05555) and the LDAM code.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -161,38 +178,32 @@ class Focal(nn.Module):
         tensor([0.0018, 0.1733])
     """
 
-    def __init__(self, gamma: float = 2.0) -> None:
-        super().__init__()
-        self.gamma = _finite("gamma", gamma, "0 is cross-entropy, 2 usual")
+    gamma: float
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, shape (N,)."""
-        logits = _wide(logits)
-        _check_shapes(logits, target)
+    def __init__(self, gamma: float = 2.0) -> None:
+        check_numbers(gamma=gamma, hint="0 is cross-entropy, 2 usual")
+        super().__init__(gamma=gamma)
+
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         against = _log_odds_against(logits)
         # log(1 - p) and not 1 - p: a power below 1 has no finite slope at 0
         return _of_target(torch.exp(-self.gamma * _softplus(-against)) * _softplus(against), target)
 
-    def extra_repr(self) -> str:
-        """Settings for ``repr``."""
-        return f"gamma={self.gamma}"
 
-
-class LDAM(nn.Module):
+class LDAM(_Loss):
     r"""Label-distribution-aware margin loss: rare classes must win by a larger margin.
 
     .. math::
         \ell(x, y) = -\log \frac{e^{f_y(x) - s \Delta_y}}{e^{f_y(x) - s \Delta_y} + \sum_{k \ne y} e^{f_k(x)}}, \qquad
         \Delta_j = \Delta_\text{max} \left( \frac{\min_k n_k}{n_j} \right)^{1/4}
 
-    so that :math:`\Delta_j \propto n_j^{-1/4}` and the largest margin is ``max_margin``. A row of probabilities
-    :math:`q` has the loss :math:`\sum_j q_j\, \ell(x, j)`, every class with its own margin.
+    so that :math:`\Delta_j \propto n_j^{-1/4}` and the largest margin is ``max_margin``.
 
     **The logits are already scaled.** The margins are for a cosine classifier, whose logits are
     :math:`f = s \cos` with s = ``scale``; then this is :math:`\operatorname{CE}(s (\cos - \Delta_y))`, the loss of the
     paper's code, which scales inside the loss. Here the head scales, so that its softmax gives probabilities and the
-    loss of other criteria can be compared. ``scale`` must be the head's. On an ordinary linear head the loss is
-    defined too, but the margin then means nothing fixed, since the logits may grow at will.
+    losses can be compared. ``scale`` must be the head's. With an ordinary linear head the margins have no fixed
+    meaning, since its logits may grow at will.
 
     A class without training samples has the margin of the smallest class that has some.
 
@@ -202,13 +213,7 @@ class LDAM(nn.Module):
         scale: :math:`s` > 0, finite, the scale of the cosine head.
 
     Raises:
-        SettingError: if a setting is out of its range, every count is 0, or (in ``forward``) the logits have
-            another number of classes than ``class_counts``.
-
-    Shapes:
-        * logits: floating (N, C), any device that the module was moved to.
-        * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-        * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
+        SettingError: if a setting is outside its range, or every count is 0.
 
     Source:
         Cao et al., *Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss*, NeurIPS 2019,
@@ -220,29 +225,22 @@ class LDAM(nn.Module):
         tensor([ 0.2014, 15.0000])
     """
 
-    class_counts: Tensor
+    max_margin: float
+    scale: float
 
     def __init__(self, class_counts: Tensor | Sequence[int], max_margin: float = 0.5, scale: float = 30.0) -> None:
-        super().__init__()
-        self.max_margin = _finite("max_margin", max_margin, "0.5 is the paper's")
-        self.scale = _finite("scale", scale, "30 is the paper's", above=True)
-        self.register_buffer("class_counts", _some_counts(class_counts), persistent=False)
+        check_numbers(max_margin=max_margin, hint="0.5 is the paper's")
+        check_numbers(scale=scale, above=True, hint="30 is the paper's")
+        super().__init__(class_counts, max_margin=max_margin, scale=scale)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, shape (N,)."""
-        logits = _wide(logits)
-        _check_shapes(logits, target, self.class_counts)
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         counts = self.class_counts.to(logits.dtype)
         smallest = counts.masked_fill(counts == 0, math.inf).min()
         margins = self.max_margin * (smallest / counts.clamp(min=smallest)) ** 0.25
         return _of_target(_softplus(_log_odds_against(logits) + self.scale * margins), target)
 
-    def extra_repr(self) -> str:
-        """Settings for ``repr``."""
-        return f"num_classes={self.class_counts.numel()}, max_margin={self.max_margin}, scale={self.scale}"
 
-
-class VectorScaling(nn.Module):
+class VectorScaling(_Loss):
     r"""Vector-scaling loss: cross-entropy of logits scaled and shifted by class.
 
     .. math::
@@ -252,9 +250,9 @@ class VectorScaling(nn.Module):
         \iota_j = \tau \log \frac{n_j}{\sum_k n_k}
 
     with targets :math:`q` (one-hot for class indices). The scaling moves the decision boundaries of a model that fits
-    its training set, where a shift no longer does; the shift helps at the start. Scaling and shift belong to the loss
-    alone: predict with the argmax of the raw logits. ``gamma=0`` is :class:`LogitAdjusted`, ``tau=0`` the
-    class-dependent temperature loss (Ye et al., 2020, arXiv 2001.01385).
+    its training set, where a shift no longer does; the shift helps at the start. Both belong to the loss alone: predict
+    with the argmax of the raw logits. ``gamma=0`` is :class:`LogitAdjusted`, ``tau=0`` the class-dependent temperature
+    loss (Ye et al., 2020, arXiv 2001.01385).
 
     A class without training samples counts as if it had one.
 
@@ -264,13 +262,7 @@ class VectorScaling(nn.Module):
         tau: :math:`\tau` >= 0, finite.
 
     Raises:
-        SettingError: if a setting is out of its range, every count is 0, or (in ``forward``) the logits have
-            another number of classes than ``class_counts``.
-
-    Shapes:
-        * logits: floating (N, C), any device that the module was moved to.
-        * target: int64 class indices (N,), or floating probabilities (N, C), the rows of which sum to 1.
-        * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
+        SettingError: if a setting is outside its range, or every count is 0.
 
     Source:
         Kini et al., *Label-Imbalanced and Group-Sensitive Classification under Overparameterization*, NeurIPS 2021,
@@ -282,65 +274,18 @@ class VectorScaling(nn.Module):
         tensor([0.0414, 3.2041])
     """
 
-    class_counts: Tensor
+    gamma: float
+    tau: float
 
     def __init__(self, class_counts: Tensor | Sequence[int], gamma: float = 0.3, tau: float = 1.0) -> None:
-        super().__init__()
-        self.gamma = _finite("gamma", gamma, "0 is logit adjustment")
-        self.tau = _finite("tau", tau, "0 shifts nothing")
-        self.register_buffer("class_counts", _some_counts(class_counts), persistent=False)
+        check_numbers(gamma=gamma, hint="0 is logit adjustment")
+        check_numbers(tau=tau, hint="0 shifts nothing")
+        super().__init__(class_counts, gamma=gamma, tau=tau)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, shape (N,)."""
-        logits = _wide(logits)
-        _check_shapes(logits, target, self.class_counts)
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         counts = self.class_counts.clamp(min=1).to(logits.dtype)
         scales, shifts = (counts / counts.max()) ** self.gamma, self.tau * (counts / counts.sum()).log()
         return _cross_entropy(scales * logits + shifts, target)
-
-    def extra_repr(self) -> str:
-        """Settings for ``repr``."""
-        return f"num_classes={self.class_counts.numel()}, gamma={self.gamma}, tau={self.tau}"
-
-
-def _smoothing(label_smoothing: float) -> float:
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise SettingError(f"label_smoothing={label_smoothing} is outside [0, 1]; 0 is none, 0.1 is usual")
-    return float(label_smoothing)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _finite(name: str, value: float, advice: str, above: bool = False) -> float:
-    if not (math.isfinite(value) and (value > 0 if above else value >= 0)):
-        raise SettingError(f"{name}={value} is not a finite number {'above 0' if above else 'of 0 or more'}; {advice}")
-    return float(value)
-
-
-def _some_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
-    """Counts, and not what is computed from them, are a loss's buffer: .half() and bf16-true training round floats."""
-    counts = class_counts_tensor(class_counts)
-    if not bool(counts.any()):
-        raise SettingError(
-            f"class_counts={counts.tolist()[:8]} has no training sample, so there is no prior; "
-            "give the number of training samples of each class, at least one above 0"
-        )
-    return counts
-
-
-def _check_shapes(logits: Tensor, target: Tensor, class_counts: Tensor | None = None) -> None:
-    if logits.ndim != 2 or target.shape not in (logits.shape[:1], logits.shape):
-        raise SettingError(
-            f"logits of shape {tuple(logits.shape)} with target of shape {tuple(target.shape)}; "
-            "give logits (N, C) with class indices (N,) or probabilities (N, C)"
-        )
-    if class_counts is not None and logits.shape[1] != class_counts.numel():
-        raise SettingError(
-            f"logits have {logits.shape[1]} classes and class_counts {class_counts.numel()}; "
-            "give one count per class of the model"
-        )
 
 
 def _log_odds_against(logits: Tensor) -> Tensor:
@@ -357,7 +302,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _of_target(class_losses: Tensor, target: Tensor) -> Tensor:
-    """The row's loss from those of all classes: its class's, or the expected one."""
+    """The sample's loss from those of all classes: its class's, or the expected one."""
     if target.is_floating_point():
         return (target.to(class_losses.dtype) * class_losses).sum(1)
     return F.nll_loss(-class_losses, target, reduction="none")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -12,6 +13,7 @@ from torchmetrics.utilities.plot import _error_on_missing_matplotlib
 
 from imbsam.class_groups import class_counts_tensor, class_groups
 from imbsam.errors import SettingError
+from imbsam.group_names import GROUP_COLOURS, GROUPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +64,8 @@ class ClassGroupAccuracy(Metric):
         many: a class with more training samples is in "many".
         few: a class with fewer training samples is in "few".
         class_names: names of the C classes for the figure, in the order of the class indices.
-        validate_args: whether ``compute`` raises when targets outside 0..C-1 were given. With False, for
-            data whose ignored rows have such a label, they are left out silently.
+        validate_args: whether ``compute`` raises for targets outside 0..C-1. With False, for data whose ignored
+            samples have such a label, they are left out silently.
         kwargs: further arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -107,21 +109,33 @@ class ClassGroupAccuracy(Metric):
         super().__init__(**kwargs)
         counts = class_counts_tensor(class_counts)
         masks = class_groups(counts, many, few)
-        masks["all"] = torch.ones_like(masks["few"])
         if class_names is not None and len(class_names) != counts.numel():
-            raise SettingError(
-                f"class_names has {len(class_names)} names for {counts.numel()} classes; give one per class"
-            )
+            raise SettingError(f"class_names has {len(class_names)} names: give one for each of {len(counts)} classes")
         self.many = many
         self.few = few
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.validate_args = validate_args
-        self.group_names = list(masks)
         self.register_buffer("class_counts", counts, persistent=False)
-        self.register_buffer("groups", torch.stack(list(masks.values())), persistent=False)
+        everything = torch.ones_like(counts, dtype=torch.bool)
+        self.register_buffer("groups", torch.stack([*masks.values(), everything]), persistent=False)
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("outside", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The classes of "many", "medium", "few" and "all": bool tensors of shape (C,) on the CPU."""
+        return dict(zip(GROUPS, self.groups.cpu(), strict=True))
+
+    @property
+    def group_of_class(self) -> list[str]:
+        """The group of each of the C classes: "many", "medium" or "few"."""
+        return [GROUPS[i] for i in self.groups[:3].int().argmax(dim=0).tolist()]
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """The training samples of a class in each group, in words: ``> 100``, ``20 to 100``, ``< 20``."""
+        return {"many": f"> {self.many}", "medium": f"{self.few} to {self.many}", "few": f"< {self.few}"}
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count the predictions of a batch.
@@ -136,19 +150,17 @@ class ClassGroupAccuracy(Metric):
         classes = self.class_counts.numel()
         if target.ndim != 1 or target.is_floating_point():
             raise SettingError(
-                f"target has shape {tuple(target.shape)} and type {target.dtype}; give class indices (N,), integer"
+                f"target has shape {tuple(target.shape)} and type {target.dtype}: give integer class indices (N,)"
             )
         if preds.is_floating_point():
             if preds.shape != (len(target), classes):
                 raise SettingError(
-                    f"preds has shape {tuple(preds.shape)} for {len(target)} targets and {classes} classes "
-                    f"in class_counts; give logits ({len(target)}, {classes}), or integer class indices"
+                    f"preds has shape {tuple(preds.shape)} for {len(target)} targets and {classes} classes: give "
+                    f"logits ({len(target)}, {classes}), or integer class indices"
                 )
             preds = preds.argmax(dim=1)
         elif preds.shape != target.shape:
-            raise SettingError(
-                f"preds has shape {tuple(preds.shape)} for {len(target)} targets; give as many class indices"
-            )
+            raise SettingError(f"preds has shape {tuple(preds.shape)} for {len(target)} targets: give one for each")
         target = target.to(torch.int64)
         inside = (target >= 0) & (target < classes)
         row_class = target.where(inside, 0)
@@ -169,7 +181,7 @@ class ClassGroupAccuracy(Metric):
         recalls = self._recalls()
         counted = self.groups & (self.total > 0)
         accuracies = recalls.nan_to_num(0.0).where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
-        return dict(zip(self.group_names, accuracies.unbind(), strict=True))
+        return dict(zip(GROUPS, accuracies.unbind(), strict=True))
 
     def per_class(self) -> Tensor:
         """Return the recall of each class; across processes like ``compute``, so all of them must call it.
@@ -189,13 +201,13 @@ class ClassGroupAccuracy(Metric):
 
     def _recalls(self) -> Tensor:
         if self.validate_args and (outside := int(self.outside)):
-            classes, counted = self.class_counts.numel(), int(self.total.sum())
+            classes, targets = self.class_counts.numel(), outside + int(self.total.sum())
             # torchmetrics leaves the metric in its synchronised state when compute raises.
             if self._is_synced:
                 self.unsync()
             raise SettingError(
-                f"{outside} of {outside + counted} targets were outside 0..{classes - 1}, the classes of "
-                "class_counts; correct the labels, or leave such rows out with validate_args=False"
+                f"{outside} of {targets} targets were outside 0..{classes - 1}, the classes of class_counts: correct "
+                "the labels, or ignore them with validate_args=False"
             )
         return self.correct / self.total
 
@@ -232,80 +244,40 @@ class ClassGroupAccuracy(Metric):
             return self._plot(val, ax)  # type: ignore[return-value]
         recalls = (self.per_class() if val is None else val).detach().cpu()
         if recalls.shape != self.class_counts.shape:
-            raise SettingError(
-                f"val has shape {tuple(recalls.shape)}; give the result of per_class(), "
-                f"shape ({self.class_counts.numel()},)"
-            )
-        return self._plot_recalls(recalls, ax)
-
-    def _plot_recalls(self, recalls: Tensor, ax: "Axes | None") -> "tuple[Figure | None, Axes]":
+            raise SettingError(f"val has shape {tuple(recalls.shape)}: give the result of per_class()")
         import matplotlib.pyplot as plt
 
-        classes = recalls.numel()
-        named = classes <= 25
-        width = 0.8 if classes <= 150 else 1.0
-        figure = None
+        classes, figure = len(recalls), None
         if ax is None:
             figure, ax = plt.subplots(figsize=(max(6.4, min(11.0, 0.55 * classes)), 4.2), layout="constrained")
-        counts = self.class_counts.cpu()
-        order = counts.argsort(descending=True, stable=True)
-        height, counts = recalls[order], counts[order]
-        position = torch.arange(classes)
-
-        # Okabe and Ito's colours, which stay apart for colour-blind readers.
-        colours = {"many": "#0072B2", "medium": "#E69F00", "few": "#D55E00"}
-        limits = {"many": f"> {self.many}", "medium": f"{self.few} to {self.many}", "few": f"< {self.few}"}
-        masks = dict(zip(self.group_names, self.groups.cpu()[:, order], strict=True))
-        for group, colour in colours.items():
-            mask = masks[group]
-            if not bool(mask.any()):
-                continue
-            left, right = position[mask][0].item() - 0.5, position[mask][-1].item() + 0.5
-            ax.axvspan(left, right, color=colour, alpha=0.08, linewidth=0, zorder=0)
-            shown = mask & ~height.isnan()
-            ax.bar(
-                position[shown].numpy(),
-                height[shown].numpy(),
-                width=width,
-                color=colour,
-                alpha=0.55,
-                linewidth=0,
-                zorder=2,
-            )
-            mean = height[shown].mean().item()
-            label = f"{group} ({limits[group]}): "
-            label += "no test samples" if math.isnan(mean) else f"{mean:.3f}"
-            ax.hlines(mean, left, right, color=colour, linewidth=2.2, zorder=3, label=label)
-        absent = height.isnan()
-        if bool(absent.any()):
-            zeros = torch.full((int(absent.sum()),), 0.02)
-            ax.plot(position[absent].numpy(), zeros.numpy(), "x", color="0.35", zorder=3, label="no test samples")
-        every = height[~absent].mean().item()
-        ax.axhline(every, color="0.25", linestyle=(0, (4, 3)), linewidth=1.2, zorder=1, label=f"all: {every:.3f}")
-
-        ax.set_xlim(-0.5, classes - 0.5)
-        ax.set_ylim(0, 1)
-        ax.set_ylabel("recall")
-        ax.grid(axis="y", color="0.85", linewidth=0.6, zorder=0)
-        ax.set_axisbelow(True)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-        if named:
-            names = [str(index) for index in range(classes)] if self.class_names is None else self.class_names
-            inches_per_class = ax.get_window_extent().width / ax.figure.dpi / classes
-            upright = 0.1 * max(len(name) for name in names) < inches_per_class
-            ticks = [
-                f"{names[index]}\n{count}" if upright else f"{names[index]} ({count})"
-                for index, count in zip(order.tolist(), counts.tolist(), strict=True)
-            ]
-            ax.set_xticks(position.tolist(), ticks)
-            if not upright:
-                ax.tick_params(axis="x", labelrotation=40)
-                plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
-            ax.set_xlabel("class and its training samples")
+        order = self.class_counts.cpu().argsort(descending=True, stable=True)
+        counts, heights = self.class_counts.cpu()[order].tolist(), recalls[order].numpy()
+        position, tested = np.arange(classes), ~np.isnan(heights)
+        for group, limit in self.limits.items():
+            members = self.masks[group][order].numpy()
+            shown = members & tested
+            if members.any():
+                mean = heights[shown].mean() if shown.any() else math.nan
+                label = f"{group} ({limit}): {f'{mean:.3f}' if shown.any() else 'no test samples'}"
+                colour, (left, right) = GROUP_COLOURS[group], position[members][[0, -1]] + [-0.5, 0.5]
+                ax.bar(position[shown], heights[shown], 0.8 if classes <= 150 else 1.0, color=colour, alpha=0.55)
+                ax.hlines(mean, left, right, color=colour, linewidth=2.2, label=label)
+        if not tested.all():
+            ax.plot(position[~tested], 0.02 * np.ones((~tested).sum()), "x", color="0.35", label="no test samples")
+        mean = heights[tested].mean()
+        ax.axhline(mean, color=GROUP_COLOURS["all"], linestyle="--", linewidth=1.2, label=f"all: {mean:.3f}")
+        ax.set(xlim=(-0.5, classes - 0.5), ylim=(0, 1), ylabel="recall")
+        if classes <= 25:
+            names = self.class_names or [str(c) for c in range(classes)]
+            labels = [f"{names[c]} ({count})" for c, count in zip(order.tolist(), counts, strict=True)]
+            ax.set_xticks(position, labels, rotation=40, ha="right", rotation_mode="anchor")
+            ax.set_xlabel("class (training samples)")
         else:
-            ticks_at = torch.linspace(0, classes - 1, 8).round().int().tolist()
-            ax.set_xticks(ticks_at, [str(int(counts[at])) for at in ticks_at])
+            ticks = np.linspace(0, classes - 1, 8).round().astype(int)
+            ax.set_xticks(ticks, [str(counts[tick]) for tick in ticks])
             ax.set_xlabel("training samples of the class (classes from the most frequent to the rarest)")
+        ax.grid(axis="y", color="0.85", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
         return figure, ax

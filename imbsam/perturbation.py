@@ -28,11 +28,11 @@ def perturbation(g: Sequence[Tensor], rho: float | Tensor, *, weights: Sequence[
     g = [t.resolve_conj() if t.is_complex() else t for t in g]
     local = local_shards(g)
     if weights is None:
-        norm = _norm(g)
+        norm = norm_of(g)
     else:
         sizes = [w.abs() if w.is_complex() else w for w in local_shards(weights)]
         torch._foreach_mul_(local, sizes)
-        norm = _norm(g)
+        norm = norm_of(g)
         torch._foreach_mul_(local, sizes)
     scale = norm.reciprocal() * (rho.to(norm.dtype) if isinstance(rho, Tensor) else rho)
     # no Python branch on the norm: that would wait for the GPU
@@ -72,7 +72,7 @@ class Ascent:
         self._after_write()
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all elements, and all shards of DTensors, at least in float32; on the first one's device."""
     local = [torch.view_as_real(t) if t.is_complex() else t for t in local_shards(tensors)]
     dtype = reduce(torch.promote_types, {t.dtype for t in local}, torch.float32)

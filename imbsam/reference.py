@@ -1,4 +1,4 @@
-"""The method in thirty plain lines, beside the paper: whole batch, three gradients, no shortcuts.
+"""The method in thirty plain lines, beside the paper: whole batch, all gradients, no shortcuts.
 
 The engine (:mod:`imbsam.step`) gives the same gradient at a lower price. This is what its tests and benchmarks compare
 it with, and the place to read first.
@@ -16,8 +16,9 @@ def backward(
     c: Tensor,
     a: Tensor | float = 1.0,
     *,
-    rho: float = 0.05,
+    rho: float | Sequence[float] = 0.05,
     adaptive: bool = False,
+    alpha: float = 0.0,
 ) -> Tensor:
     r"""Leave the gradient of L, with e held fixed, in ``.grad``.
 
@@ -28,10 +29,13 @@ def backward(
     Args:
         losses: the per-sample losses of the whole batch, shape (B,), at the weights as they are.
         params: the weights w, each of which the losses depend on.
-        c: sharpness weight of each sample, shape (B,): 1 where its class is tail and 0 elsewhere for ImbSAM.
+        c: sharpness weight of each sample, shape (B,): 1 where its class is tail and 0 elsewhere for ImbSAM. Of shape
+            (K, B) with one row for each group of classes that has a g_s and an e of its own, in place of one for all
+            samples: L has then the sum over k of c_ik l_i(w + e_k), and 1 - sum c_ik for 1 - c_i (CC-SAM, SSE-SAM).
         a: loss weight of each sample, shape (B,); 2 for the tail in the published code.
-        rho: length of e.
+        rho: length of e; K of them where c has K rows.
         adaptive: e = rho w^2 g_s / ||w g_s|| (ASAM).
+        alpha: of the gradient, take away this much of the part of g_s(w) that is orthogonal to it (GSAM; c = 1).
 
     Returns:
         1/B sum_i a_i l_i(w), detached.
@@ -41,17 +45,26 @@ def backward(
         equation 2, and Kwon et al., *ASAM*, ICML 2021.
     """
     loss = losses()
-    g_s = torch.autograd.grad((a * c * loss).mean(), params, retain_graph=True)
-    g_rest = torch.autograd.grad((a * (1 - c) * loss).mean(), params)
-    with torch.no_grad():
-        before = [w.clone() for w in params]
-        direction = [w * g for w, g in zip(params, g_s, strict=True)] if adaptive else list(g_s)
-        norm = torch.sqrt(sum(((d**2).sum() for d in direction), torch.zeros(())))
-        for w, d in zip(params, direction, strict=True):
-            w += rho * (w * d if adaptive else d) / norm if norm > 0 else 0
-    g_s = torch.autograd.grad((a * c * losses()).mean(), params)
-    with torch.no_grad():
-        for w, w_before, rest, sharp in zip(params, before, g_rest, g_s, strict=True):
-            w.copy_(w_before)
-            w.grad = rest + sharp
+    groups = c if c.dim() == 2 else c[None]
+    lengths = rho if isinstance(rho, Sequence) else [rho] * len(groups)
+    directions = [torch.autograd.grad((a * c_k * loss).mean(), params, retain_graph=True) for c_k in groups]
+    gradient = list(torch.autograd.grad((a * (1 - groups.sum(0)) * loss).mean(), params))
+    before = [w.detach().clone() for w in params]
+    for c_k, rho_k, g_k in zip(groups, lengths, directions, strict=True):
+        with torch.no_grad():
+            direction = [w * g for w, g in zip(params, g_k, strict=True)] if adaptive else list(g_k)
+            norm = torch.sqrt(sum(((d**2).sum() for d in direction), torch.zeros(())))
+            for w, d in zip(params, direction, strict=True):
+                w += rho_k * (w * d if adaptive else d) / norm if norm > 0 else 0
+        sharp = torch.autograd.grad((a * c_k * losses()).mean(), params)
+        with torch.no_grad():
+            gradient = [so_far + g for so_far, g in zip(gradient, sharp, strict=True)]
+            for w, w_before in zip(params, before, strict=True):
+                w.copy_(w_before)
+    if alpha:
+        at_w, g = (torch.cat([part.flatten() for part in parts]) for parts in (directions[0], gradient))
+        across = torch.split(at_w - (at_w @ g) / (g @ g) * g, [w.numel() for w in params])
+        gradient = [g - alpha * part.view_as(g) for g, part in zip(gradient, across, strict=True)]
+    for w, g in zip(params, gradient, strict=True):
+        w.grad = g
     return (a * loss).mean().detach()

@@ -10,17 +10,17 @@ from torch import Tensor
 from imbsam.errors import SettingError
 
 
-def class_vector(name: str, values: Tensor | Sequence[float] | float) -> Tensor:
-    """A setting for every class, float64 (C,) or () on the CPU; refuses what is negative or not finite."""
+def class_vector(name: str, values: Tensor | Sequence[float] | float, of: str = "class") -> Tensor:
+    """A setting for every class or group (`of`), float64 (C,) or () on the CPU; refuses the negative and non-finite."""
     try:
         vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SettingError(f"{name} is {values!r}: give one number for each class") from error
+        raise SettingError(f"{name} is {values!r}: give one number for each {of}") from error
     if vector.dim() > 1:
-        raise SettingError(f"{name} has shape {tuple(vector.shape)}: give one number for each class")
+        raise SettingError(f"{name} has shape {tuple(vector.shape)}: give one number for each {of}")
     wrong = [v for v in vector.reshape(-1).tolist() if not 0 <= v < math.inf]
     if wrong:
-        raise SettingError(f"{name} holds {wrong[0]}: every class needs a finite number from 0")
+        raise SettingError(f"{name} holds {wrong[0]}: every {of} needs a finite number from 0")
     return vector
 
 

@@ -1,15 +1,24 @@
-"""The methods: Plain, SAM, ImbSAM and Focal-SAM choose the sharpness weight c of every class."""
+"""The methods: Plain, SAM, ImbSAM and Focal-SAM choose the sharpness weight c of every class.
 
+Those with several perturbations a step, CC-SAM and SSE-SAM, come from :mod:`imbsam.partitioned_sam`.
+"""
+
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from imbsam.batch import Plan
 from imbsam.class_aware_sam import ClassAwareSAM
 from imbsam.class_groups import class_counts_tensor, focal_sharpness, tail_mask
+from imbsam.distributed import Reduction
+from imbsam.errors import SettingError
+from imbsam.partitioned_sam import CCSAM, SSESAM, PartitionedSAM
+from imbsam.surrogate_gap import SurrogateGap
 
-__all__ = ["SAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "Plain"]
+__all__ = ["CCSAM", "GSAM", "SAM", "SSESAM", "ClassAwareSAM", "FocalSAM", "ImbSAM", "PartitionedSAM", "Plain"]
 
 
 class Plain(ClassAwareSAM):
@@ -36,6 +45,55 @@ class SAM(ClassAwareSAM):
 
     def __init__(self, module: nn.Module, class_counts: Tensor | Sequence[int] | None = None, **settings: Any) -> None:
         super().__init__(module, class_counts, sharpness_weight=1.0, **settings)
+
+
+class GSAM(SAM):
+    r"""Surrogate gap guided SAM (Zhuang et al., ICLR 2022, arXiv 2203.08065): SAM that also closes the surrogate gap.
+
+    The gap is the loss at w + e less the loss at w. With g the gradient at w + e, which SAM leaves in ``.grad``, and
+    :math:`g(w)_\perp` the part of the gradient at w that is orthogonal to g, it leaves
+
+    .. math::
+        g - \alpha\, g(w)_\perp
+
+    A step along the second term raises the loss at w and, to first order, leaves the loss at w + e as it is. Both
+    gradients are there in SAM's two passes; g(w) is held through the second, one more copy of the parameters. With
+    ``perturbation="per_rank"`` every rank takes its own part away before the mean, as the authors have it. Their rho
+    falls with the learning rate: :class:`lightning_modules.callbacks.schedules.RhoSchedule`.
+
+    Args:
+        module: as for :class:`ClassAwareSAM`.
+        class_counts: as for :class:`ClassAwareSAM`.
+        alpha: how much of the orthogonal part is taken away, a finite number from 0; 0 is SAM.
+        **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.
+
+    Example:
+        >>> GSAM(nn.Linear(4, 3), rho=0.1, alpha=0.4).alpha
+        0.4
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        class_counts: Tensor | Sequence[int] | None = None,
+        *,
+        alpha: float = 0.4,
+        **settings: Any,
+    ) -> None:
+        if isinstance(alpha, str) or not 0 <= alpha < math.inf:
+            raise SettingError(f"alpha is {alpha!r}: give a finite number from 0 (0 is SAM)")
+        super().__init__(module, class_counts, **settings)
+        self.alpha = float(alpha)
+
+    def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
+        if own:
+            raise SettingError(
+                "sharpness_weight= makes some rows less sharp, and GSAM's gap is that of the whole loss: give targets"
+            )
+        return super()._plan(modules, own=own, group=group)
+
+    def _reduction(self, params: Sequence[Tensor], group: Any, plan: Plan) -> Reduction:
+        return SurrogateGap(super()._reduction(params, group, plan), self.alpha, copied=self.adaptive)
 
 
 class ImbSAM(ClassAwareSAM):

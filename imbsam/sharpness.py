@@ -1,4 +1,4 @@
-r"""How sharp the loss of a group of samples is around the weights.
+r"""Sharpness of the loss of a group of samples around the weights.
 
 Every function takes ``(module, losses, batches)``: the model, a function from one batch to its per-sample losses, and
 the group's samples in batches small enough for one backward pass. The loss is the mean over all samples of all batches,
@@ -6,11 +6,11 @@ the group's samples in batches small enough for one backward pass. The loss is t
 .. math::
     L(w) = \frac1N \sum_i l_i(w),
 
-so its value does not depend on how the samples are cut into batches. While a function runs the module is in evaluation
-mode (BatchNorm uses its running statistics: the function that is deployed is the one that is measured). Afterwards, and
-after an exception or Ctrl-C, its weights are bit-identical, and its modes, buffers, ``.grad`` and torch's default
-generators are as they were. Random draws come from ``seed`` alone, on the CPU, so that they are the same for every
-device; frozen parameters stay where they are.
+so its value does not depend on how the samples are batched. While a function runs the module is in evaluation mode
+(BatchNorm uses its running statistics: the deployed function is measured). Afterwards, and after an exception or
+Ctrl-C, its weights are bit-identical, and its modes, buffers, ``.grad`` and torch's default generators are restored.
+Random draws come from ``seed`` alone, on the CPU, so that they are the same on every device; frozen parameters do not
+move.
 """
 
 import math
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from imbsam.checks import check_numbers, check_whole_numbers
 from imbsam.errors import SettingError
 from imbsam.perturbation import Ascent, perturbation
 from imbsam.snapshot import Buffers, RandomState
@@ -48,14 +49,14 @@ MEASURES = ("loss", "sam_rise", "max_rise", "average_rise", "top_eigenvalue", "t
 
 
 class Estimate(NamedTuple):
-    """A measured value; where it is a mean over random draws, with its standard error."""
+    """A measured value, with its standard error where it is a mean over random draws."""
 
     value: float
     standard_error: float | None = None
 
 
 def mean_loss(module: nn.Module, losses: BatchLosses, batches: Iterable[Any]) -> float:
-    """The loss L(w) that all measures are about.
+    """The loss L(w) that all measures are of.
 
     Args:
         module: the model, wrapped or not.
@@ -118,8 +119,8 @@ def worst_case_rise(
     Source:
         Foret et al., *Sharpness-Aware Minimization*, ICLR 2021, arXiv 2010.01412, equation 2.
     """
-    _at_least("rho", rho, 0)
-    _at_least("steps", steps, 0)
+    check_numbers(rho=rho)
+    check_whole_numbers(0, steps=steps)
     with _measuring(module) as (params, weights):
         at_w, gradient = _loss_and_gradient(losses, batches, params)
         rises = []
@@ -127,10 +128,10 @@ def worst_case_rise(
             weights.restore()
             weights.ascend(perturbation(gradient, rho, weights=params if adaptive else None))
             if step < steps:
-                there, gradient = _loss_and_gradient(losses, batches, params)
+                perturbed, gradient = _loss_and_gradient(losses, batches, params)
             else:
-                there = _loss(losses, batches)
-            rises.append(there - at_w)
+                perturbed = _loss(losses, batches)
+            rises.append(perturbed - at_w)
         return float(torch.tensor(rises, dtype=torch.float64).max())  # Python's max would lose a nan
 
 
@@ -172,8 +173,8 @@ def average_rise(
         Average-case sharpness, standard and adaptive: Andriushchenko et al., *A Modern Look at the Relationship
         between Sharpness and Generalization*, ICML 2023, arXiv 2302.07011, section 3.
     """
-    _at_least("sigma", sigma, 0)
-    _at_least("directions", directions, 1)
+    check_numbers(sigma=sigma)
+    check_whole_numbers(directions=directions)
     with _measuring(module) as (params, weights):
         generator = torch.Generator().manual_seed(seed)
         scales = [p.detach().clone() if adaptive else torch.ones_like(p) for p in params]
@@ -182,12 +183,12 @@ def average_rise(
         rises = []
         for _ in range(directions):
             direction = [s * _normal(s, generator) for s in scales]
-            there = []
-            for way in (1.0, -1.0):
-                weights.ascend(perturbation([way * d for d in direction], length))
-                there.append(_loss(losses, batches))
+            both = []
+            for sign in (1.0, -1.0):
+                weights.ascend(perturbation([sign * d for d in direction], length))
+                both.append(_loss(losses, batches))
                 weights.restore()
-            rises.append((there[0] + there[1]) / 2 - at_w)
+            rises.append(sum(both) / 2 - at_w)
         return _estimate(rises)
 
 
@@ -207,7 +208,7 @@ def top_eigenvalue(
         seed: seed of the first vector.
 
     Returns:
-        The eigenvalue; nan where the method did not get there (``tolerance`` too small, or a Hessian of 0).
+        The eigenvalue; nan where the method did not converge (``tolerance`` too small, or a Hessian of 0).
 
     Raises:
         SettingError: a setting is outside its range, or as for :func:`mean_loss`.
@@ -215,7 +216,7 @@ def top_eigenvalue(
     # here: imbsam needs torch only, this function the extra `sharpness`
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-    _at_least("tolerance", tolerance, 0)
+    check_numbers(tolerance=tolerance)
     with _measuring(module) as (params, _):
         dtype = reduce(torch.promote_types, {p.dtype for p in params}, torch.float32)
         generator = torch.Generator().manual_seed(seed)
@@ -224,8 +225,8 @@ def top_eigenvalue(
         def product(vector: Any) -> Any:
             flat = torch.split(torch.as_tensor(vector).flatten(), [p.numel() for p in params])
             parts = [part.view_as(p).to(p) for part, p in zip(flat, params, strict=True)]
-            found = _hessian_product(losses, batches, params, parts)
-            return torch.cat([h.flatten().cpu().to(dtype) for h in found]).numpy()
+            products = _hessian_product(losses, batches, params, parts)
+            return torch.cat([h.flatten().cpu().to(dtype) for h in products]).numpy()
 
         size = len(start)
         if size < 3:  # too small for Lanczos
@@ -263,15 +264,15 @@ def hessian_trace(
     Source:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
     """
-    _at_least("probes", probes, 1)
+    check_whole_numbers(probes=probes)
     with _measuring(module) as (params, _):
         generator = torch.Generator().manual_seed(seed)
-        found = []
+        draws = []
         for _ in range(probes):
             z = [(2 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in params]
             products = _hessian_product(losses, batches, params, z)
-            found.append(math.fsum(float((a * b).sum()) for a, b in zip(z, products, strict=True)))
-        return _estimate(found)
+            draws.append(math.fsum(float((a * b).sum()) for a, b in zip(z, products, strict=True)))
+        return _estimate(draws)
 
 
 def loss_slice(
@@ -287,8 +288,8 @@ def loss_slice(
     """The loss along one random direction, or on a plane of two, with filter normalisation.
 
     L(w + a d_1) or L(w + a d_1 + b d_2), where each filter of a direction (the weights of one output channel or neuron)
-    has the length of the weights' own filter; biases and normalisation parameters, which have one dimension, do not
-    move. So a step of 1 is as long as the weights themselves, and slices of two nets can be laid side by side.
+    has the norm of the weights' own filter; biases and normalisation parameters, which have one dimension, do not
+    move. So a step of 1 is as long as the weights themselves, and slices of two networks can be compared.
 
     Args:
         module: as for :func:`mean_loss`.
@@ -310,20 +311,19 @@ def loss_slice(
     """
     if dimensions not in (1, 2):
         raise SettingError(f"dimensions is {dimensions}: give 1 or 2")
-    if not 0 < span < math.inf:
-        raise SettingError(f"span is {span}: give a finite number above 0")
-    _at_least("points", points, 2)
+    check_numbers(above=True, span=span)
+    check_whole_numbers(2, points=points)
     positions = torch.linspace(-span, span, points, dtype=torch.float64)
     with _measuring(module) as (params, weights):
         generator = torch.Generator().manual_seed(seed)
         directions = [[_filter_normalised(p, generator) for p in params] for _ in range(dimensions)]
         grid = torch.cartesian_prod(*[positions] * dimensions).view(-1, dimensions)
-        found = []
-        for place in grid.tolist():
-            weights.ascend([sum(a * d for a, d in zip(place, ds, strict=True)) for ds in zip(*directions, strict=True)])
-            found.append(_loss(losses, batches))
+        values = []
+        for point in grid.tolist():
+            weights.ascend([sum(a * d for a, d in zip(point, ds, strict=True)) for ds in zip(*directions, strict=True)])
+            values.append(_loss(losses, batches))
             weights.restore()
-    return positions, torch.tensor(found, dtype=torch.float64).view([points] * dimensions)
+    return positions, torch.tensor(values, dtype=torch.float64).view([points] * dimensions)
 
 
 @dataclass(frozen=True)
@@ -356,8 +356,9 @@ class SharpnessMeasures:
         Raises:
             SettingError: a setting is outside its range.
         """
-        for name, least in (("rho", 0), ("steps", 0), ("sigma", 0), ("directions", 1), ("tolerance", 0), ("probes", 1)):
-            _at_least(name, getattr(self, name), least)
+        check_numbers(rho=self.rho, sigma=self.sigma, tolerance=self.tolerance)
+        check_whole_numbers(0, steps=self.steps)
+        check_whole_numbers(directions=self.directions, probes=self.probes)
 
     def measure(self, module: nn.Module, losses: BatchLosses, batches: Iterable[Any]) -> Iterator[tuple[str, Estimate]]:
         """Measure one after another, so that a caller can show how far it is.
@@ -368,14 +369,14 @@ class SharpnessMeasures:
             batches: as for :func:`mean_loss`.
 
         Yields:
-            The name of each of :data:`MEASURES` and what was found.
+            The name of each of :data:`MEASURES` and its estimate.
 
         Example:
             >>> model = nn.Linear(1, 1, bias=False)
             >>> _ = nn.init.constant_(model.weight, 3.0)
             >>> measures = SharpnessMeasures(rho=0.1, sigma=0.1)
-            >>> for name, found in measures.measure(model, lambda x: model(x)[:, 0] ** 2, [torch.ones(4, 1)]):
-            ...     print(f"{name} {found.value:.3f}")
+            >>> for name, estimate in measures.measure(model, lambda x: model(x)[:, 0] ** 2, [torch.ones(4, 1)]):
+            ...     print(f"{name} {estimate.value:.3f}")
             loss 9.000
             sam_rise 0.610
             max_rise 0.610
@@ -395,15 +396,15 @@ class SharpnessMeasures:
 
 @contextmanager
 def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Ascent]]:
-    """Evaluation mode, and everything put back afterwards; gives the trained parameters and the way to move them."""
+    """Evaluation mode, everything restored afterwards; yields the trainable parameters and what perturbs them."""
     params = [p for p in module.parameters() if p.requires_grad]
     if not params:
-        raise SettingError(f"module {type(module).__name__} has no parameter that is trained: nothing can be perturbed")
+        raise SettingError(f"module {type(module).__name__} has no trainable parameter: nothing can be perturbed")
     modes = [(m, m.training) for m in module.modules()]
     buffers, random_state = Buffers(module), RandomState({p.device for p in params})
     weights = Ascent(params)
 
-    def put_back() -> None:
+    def restore() -> None:
         weights.restore()
         buffers.restore()
         random_state.restore()
@@ -412,33 +413,35 @@ def _measuring(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], Ascent]]
 
     try:
         module.eval()
-        # attention's fused kernels have no second derivative
-        # nor has a compiled module
+        # neither attention's fused kernels nor a compiled module have a second derivative
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield params, weights
     finally:
         try:
-            put_back()
+            restore()
         except BaseException:  # a second Ctrl-C
-            put_back()
+            restore()
             raise
 
 
-def _per_sample(losses: BatchLosses, batch: Any) -> Tensor:
-    found = losses(batch)
-    if found.dim() != 1:
-        raise SettingError(f'losses returned shape {tuple(found.shape)}: return one loss a sample (reduction="none")')
-    return found
+def _sample_losses(losses: BatchLosses, batches: Iterable[Any]) -> Iterator[Tensor]:
+    """The losses of each batch's samples."""
+    samples = 0
+    for batch in batches:
+        values = losses(batch)
+        if values.dim() != 1:
+            shape = tuple(values.shape)
+            raise SettingError(f'losses returned shape {shape}: return one loss per sample (reduction="none")')
+        samples += len(values)
+        yield values
+    if samples == 0:
+        raise SettingError("batches has no sample: give at least one, and no generator, which can be read only once")
 
 
 @torch.no_grad()
 def _loss(losses: BatchLosses, batches: Iterable[Any]) -> float:
-    total, samples = 0.0, 0
-    for batch in batches:
-        found = _per_sample(losses, batch)
-        total += float(found.cpu().double().sum())
-        samples += len(found)
-    return total / _some(samples)
+    sums = [(float(values.cpu().double().sum()), len(values)) for values in _sample_losses(losses, batches)]
+    return sum(total for total, _ in sums) / sum(samples for _, samples in sums)
 
 
 def _loss_and_gradient(
@@ -446,12 +449,11 @@ def _loss_and_gradient(
 ) -> tuple[float, list[Tensor]]:
     total, samples = 0.0, 0
     gradient = [torch.zeros_like(p) for p in params]
-    for batch in batches:
-        found = _per_sample(losses, batch)
-        torch._foreach_add_(gradient, torch.autograd.grad(found.sum(), params, materialize_grads=True))
-        total += float(found.detach().cpu().double().sum())
-        samples += len(found)
-    torch._foreach_div_(gradient, _some(samples))
+    for values in _sample_losses(losses, batches):
+        torch._foreach_add_(gradient, torch.autograd.grad(values.sum(), params, materialize_grads=True))
+        total += float(values.detach().cpu().double().sum())
+        samples += len(values)
+    torch._foreach_div_(gradient, samples)
     return total / samples, gradient
 
 
@@ -461,15 +463,14 @@ def _hessian_product(
     """H v, by differentiating g^T v."""
     samples = 0
     product = [torch.zeros_like(p) for p in params]
-    for batch in batches:
-        found = _per_sample(losses, batch)
-        samples += len(found)
-        gradient = torch.autograd.grad(found.sum(), params, create_graph=True, materialize_grads=True)
+    for values in _sample_losses(losses, batches):
+        samples += len(values)
+        gradient = torch.autograd.grad(values.sum(), params, create_graph=True, materialize_grads=True)
         curved = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
         if curved:
             outputs, along = zip(*curved, strict=True)
             torch._foreach_add_(product, torch.autograd.grad(outputs, params, along, materialize_grads=True))
-    torch._foreach_div_(product, _some(samples))
+    torch._foreach_div_(product, samples)
     return product
 
 
@@ -486,17 +487,6 @@ def _filter_normalised(parameter: nn.Parameter, generator: torch.Generator) -> T
     return scaled
 
 
-def _estimate(found: list[float]) -> Estimate:
-    values = torch.tensor(found, dtype=torch.float64)
-    return Estimate(float(values.mean()), float(values.std() / len(found) ** 0.5) if len(found) > 1 else None)
-
-
-def _some(samples: int) -> int:
-    if samples == 0:
-        raise SettingError("batches has no sample: give at least one, and no generator, which can be read only once")
-    return samples
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise SettingError(f"{name} is {value}: give a finite number from {least}")
+def _estimate(draws: list[float]) -> Estimate:
+    values = torch.tensor(draws, dtype=torch.float64)
+    return Estimate(float(values.mean()), float(values.std() / len(draws) ** 0.5) if len(draws) > 1 else None)

@@ -1,7 +1,6 @@
-"""scikit-learn estimators for tables with a rare class: a small network trained by the backward pass of `imbsam`."""
+"""scikit-learn estimators for tabular data with a rare class: a small network trained by `imbsam`'s backward pass."""
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from imbsam import deep_sad
-from imbsam.checks import check_whole_numbers
+from imbsam.checks import check_numbers, check_whole_numbers
 from imbsam.class_groups import tail_mask
 from imbsam.errors import SettingError
 from imbsam.losses import CrossEntropy, LogitAdjusted
@@ -28,18 +27,18 @@ __all__ = ["ImbSAMClassifier", "ImbSAMOutlierDetector"]
 Method = Literal["sgd", "sam", "imbsam"]
 Array = NDArray[Any]
 
-MIN_ROWS = 5
-"""Fewer rows are refused: nothing can be learned of them, and a slip in slicing is the likelier reason."""
+MIN_SAMPLES = 5
+"""Fewer are refused: nothing can be learned from them, and a mistake in slicing is the likelier reason."""
 
-PREDICTION_ROWS = 65536
-"""Rows predicted at once, so that a long table needs little memory."""
+CHUNK = 65536
+"""Samples predicted at once, so that a long table needs little memory."""
 
 
 class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: checks of the table, standardised columns, the training loop."""
+    """What both estimators share: checks of the data, standardised columns, the training loop."""
 
     def _table(self, X: Any, y: Any = "no_validation", **checks: Any) -> Any:
-        """X as float64 (N, F), with y where there is one, by scikit-learn's own checks."""
+        """X as float64 (N, F), with y if given, by scikit-learn's own checks."""
         try:
             return validate_data(self, X, y, dtype=np.float64, **checks)
         except ValueError as error:
@@ -51,33 +50,33 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
                 f"X holds text ({where}): encode it first, for example by OneHotEncoder in a ColumnTransformer"
             ) from error
 
-    def _check_settings(self) -> None:
-        """Refuse what cannot work; at fit, since scikit-learn sets parameters one by one."""
+    def _check_settings(self) -> list[int]:
+        """The layers' widths; refuses what cannot work, at fit, since scikit-learn sets parameters one by one."""
         _one_of("method", self.method, "sgd", "sam", "imbsam")
-        for name in ("max_epochs", "batch_size"):
-            check_whole_numbers(**{name: getattr(self, name)})
-        for name, least in (("learning_rate", "above 0"), ("weight_decay", "from 0")):
-            value = getattr(self, name)
-            if not (_finite(value) and (value > 0 if least == "above 0" else value >= 0)):
-                raise SettingError(f"{name} is {value!r}: give a finite number {least}")
+        check_numbers(above=True, learning_rate=self.learning_rate)
+        check_numbers(weight_decay=self.weight_decay)
+        if isinstance(self.hidden_layer_sizes, str) or not isinstance(self.hidden_layer_sizes, Sequence | np.ndarray):
+            raise SettingError(f"hidden_layer_sizes is {self.hidden_layer_sizes!r}: give a tuple, such as (64, 32)")
+        sizes = tuple(self.hidden_layer_sizes)
+        check_whole_numbers(max_epochs=self.max_epochs, batch_size=self.batch_size, hidden_layer_sizes=sizes)
+        return [int(size) for size in sizes]
 
     def _build(
-        self, inputs: int, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
-    ) -> tuple[nn.Sequential, torch.Generator]:
-        """An untrained multilayer perceptron on the device, and the generator that then shuffles the rows."""
+        self, table: Array, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
+    ) -> tuple[nn.Sequential, Tensor, torch.Generator]:
+        """An untrained perceptron and its standardised inputs, both on the device, and the generator that shuffles."""
+        # a generator of our own: the global ones are neither read nor moved
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        self.scaler_ = StandardScaler().fit(table)
         layers: list[nn.Module] = []
-        for size in outputs:
-            # a generator of our own: the global ones are neither read nor moved
-            layer = nn.Linear(inputs, size, bias=bias, device="meta", dtype=torch.float32).to_empty(device="cpu")
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            if bias:
-                nn.init.zeros_(layer.bias)
-            layers += [layer, activation()]
-            inputs = size
+        for width, size in zip([table.shape[1], *outputs], outputs, strict=False):
+            linear = nn.utils.skip_init(nn.Linear, width, size, bias=bias, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            layers += [linear, activation()]
         network = nn.Sequential(*layers[:-1])
+        deep_sad.initialise(network, generator)
+        inputs = torch.from_numpy(self.scaler_.transform(table)).float()
         try:
-            return network.to(torch.device(self.device)), generator
+            return network.to(self.device), inputs.to(self.device), generator
         except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one exception for it
             reason = str(error).splitlines()[0]
             raise SettingError(f"device is {self.device!r}: torch cannot use it here ({reason}); give cpu") from error
@@ -91,7 +90,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        """Run the epochs; `losses` maps indices of training rows to their losses, `targets` stays on the CPU."""
+        """Run the epochs; `losses` maps indices of training samples to their losses, `targets` stays on the CPU."""
         network: Any = engine.module
         device = next(network.parameters()).device
         self.loss_curve_: list[float] = []
@@ -116,7 +115,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
                 )
             if self.verbose:
                 print(f"epoch {epoch}/{self.max_epochs}: training loss {self.loss_curve_[-1]:.4f}")
-        # float64 on the CPU: a row's prediction does not depend on the rows beside it, and a pickle needs no GPU
+        # float64 on the CPU: a prediction does not depend on the batch, and a pickle needs no GPU
         self.network_ = network.cpu().double().requires_grad_(False)
 
     def _checked(self, X: ArrayLike) -> Array:
@@ -128,42 +127,42 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
     def _outputs(self, table: Array) -> Tensor:
         """The network's outputs for a checked table, float64."""
         inputs = torch.from_numpy(self.scaler_.transform(table))
-        return torch.cat([self.network_(rows) for rows in torch.split(inputs, PREDICTION_ROWS)])
+        return torch.cat([self.network_(rows) for rows in torch.split(inputs, CHUNK)])
 
 
 class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc]
-    r"""Multilayer perceptron for a table with rare classes, its weights perturbed along the tail's gradient alone.
+    r"""Multilayer perceptron for tabular data with rare classes, perturbed along the gradient of the tail alone.
 
-    Columns are standardised by the training rows' mean and deviation. Training is SGD with momentum 0.9 and a cosine
-    schedule over ``max_epochs``, always all of them: ImbSAM fights the overfitting of rare classes and shows only once
-    the training loss is near 0 (``loss_curve_``). Predictions are computed in float64 on the CPU.
+    Columns are standardised by the training samples' mean and standard deviation. Training is SGD with momentum 0.9 and
+    a cosine schedule over all ``max_epochs``, without early stopping: ImbSAM counters the overfitting of rare classes,
+    which shows only once the training loss is near 0 (``loss_curve_``). Predictions are computed in float64 on the CPU.
 
     Args:
         method: how the gradient is computed: sgd (plain training), sam (Foret et al., ICLR 2021) or imbsam (Zhou et
             al., ICCV 2023).
         rho: length of the perturbation, from 0.
-        eta: classes with fewer than eta training rows are tail classes. None: those smaller than the mean class size,
-            which is the rare class of two. Used by imbsam alone.
+        eta: classes with fewer than eta training samples are tail classes. None: those smaller than the mean class
+            size, which is the rare class of two. Used only by imbsam.
         hidden_layer_sizes: width of each hidden layer; ``()`` is logistic regression.
-        loss: cross_entropy, or logit_adjusted (Menon et al., ICLR 2021, tau 1). Probabilities of the latter are those
-            for classes that are equally frequent.
-        class_weight: weight of each class's loss: ``{label: weight}``, balanced (inversely proportional to the class's
-            rows) or None. Together with ``sample_weight`` the weights are scaled to mean 1 over the training rows, so
-            that ``learning_rate`` keeps its meaning.
-        learning_rate: of SGD at the start, above 0.
+        loss: cross_entropy, or logit_adjusted (Menon et al., ICLR 2021, tau 1), whose probabilities are those for
+            equally frequent classes.
+        class_weight: weight of each class's loss: ``{label: weight}``, balanced (inversely proportional to the
+            class's samples) or None. Together with ``sample_weight`` the weights are scaled to mean 1 over the training
+            samples, so that ``learning_rate`` keeps its meaning.
+        learning_rate: initial learning rate of SGD, above 0.
         weight_decay: L2 penalty, from 0.
-        max_epochs: passes over the training rows.
-        batch_size: rows of a step.
-        random_state: seed of the first weights and of the order of the rows.
+        max_epochs: passes over the training samples.
+        batch_size: samples per step.
+        random_state: seed of the initial weights and of the order of the samples.
         device: where the training runs: cpu, cuda, ...
         verbose: print the training loss after every epoch.
 
     Attributes:
         classes_: labels, sorted, shape (C,).
-        class_counts_: training rows of each class, int64 (C,).
+        class_counts_: training samples of each class, int64 (C,).
         tail_classes_: labels of the tail classes.
         loss_curve_: mean training loss of each epoch, at the unperturbed weights.
-        network_: the trained ``torch.nn.Sequential``; takes standardised rows.
+        network_: the trained ``torch.nn.Sequential``; takes standardised inputs.
         scaler_: the ``StandardScaler`` of the columns.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
 
@@ -211,51 +210,48 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         Args:
             X: finite numbers, shape (N, F), N at least 5.
             y: labels, shape (N,), of at least two classes.
-            sample_weight: weight of each row's loss, shape (N,), from 0. A row of weight 0 counts as left out.
+            sample_weight: weight of each sample's loss, shape (N,), from 0. A sample of weight 0 is left out.
 
         Returns:
             The estimator itself.
 
         Raises:
             ValueError: for a table that scikit-learn refuses (nan, infinity, text, shapes).
-            SettingError: a ValueError, for a setting that cannot work or one class alone.
+            SettingError: a ValueError, for a setting that cannot work, or a single class.
 
         Warns:
-            UserWarning: where imbsam finds no tail class, or only tail classes.
+            UserWarning: if imbsam has no tail class, or only tail classes.
         """
-        self._check_settings()
+        hidden = self._check_settings()
         _one_of("loss", self.loss, "cross_entropy", "logit_adjusted")
-        hidden = _layer_sizes(self.hidden_layer_sizes)
-        table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+        table, labels = self._table(X, y, ensure_min_samples=MIN_SAMPLES)
         check_classification_targets(labels)
         weight = np.ones(len(table)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         weight = check_array(np.full(len(table), weight) if weight.ndim == 0 else weight, ensure_2d=False)
         if weight.ndim != 1:
-            raise SettingError(f"sample_weight has shape {weight.shape}: give one number a row")
+            raise SettingError(f"sample_weight has shape {weight.shape}: give one number per sample")
         check_consistent_length(table, weight)
         if (weight < 0).any():
-            raise SettingError(f"sample_weight holds {weight.min()}: give numbers from 0")
+            raise SettingError(f"sample_weight has {weight.min()}: give numbers from 0")
         if not weight.any():
-            raise SettingError("sample_weight is zero for every row: give at least two classes some weight")
+            raise SettingError("sample_weight is zero for every sample: give at least two classes some weight")
         table, labels, weight = table[weight > 0], labels[weight > 0], weight[weight > 0]
         self.classes_, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(self.classes_) < 2:
             only = self.classes_.tolist()[0]
-            raise SettingError(f"y holds one class alone, {only!r}: give rows of at least two classes")
+            raise SettingError(f"y has a single class, {only!r}: give samples of at least two classes")
         weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
         weight = weight / weight.mean()
         eta = float(counts.mean()) if self.eta is None else self.eta
         self.class_counts_ = counts
         self.tail_classes_ = self.classes_[tail_mask(counts.tolist(), eta).numpy()]
 
-        self.scaler_ = StandardScaler().fit(table)
-        network, generator = self._build(table.shape[1], [*hidden, len(self.classes_)], bias=True)
+        network, inputs, generator = self._build(table, [*hidden, len(self.classes_)], bias=True)
         engine: ClassAwareSAM
         if self.method == "imbsam":
             engine = ImbSAM(network, counts.tolist(), eta=eta, rho=self.rho)
         else:
             engine = SAM(network, rho=self.rho) if self.method == "sam" else Plain(network)
-        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(codes)
         classes, weights = targets.to(self.device), torch.from_numpy(weight).float().to(self.device)
         loss = CrossEntropy() if self.loss == "cross_entropy" else LogitAdjusted(counts.tolist()).to(self.device)
@@ -277,39 +273,39 @@ class ImbSAMClassifier(ClassifierMixin, _NetworkEstimator):  # type: ignore[misc
         return probabilities
 
     def predict(self, X: ArrayLike) -> Array:
-        """The most probable label of each row, shape (N,)."""
-        best = self.predict_proba(X).argmax(axis=1)  # first: it says where the estimator is not fitted
+        """The most probable label of each sample, shape (N,)."""
+        best = self.predict_proba(X).argmax(axis=1)  # first: it raises where the estimator is not fitted
         labels: Array = self.classes_[best]
         return labels
 
 
 class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[misc]
-    r"""Semi-supervised outlier detection: DeepSAD, the labelled anomalies being the tail.
+    r"""Semi-supervised outlier detection: DeepSAD, with the labelled anomalies as the tail.
 
-    A network without biases draws the rows to a centre and pushes the few labelled anomalies away, by
+    A network without biases pulls the samples towards a centre and pushes the few labelled anomalies away, by
     :class:`imbsam.deep_sad.DeepSADObjective`. Network, objective, scaling, optimizer (Adam) and budget are those of
-    ``configs/detector/deep_sad.yaml`` without a validation part. Without labelled anomalies it is one-class Deep
+    ``configs/detector/deep_sad.yaml`` without a validation set. Without labelled anomalies it is one-class Deep
     SVDD (Ruff et al., ICML 2018), where imbsam has nothing to perturb; a warning says so. Columns are standardised by
-    the training rows.
+    the training samples.
 
     Args:
-        method: sgd (plain training), sam, or imbsam (the labelled anomalies alone are sharp).
+        method: sgd (plain training), sam, or imbsam (only the labelled anomalies are sharp).
         rho: length of the perturbation, from 0.
         anomaly_weight: weight of a labelled anomaly's loss, above 0.
-        contamination: share of the training rows, labelled anomalies among them, that ``predict`` calls outliers, in
-            (0, 0.5]. It sets ``offset_`` and nothing else.
+        contamination: fraction of the training samples, labelled anomalies included, that ``predict`` calls outliers,
+            in (0, 0.5]. It sets ``offset_`` and nothing else.
         hidden_layer_sizes: width of each layer; the last is the output's.
-        learning_rate: of Adam, above 0.
+        learning_rate: learning rate of Adam, above 0.
         weight_decay: L2 penalty, from 0.
-        max_epochs: passes over the training rows.
-        batch_size: rows of a step.
-        random_state: seed of the first weights and of the order of the rows.
+        max_epochs: passes over the training samples.
+        batch_size: samples per step.
+        random_state: seed of the initial weights and of the order of the samples.
         device: where the training runs: cpu, cuda, ...
         verbose: print the training loss after every epoch.
 
     Attributes:
         offset_: ``decision_function`` is ``score_samples`` minus this.
-        n_anomalies_: labelled anomalies in the training rows.
+        n_anomalies_: number of labelled anomalies.
         objective_: the fitted :class:`imbsam.deep_sad.DeepSADObjective`, with centre and spread.
         loss_curve_, network_, scaler_, n_features_in_, feature_names_in_: as in :class:`ImbSAMClassifier`.
 
@@ -357,48 +353,44 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
 
         Args:
             X: finite numbers, shape (N, F), N at least 5.
-            y: -1 for a known anomaly, any other number for an unlabelled or normal row, shape (N,). None: no row is
-                labelled.
+            y: -1 for a known anomaly, any other number for an unlabelled or normal sample, shape (N,). None: no
+                sample is labelled.
 
         Returns:
             The estimator itself.
 
         Raises:
             ValueError: for a table that scikit-learn refuses (nan, infinity, text, shapes).
-            SettingError: a ValueError, for a setting that cannot work, or anomalies alone.
+            SettingError: a ValueError, for a setting that cannot work, or if all samples are anomalies.
 
         Warns:
-            UserWarning: where no row is labelled as an anomaly.
+            UserWarning: if no sample is labelled as an anomaly.
         """
-        self._check_settings()
-        hidden = _layer_sizes(self.hidden_layer_sizes)
+        hidden = self._check_settings()
         if not hidden:
-            raise SettingError("hidden_layer_sizes is empty: the last layer's width is that of the detector's output")
-        if not (_finite(self.anomaly_weight) and self.anomaly_weight > 0):
-            raise SettingError(f"anomaly_weight is {self.anomaly_weight!r}: give a finite number above 0")
-        if not (_finite(self.contamination) and 0 < self.contamination <= 0.5):
-            raise SettingError(f"contamination is {self.contamination!r}: give a share above 0, up to 0.5")
+            raise SettingError("hidden_layer_sizes is empty: give at least the width of the detector's output")
+        check_numbers(above=True, anomaly_weight=self.anomaly_weight, contamination=self.contamination)
+        if self.contamination > 0.5:
+            raise SettingError(f"contamination is {self.contamination}: give a fraction above 0, up to 0.5")
         if y is None:
-            table = self._table(X, ensure_min_samples=MIN_ROWS)
+            table = self._table(X, ensure_min_samples=MIN_SAMPLES)
             anomaly = np.full(len(table), False)
         else:
-            table, labels = self._table(X, y, ensure_min_samples=MIN_ROWS)
+            table, labels = self._table(X, y, ensure_min_samples=MIN_SAMPLES)
             anomaly = np.asarray(labels == -1)
         self.n_anomalies_ = int(anomaly.sum())
         if anomaly.all():
-            raise SettingError("y holds -1 (anomaly) alone: give unlabelled or normal rows too")
+            raise SettingError("y is -1 (anomaly) for every sample: give unlabelled or normal ones too")
         if not anomaly.any():
-            what = "is None" if y is None else f"holds no -1 (it holds {', '.join(map(str, np.unique(labels)[:4]))})"
+            what = "is None" if y is None else f"has no -1 (it has {', '.join(map(str, np.unique(labels)[:4]))})"
             warnings.warn(
-                f"y {what}: without a labelled anomaly this is one-class Deep SVDD; mark the known anomalies by -1",
+                f"y {what}: without a labelled anomaly this is one-class Deep SVDD; mark known anomalies with -1",
                 stacklevel=2,
             )
 
-        self.scaler_ = StandardScaler().fit(table)
-        network, generator = self._build(table.shape[1], hidden, bias=False, activation=nn.LeakyReLU)
+        network, inputs, generator = self._build(table, hidden, bias=False, activation=nn.LeakyReLU)
         sharpness = {"sgd": [0.0, 0.0], "sam": [1.0, 1.0], "imbsam": [0.0, 1.0]}[self.method]
         engine = ClassAwareSAM(network, sharpness_weight=sharpness, rho=self.rho)
-        inputs = torch.from_numpy(self.scaler_.transform(table)).float().to(self.device)
         targets = torch.from_numpy(anomaly).long()
         labelled = targets.to(self.device) == 1
         objective = deep_sad.DeepSADObjective(hidden[-1], self.anomaly_weight).to(self.device)
@@ -426,7 +418,7 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: ArrayLike) -> Array:
-        """-1 for outliers and 1 for the other rows, int64 (N,)."""
+        """-1 for outliers and 1 for the others, int64 (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _scores(self, table: Array) -> Array:
@@ -434,18 +426,6 @@ class ImbSAMOutlierDetector(OutlierMixin, _NetworkEstimator):  # type: ignore[mi
         return scores
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _one_of(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
         raise SettingError(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
-
-
-def _layer_sizes(sizes: Any) -> list[int]:
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence | np.ndarray):
-        raise SettingError(f"hidden_layer_sizes is {sizes!r}: give a tuple of widths, such as (64, 32)")
-    for size in sizes:
-        check_whole_numbers(**{"each of hidden_layer_sizes": size})
-    return [int(size) for size in sizes]

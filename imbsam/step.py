@@ -1,4 +1,4 @@
-"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w)."""
+"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w); or a sum of such g_s, each at its own w + e."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,13 @@ class Step:
 
         g_rest = grad of 1/B sum a_i (1 - c_i) l_i        g_s = grad of 1/B sum a_i c_i l_i
 
+    With several groups of classes c_i is a sum of one c_ik for each, and so g_s is one of g_k, each with its own e_k.
+
     Args:
         modules: the module's submodules, itself first.
         params: its trained parameters.
         batches: the micro-batches, which count as one batch of B rows.
-        rho: length of e.
+        ascents: for each e its length, and the parts of the batches that its g_s is the gradient of (``Plan.ascents``).
         adaptive: ASAM's e.
         reduction: averages over the ranks.
         run_backward: runs a backward pass: ``Tensor.backward``, or a scaler's.
@@ -38,7 +40,7 @@ class Step:
         params: Sequence[nn.Parameter],
         batches: Sequence[Batch],
         *,
-        rho: float,
+        ascents: Sequence[tuple[float, Sequence[Batch]]],
         adaptive: bool,
         reduction: Reduction,
         run_backward: Callable[..., Any],
@@ -48,7 +50,7 @@ class Step:
         self._params = params
         self._batches = batches
         self._total = max(1, sum(batch.size for batch in batches))
-        self._rho = rho
+        self._ascents = ascents
         self._adaptive = adaptive
         self._reduction = reduction
         self._run_backward = run_backward
@@ -66,12 +68,13 @@ class Step:
         loss, g_rest, g_s, buffers = self._first_passes()
         if self._reduction.waits or any(batch.takes_extra_passes for batch in self._batches):
             buffers, generators = buffers or self._buffers.now(), self._generators.now()
-            self._own_forwards(g_rest, g_s)
-            g_s = self._reduction.mean_g_s(g_s)
-            with self._ascended(g_s):
-                for batch in self._batches:
-                    if batch.takes_extra_passes:
-                        g_rest = self._sharp_gradient(batch, add_to=g_rest)  # grad L(w) = g_rest(w) + g_s(w + e)
+            for rho, parts in self._ascents:
+                self._own_forwards(parts, g_rest, g_s)
+                g_s = self._reduction.mean_g_s(g_s)
+                with self._ascended(g_s, rho):
+                    for part in parts:
+                        g_rest = self._sharp_gradient(part, add_to=g_rest)  # grad L(w) = g_rest(w) + g_s(w + e)
+                g_s = self._no_gradient()
             buffers.restore()
             generators.restore()
         self._add_to_grad(self._reduction.mean(g_rest))
@@ -97,7 +100,7 @@ class Step:
             as one ordinary pass leaves them, where a second backward has moved them since.
         """
         loss = torch.zeros((), device=self._params[0].device)
-        g_rest, g_s = Gradients([None] * len(self._params)), Gradients([None] * len(self._params))
+        g_rest, g_s = self._no_gradient(), self._no_gradient()
         buffers: Buffers | None = None
         for i, batch in enumerate(self._batches):
             if batch.size == 0:
@@ -105,8 +108,10 @@ class Step:
             if buffers is not None:
                 buffers.restore()
             if batch.takes_extra_passes:  # the passes at w + e see what this one sees
-                batch.buffers = self._buffers if i == 0 else self._buffers.now()
-                batch.generators = self._generators if i == 0 else self._generators.now()
+                seen = self._buffers if i == 0 else self._buffers.now()
+                drawn = self._generators if i == 0 else self._generators.now()
+                for part in batch.parts or [batch]:
+                    part.buffers, part.generators = seen, drawn
             losses = self._losses(batch, torch.arange(batch.size, device="cpu"))
             objective = batch.all(losses) / self._total
             loss = loss + objective.detach().to(loss.device)
@@ -126,17 +131,17 @@ class Step:
         self._check_reached(g_rest, g_s)
         return loss, g_rest, g_s, buffers
 
-    def _own_forwards(self, g_rest: Gradients, g_s: Gradients) -> None:
+    def _own_forwards(self, parts: Sequence[Batch], g_rest: Gradients, g_s: Gradients) -> None:
         """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s."""
-        for batch in self._batches:
-            if batch.source is SharpGradient.OWN_FORWARD:
-                batch.generators = self._generators.now()
-                found = self._sharp_gradient(batch)
+        for part in parts:
+            if part.source is SharpGradient.OWN_FORWARD:
+                part.generators = self._generators.now()
+                found = self._sharp_gradient(part)
                 g_rest -= found
                 g_s += found
 
     @contextlib.contextmanager
-    def _ascended(self, g_s: Gradients) -> Iterator[None]:
+    def _ascended(self, g_s: Gradients, rho: float) -> Iterator[None]:
         """Inside, the weights are w + e. Uses up `g_s`, or its memory would be held through the passes at w + e."""
         reached = [(p, g) for p, g in zip(self._params, g_s.tensors, strict=True) if g is not None]
         g_s.tensors = []
@@ -145,8 +150,9 @@ class Step:
             return
         params, along = zip(*reached, strict=True)
         del reached
+        self._ascent = None  # or its copy of w would be held through the next ascent
         self._ascent = Ascent(params, self._after_write)
-        e = perturbation(along, self._rho, weights=params if self._adaptive else None)
+        e = perturbation(along, rho, weights=params if self._adaptive else None)
         del along
         self._ascent.ascend(e)
         del e
@@ -177,7 +183,7 @@ class Step:
 
     def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
         """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
-        into = [None] * len(self._params) if add_to is None else add_to.tensors
+        into = (self._no_gradient() if add_to is None else add_to).tensors
         for p, grad in zip(self._params, into, strict=True):
             p.grad = grad
         self._run_backward(loss, **options)
@@ -226,6 +232,9 @@ class Step:
         if both:
             into, increments = zip(*both, strict=True)
             torch._foreach_add_(local_shards(into), local_shards(increments))
+
+    def _no_gradient(self) -> Gradients:
+        return Gradients([None] * len(self._params))
 
     def _entries(self) -> list[Tensor]:
         return local_shards([grad for grad in self._grads if grad is not None])

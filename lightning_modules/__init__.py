@@ -3,7 +3,7 @@
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.callbacks.early_stopping import RestoringEarlyStopping
 from lightning_modules.callbacks.max_norm import MaxNorm
-from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
+from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule, TailStage
 from lightning_modules.callbacks.sharpness import SharpnessOfGroups
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cosine_to_end import CosineToEnd
@@ -19,4 +19,5 @@ __all__ = [
     "RhoSchedule",
     "SecondStageClassifier",
     "SharpnessOfGroups",
+    "TailStage",
 ]

@@ -350,14 +350,14 @@ class LongTailedClassifier(SharpnessAwareModule):
     def _watch_sampling(self, class_counts: Tensor) -> None:
         """ImbSAM is for tail rows that are rare in the batches too."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        sampler, shares = getattr(data, "sampler", "instance_balanced"), getattr(data, "drawn_shares", None)
+        sampling, shares = getattr(data, "sampling", "instance_balanced"), getattr(data, "drawn_shares", None)
         eta, tail_classes = self.tail_settings
         imbsam = isinstance(self.sam, ImbSAM) and tail_classes is None
-        if imbsam and shares is not None and sampler != "instance_balanced":
+        if imbsam and shares is not None and sampling != "instance_balanced":
             drawn = 100 * float(shares[self._tail].sum())
             there = 100 * float(class_counts[self._tail].sum() / class_counts.sum())
             rank_zero_warn(
-                f"data.sampler is {sampler}, while model.sam.eta={eta:g} goes by the class counts: tail classes are "
+                f"data.sampling is {sampling}, while model.sam.eta={eta:g} goes by the class counts: tail classes are "
                 f"{there:.1f} % of the training samples and {drawn:.1f} % of the drawn rows, all of which ImbSAM "
                 "perturbs, at a cost to match; set model.sam.tail_classes where that is meant"
             )

@@ -1,4 +1,4 @@
-"""Sharpness of many, medium, few and all: measured, printed, plotted."""
+"""Measure, print and plot the sharpness of the many, medium, few and all classes."""
 
 import csv
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from imbsam import SettingError
 from imbsam.checks import check_whole_numbers
+from imbsam.group_names import GROUP_COLOURS
 from imbsam.sharpness import MEASURES, Estimate, SharpnessMeasures, loss_slice
 
 Split = Literal["train", "test"]
-Found = dict[str, dict[str, Estimate]]
-"""Per group, per measure."""
+Results = dict[str, dict[str, Estimate]]
+"""By group, by measure."""
 
 COLUMNS = ("epoch", "split", "group", "measure", "value", "standard_error", "samples", "settings")
-COLOURS = {"many": "#0072B2", "medium": "#E69F00", "few": "#D55E00", "all": "0.25"}  # those of the accuracy plot
 
 
 class GroupSamples:
@@ -45,9 +45,7 @@ class GroupSamples:
     def __init__(self, model: Any, datamodule: Any, split: Split, samples: int, chunk_size: int, seed: int) -> None:
         check_whole_numbers(samples=samples, chunk_size=chunk_size)
         if not hasattr(model, "test_accuracy") or not hasattr(model, "loss"):
-            raise SettingError(
-                f"model {type(model).__name__} has no loss or no test_accuracy: use a LongTailedClassifier"
-            )
+            raise SettingError(f"model {type(model).__name__} has no loss or test_accuracy: use a LongTailedClassifier")
         name = "train_eval_dataloader" if split == "train" else "test_dataloader"
         if not hasattr(datamodule, name):
             raise SettingError(
@@ -56,9 +54,7 @@ class GroupSamples:
             )
         self.model = model
         self.split = split
-        accuracy = model.test_accuracy
-        groups = dict(zip(accuracy.group_names, accuracy.groups.cpu(), strict=True))
-        kept = _draw(getattr(datamodule, name)(), groups, samples, seed)
+        kept = _draw(getattr(datamodule, name)(), model.test_accuracy.masks, samples, seed)
         self.sizes = {group: len(targets) for group, (_, targets) in kept.items()}
         self.chunks = {
             group: list(zip(torch.split(inputs, chunk_size), torch.split(targets, chunk_size), strict=True))
@@ -67,29 +63,55 @@ class GroupSamples:
         }
 
     def losses(self, batch: Any) -> Tensor:
-        """Per-sample training losses of one chunk, which comes to the model's device for it."""
+        """Per-sample training losses of one chunk, moved to the model's device for it."""
         inputs, targets = move_data_to_device(batch, self.model.device)
-        found: Tensor = self.model.loss(self.model(inputs), targets)
-        return found
+        losses: Tensor = self.model.loss(self.model(inputs), targets)
+        return losses
 
-    def measure(self, measures: SharpnessMeasures, epoch: int, folder: Path, title: str, show_progress: bool) -> Found:
-        """All measures of every group that has samples: into `folder`'s ``sharpness.csv``, and as a table."""
-        found: Found = {}
-        path = folder / "sharpness.csv"
-        with _progress(show_progress, len(self.chunks) * len(MEASURES)) as advance:
+    def measure(
+        self, measures: SharpnessMeasures, epoch: int, folder: Path, title: str, show_progress: bool
+    ) -> Results:
+        """All measures of every group that has samples, after `epoch` epochs.
+
+        They are appended to `folder`'s ``sharpness.csv`` one by one, so that a long measurement that is interrupted
+        keeps what it has, and printed as a table.
+        """
+        results: Results = {}
+        path, settings = folder / "sharpness.csv", " ".join(f"{k}={v}" for k, v in asdict(measures).items())
+        folder.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with (
+            path.open("a", newline="", buffering=1) as file,
+            _progress(show_progress, len(self.chunks) * len(MEASURES)) as advance,
+        ):
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(COLUMNS)
             for group, chunks in self.chunks.items():
-                measured: dict[str, Estimate] = {}
+                results[group] = {}
                 advance(f"{group}: {MEASURES[0]}", 0)
-                for measure, estimate in measures.measure(self.model, self.losses, chunks):
-                    measured[measure] = estimate
-                    following = MEASURES.index(measure) + 1
-                    advance(f"{group}: {MEASURES[following]}" if following < len(MEASURES) else "", 1)
-                found[group] = measured
-                # group by group: a long measurement that is stopped keeps what it has
-                _append(path, epoch, self.split, group, measured, self.sizes[group], measures)
-        print_table(found, self.sizes, self.split, measures, title)
-        Console().print(f"sharpness: {path}", soft_wrap=True, highlight=False)
-        return found
+                for following, (measure, estimate) in zip(
+                    [*MEASURES[1:], ""], measures.measure(self.model, self.losses, chunks), strict=True
+                ):
+                    results[group][measure] = estimate
+                    numbers = ["" if number is None else f"{number:.6g}" for number in estimate]
+                    writer.writerow([epoch, self.split, group, measure, *numbers, self.sizes[group], settings])
+                    advance(f"{group}: {following}", 1)
+        table = Table(
+            title=f"sharpness on the {'training' if self.split == 'train' else 'test'} samples\n{title}",
+            caption=f"rho {measures.rho:g}, sigma {measures.sigma:g}{', adaptive' if measures.adaptive else ''}, "
+            f"seed {measures.seed}; standard errors of the random draws are in sharpness.csv",
+        )
+        table.add_column("group")
+        for name in ("samples", *MEASURES):
+            table.add_column(name.replace("_", "\n"), justify="right")
+        for group, size in self.sizes.items():
+            cells = [f"{results[group][measure].value:.3g}" if group in results else "–" for measure in MEASURES]
+            table.add_row(group, str(size), *cells)
+        console = Console()
+        console.print(table)
+        console.print(f"sharpness: {path}", soft_wrap=True, highlight=False)
+        return results
 
     def slices(self, span: float, points: int, seed: int, show_progress: bool) -> dict[str, np.ndarray]:
         """Loss slices of every group, in the arrays of ``loss_slices.npz``."""
@@ -106,25 +128,8 @@ class GroupSamples:
         return arrays
 
 
-def print_table(found: Found, sizes: dict[str, int], split: Split, measures: SharpnessMeasures, title: str) -> None:
-    """Print one row for each group, and what the columns mean."""
-    table = Table(
-        title=f"sharpness on the {split} samples\n{title}",
-        caption=f"rho {measures.rho:g}, sigma {measures.sigma:g}{', adaptive' if measures.adaptive else ''}, "
-        f"seed {measures.seed}; standard errors of the random draws are in sharpness.csv",
-    )
-    table.add_column("group")
-    table.add_column("samples", justify="right")
-    for measure in MEASURES:
-        table.add_column(measure.replace("_", "\n"), justify="right")
-    for group, size in sizes.items():
-        cells = [f"{found[group][measure].value:.3g}" if group in found else "–" for measure in MEASURES]
-        table.add_row(group, str(size), *cells)
-    Console().print(table)
-
-
 def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Draw the slices of ``loss_slices.npz``: the groups' lines in one plot, and a plane for each.
+    """Plot the slices of ``loss_slices.npz``: the groups' lines in one plot, and a plane for each.
 
     Raises:
         ModuleNotFoundError: matplotlib, of the extra `sharpness`, is missing.
@@ -135,48 +140,23 @@ def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
     groups = [name.removesuffix("_1d") for name in arrays if name.endswith("_1d")]
     figure = Figure(figsize=(3.4 * (1 + len(groups)), 3.4), layout="constrained")
     line, *planes = figure.subplots(1, 1 + len(groups))
-    low, high = (
-        min(a.min() for n, a in arrays.items() if n != "position"),
-        max(a.max() for n, a in arrays.items() if n != "position"),
-    )
-    levels = np.geomspace(max(low, high * 1e-4), high, 13)
+    losses = np.concatenate([array.ravel() for name, array in arrays.items() if name != "position"])
+    levels = np.geomspace(max(losses.min(), losses.max() * 1e-4), losses.max(), 13)
     for group, plane in zip(groups, planes, strict=True):
-        line.semilogy(position, arrays[f"{group}_1d"], color=COLOURS[group], label=group)
-        losses = np.clip(arrays[f"{group}_2d"].T, levels[0], levels[-1])
-        shown = plane.contourf(position, position, losses, levels, norm="log", cmap="viridis")
+        line.semilogy(position, arrays[f"{group}_1d"], color=GROUP_COLOURS[group], label=group)
+        values = np.clip(arrays[f"{group}_2d"].T, levels[0], levels[-1])
+        contours = plane.contourf(position, position, values, levels, norm="log", cmap="viridis")
         plane.plot(0, 0, "+", color="white")
         plane.set(title=group, aspect="equal", xlabel="along direction 1")
     planes[0].set_ylabel("along direction 2")
-    figure.colorbar(shown, ax=planes, label="loss", format="%.2g")
+    figure.colorbar(contours, ax=planes, label="loss", format="%.2g")
     line.set(xlabel="along direction 1 (1: each filter's length)", ylabel="loss")
     line.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
 
-def _append(
-    path: Path,
-    epoch: int,
-    split: Split,
-    group: str,
-    measured: dict[str, Estimate],
-    samples: int,
-    measures: SharpnessMeasures,
-) -> None:
-    """One row for each measure; `epoch` is the number of epochs trained."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = " ".join(f"{name}={value}" for name, value in asdict(measures).items())
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for measure, (value, error) in measured.items():
-            error_text = "" if error is None else f"{error:.6g}"
-            writer.writerow([epoch, split, group, measure, f"{value:.6g}", error_text, samples, settings])
-
-
 def _draw(loader: Any, groups: dict[str, Tensor], samples: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """In one pass, the samples of each group with the smallest random keys: each equally likely, in little memory."""
+    """In one pass, the samples of each group with the smallest random keys: all equally likely, in little memory."""
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, tuple[Tensor, ...]] = {}
     for inputs, targets in loader:

@@ -112,11 +112,11 @@ class SecondStageClassifier(LongTailedClassifier):
                 f"stage is tau_norm, which does not train, on {self.trainer.world_size} devices: set "
                 "trainer.devices to 1"
             )
-        sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", "class_balanced")
-        if hp.stage in ("crt", "lws") and sampler != "class_balanced":
+        sampling = getattr(getattr(self.trainer, "datamodule", None), "sampling", "class_balanced")
+        if hp.stage in ("crt", "lws") and sampling != "class_balanced":
             rank_zero_warn(
-                f"stage is {hp.stage} and data.sampler is {sampler}: the paper's classifier is trained with "
-                "class-balanced sampling; set data.sampler to class_balanced"
+                f"stage is {hp.stage} and data.sampling is {sampling}: the paper's classifier is trained with "
+                "class-balanced sampling; set data.sampling to class_balanced"
             )
 
     def configure_model(self) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
+from imbsam.group_names import GROUPS
 from imbsam.report.runs import Run, UnreadableRunError, find_folders, read_run
-from imbsam.report.task import GROUPS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOGS = Path("logs")

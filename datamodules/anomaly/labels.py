@@ -1,10 +1,11 @@
 """Which rows of a table are anomalies, by its label column."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from datamodules.tables.reading import shown_value
+from datamodules.tables.reading import cell_text
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
@@ -22,34 +23,27 @@ def anomaly_labels(values: Any, column: str, source: str, anomaly_value: Any = N
         True for anomalies, bool (N,), and the value that marks them.
 
     Raises:
-        SettingError: A value is missing, there is one value only, or nothing says which value is the anomalies'.
+        SettingError: A value is missing, there is only one, or nothing says which one marks the anomalies.
     """
-    shown = np.array([shown_value(value) for value in values.tolist()], dtype=object)
-    found, counts = np.unique(shown.astype(str), return_counts=True)
-    sizes = dict(zip(found.tolist(), counts.tolist(), strict=True))
-    if missing := sizes.pop("", 0):
-        raise SettingError(
-            f"{source}: label {column} is missing in {missing} rows: write 0 there where nothing is known"
-        )
+    cells = [cell_text(value) for value in values.tolist()]
+    sizes = dict(sorted(Counter(cells).items()))
+    label = f"{source}: label {column}"
+    if "" in sizes:
+        raise SettingError(f"{label} is missing in {sizes['']} rows: write 0 there if nothing is known")
     if len(sizes) == 1:
-        raise SettingError(f"{source}: label {column} is {found[-1]} in every row: there is nothing to tell apart")
+        raise SettingError(f"{label} is {cells[0]} in every row: add rows with another value, or set another label")
     if anomaly_value is not None:
-        chosen = shown_value(anomaly_value)
+        chosen = cell_text(anomaly_value)
         if chosen not in sizes:
             raise SettingError(
-                f"anomaly_value={anomaly_value}: label {column} of {source} is one of {first_few(sizes)}"
+                f"anomaly_value is {anomaly_value}: give a value of {column} in {source}: {first_few(sizes)}"
             )
-    elif set(sizes) == {"0", "1"}:
+    elif sizes.keys() == {"0", "1"}:
         chosen = "1"
     elif len(sizes) > 2:
-        raise SettingError(
-            f"{source}: label {column} has {len(sizes)} values ({first_few(sizes)}): set anomaly_value to the "
-            "anomalies'"
-        )
+        raise SettingError(f"{label} has {len(sizes)} values ({first_few(sizes)}): set anomaly_value to the anomalies'")
     else:
-        chosen, other = sorted(sizes, key=lambda value: sizes[value])
+        chosen, other = sorted(sizes, key=sizes.__getitem__)
         if sizes[chosen] == sizes[other]:
-            raise SettingError(
-                f"{source}: label {column} is {chosen} as often as {other}: set anomaly_value to the anomalies'"
-            )
-    return shown == chosen, chosen
+            raise SettingError(f"{label} is {chosen} as often as {other}: set anomaly_value to the anomalies'")
+    return np.array([cell == chosen for cell in cells]), chosen

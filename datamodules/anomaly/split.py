@@ -34,9 +34,9 @@ def split_rows(
     """Draw the parts, stratified on the true labels.
 
     With ``val_share`` 0, ``min_rows`` 1000, ``max_rows`` 10000 these are the very rows that ADBench (Han et al.,
-    NeurIPS 2022) draws for the same seed: fewer than ``min_rows`` are resampled with replacement to that many, more
-    than ``max_rows`` are cut, then the test part is taken off, then ceil(labelled_share * training anomalies) are
-    labelled. After all that the same share of the validation anomalies is.
+    NeurIPS 2022) draws for the same seed: a table below ``min_rows`` is resampled with replacement, one above
+    ``max_rows`` is subsampled, then the test part is split off, then ceil(labelled_share * training anomalies) are
+    labelled. The same share of the validation anomalies is labelled last.
 
     Args:
         anomalous: The true labels, bool (N,).
@@ -45,7 +45,7 @@ def split_rows(
         test_share: Share of the rows to test on, in (0, 1).
         val_share: Share of the rest to validate on, in [0, 1).
         min_rows: Resample smaller tables to this many rows; 0 for never.
-        max_rows: Cut larger tables to this many rows; None for never.
+        max_rows: Subsample larger tables to this many rows; None for never.
         seed: Seed of all draws.
 
     Raises:
@@ -53,19 +53,18 @@ def split_rows(
     """
     from sklearn.model_selection import train_test_split
 
-    # the legacy generator, in the order of ADBench's calls: only so are its rows ours
+    # the legacy generator, in the order of ADBench's calls, to draw the same rows
     random = np.random.RandomState(seed)
     rows = np.arange(len(anomalous))
     if 0 < len(rows) < min_rows:
         rows = random.choice(rows, min_rows, replace=True)
     elif max_rows is not None and len(rows) > max_rows:
         rows = random.choice(rows, max_rows, replace=False)
-    parts = 3 if val_share else 2
     anomalies = int(anomalous[rows].sum())
-    if min(anomalies, len(rows) - anomalies) < parts:
-        named = "training, validation" if val_share else "training"
+    if min(anomalies, len(rows) - anomalies) < (3 if val_share else 2):
+        parts = "training, validation" if val_share else "training"
         raise SettingError(
-            f"{source} has {len(rows)} rows, {anomalies} of them anomalies: {named} and test need at least one anomaly "
+            f"{source} has {len(rows)} rows, {anomalies} of them anomalies: {parts} and test need at least one anomaly "
             "and one other row each"
         )
     try:
@@ -75,7 +74,8 @@ def split_rows(
             train, val = train_test_split(train, test_size=val_share, stratify=anomalous[train], random_state=random)
     except ValueError as error:  # a share so small that a part has fewer rows than there are classes
         raise SettingError(
-            f"{source} has {len(rows)} rows: test_share={test_share:g}, val_share={val_share:g} leave a part too small"
+            f"test_share is {test_share:g} and val_share {val_share:g}, which leave a part of the {len(rows)} rows of "
+            f"{source} too small: set them higher or lower"
         ) from error
     for name, part in (("training", train), ("validation", val), ("test", test)):
         if len(part) and anomalous[part].all() | ~anomalous[part].any():

@@ -1,20 +1,20 @@
 """Semi-supervised anomaly detection on tables: an npz, CSV or Parquet file, or scikit-learn's digits."""
 
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.anomaly.base import SemiSupervisedDataModule, check_share
-from datamodules.anomaly.batches import BatchLoader, Sampling, ordered_batches
+from datamodules.anomaly.base import SemiSupervisedDataModule
+from datamodules.anomaly.batches import BatchLoader, in_order
 from datamodules.anomaly.labels import anomaly_labels
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import Scaling, TableEncoder
 from datamodules.tables.reading import Table, read_table
+from imbsam.checks import check_choice, check_interval, check_whole_numbers
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
@@ -30,30 +30,26 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         feature_names: Their d names.
 
     Args:
-        path: An npz file (arrays ``X`` and ``y``), a CSV or a Parquet file; null for scikit-learn's digits, where
-            a 0 is an anomaly. A CSV file may be separated by commas, semicolons or tabs.
+        path: An npz file (arrays ``X`` and ``y``), a CSV (separated by commas, semicolons or tabs) or a Parquet file;
+            null for scikit-learn's digits, where a 0 is an anomaly.
         label: Column that says which rows are anomalies; null is ``y`` of an npz file.
-        anomaly_value: The anomalies' value in that column; null is 1 beside 0, true beside false, or the rarer of two.
+        anomaly_value: The anomalies' value in that column; null is 1 of 0 and 1, true of false and true, or else the
+            rarer of two.
         drop_columns: Columns to leave out, for example identifiers.
-        labelled_share: Share of the training anomalies that the detector is told of, in (0, 1]; the others hide among
-            the unlabelled rows. As many of the validation anomalies are known to the validation loss. Null is 1 for CSV
+        labelled_share: Share of the training anomalies whose label the detector knows, in (0, 1]; the others hide among
+            the unlabelled rows. The validation loss knows the same share of the validation anomalies. Null is 1 for CSV
             and Parquet, and 0.1 for the benchmarks, npz and digits.
         test_share: Share of the rows to test on, in (0, 1).
-        val_share: Share of the training part to hold out for validation, in [0, 1).
         min_rows: Resample a smaller table with replacement to this many rows (ADBench: 1000; the same row may then be
             in training and in test); 0 for never.
-        max_rows: Cut a larger table to this many rows (ADBench: 10000); null for never.
+        max_rows: Subsample a larger table to this many rows (ADBench: 10000); null for never.
         scaling: How columns of numbers are scaled, see :class:`~datamodules.tables.encoding.TableEncoder`: standard,
             robust, quantile, min_max or none.
-        sampling: How training rows are drawn: natural, balanced, pairs or natural_pairs.
-        batch_size: Rows, or pairs, of a training batch.
-        batches_per_epoch: Training batches of an epoch, or null for as many as the training rows fill.
-        eval_batch_size: Rows of a validation, test or prediction batch.
-        seed: Seed of every draw.
         predict: A new file to predict, of the same kinds; null for ``path`` itself.
+        **settings: The settings of :class:`~datamodules.anomaly.base.SemiSupervisedDataModule`.
 
     Raises:
-        SettingError: A setting is outside its range, or the file cannot be used; the message names the column.
+        SettingError: A setting is out of range, or the file cannot be used; the message names the column.
     """
 
     num_features: int
@@ -67,38 +63,27 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         drop_columns: Sequence[str] = (),
         labelled_share: float | None = None,
         test_share: float = 0.3,
-        val_share: float = 0.0,
         min_rows: int = 0,
         max_rows: int | None = None,
         scaling: Scaling = "standard",
-        sampling: Sampling = "natural",
-        batch_size: int = 512,
-        batches_per_epoch: int | None = None,
-        eval_batch_size: int = 8192,
-        seed: int = 0,
         predict: str | Path | None = None,
+        **settings: Any,
     ) -> None:
-        path, predict = (None if p is None else os.fspath(p) for p in (path, predict))  # checkpoints refuse a Path
-        drop_columns = list(drop_columns)
-        super().__init__(sampling, batch_size, batches_per_epoch, eval_batch_size, val_share, seed)
+        super().__init__(**settings)
         self.path = None if path is None else Path(path).expanduser()
         self.predict = None if predict is None else Path(predict).expanduser()
         if labelled_share is None:
             labelled_share = 1.0 if self.path and self.path.suffix.lower() != ".npz" else 0.1
-        check_share("labelled_share", labelled_share)
-        check_share("test_share", test_share, zero_allowed=True)
-        if test_share == 0:
-            raise SettingError("test_share=0: a detector that is never tested is worth little; pass 0.3")
-        if min_rows < 0 or (max_rows is not None and max_rows < max(min_rows, 1)):
-            raise SettingError(
-                f"min_rows={min_rows}, max_rows={max_rows}: pass 0 and null, or 1000 and 10000 for ADBench"
-            )
-        if scaling not in get_args(Scaling):
-            raise SettingError(f"scaling is {scaling!r}: choose one of {', '.join(get_args(Scaling))}")
+        check_interval("(0, 1]", labelled_share=labelled_share)
+        check_interval("(0, 1)", test_share=test_share)
+        check_whole_numbers(0, min_rows=min_rows)
+        if max_rows is not None:
+            check_whole_numbers(max(min_rows, 1), max_rows=max_rows)
+        check_choice(Scaling, scaling=scaling)
         self.scaling = scaling
         self.label = label
         self.anomaly_value = anomaly_value
-        self.drop_columns = drop_columns
+        self.drop_columns = list(drop_columns)
         self.labelled_share = labelled_share
         self.test_share = test_share
         self.min_rows = min_rows
@@ -109,18 +94,17 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self._true_labels: dict[str, Tensor] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the file, split it, and fit the scaling on the training part.
+        """Read the file, split it, and fit the scaling on the training part; a second call does nothing.
 
         Args:
-            stage: Lightning's stage. All but "predict" do the same; a second call does nothing. For prediction the
-                file is read later: which columns are needed stands in the checkpoint, which Lightning loads after this.
+            stage: Lightning's stage. All but "predict" do the same. For prediction the file is read later: the
+                checkpoint, which Lightning loads after this, says which columns are needed.
         """
         if stage == "predict" or self._parts:
             return
         table = self._read(self.path)
         column = self.label or "y"
-        anomalous, value = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
-        self._marked_by = value
+        anomalous, self._marked_by = anomaly_labels(table.labels, column, table.source, self.anomaly_value)
         split = split_rows(
             anomalous,
             table.source,
@@ -136,9 +120,11 @@ class AnomalyDataModule(SemiSupervisedDataModule):
                 self._parts[name] = table.take(rows)
                 self._true_labels[name] = torch.from_numpy(anomalous[rows]).long()
         self._val_known = torch.from_numpy(split.val_labelled).long()
-        self._learn_labels(torch.from_numpy(split.labelled))
-        self._encode(TableEncoder(self._parts["train"], self.scaling))
-        assert self._encoder is not None
+        self._set_labels(torch.from_numpy(split.labelled))
+        encoder = TableEncoder(self._parts["train"], self.scaling)
+        self._encode(encoder)
+        for notice in encoder.notices:
+            rank_zero_info(f"{table.source}: {notice}")
         unlabelled, labelled = self.class_counts.tolist()
         hidden = int(self.train_true_labels.sum()) - labelled
         others = f" and {hidden:,} hidden ones" if self.labelled_share < 1 else ""
@@ -147,47 +133,43 @@ class AnomalyDataModule(SemiSupervisedDataModule):
             for name, labels in self._true_labels.items()
             if name != "train"
         )
-        for notice in self._encoder.notices:
-            rank_zero_info(f"{table.source}: {notice}")
         rank_zero_info(
-            f"{table.source}: anomalies have {column} = {value}; training {unlabelled + labelled:,} rows, {labelled:,} "
-            f"labelled anomalies{others}; {held_out}; {self.num_features:,} features"
+            f"{table.source}: anomalies have {column} = {self._marked_by}; training {unlabelled + labelled:,} rows, "
+            f"{labelled:,} labelled anomalies{others}; {held_out}; {self.num_features:,} features"
         )
 
     @property
     def train_true_labels(self) -> Tensor:
-        """True labels of the training rows (N,), for benchmarks: training is told of ``train_labels`` only."""
+        """True labels of the training rows, int64 (N,), for benchmarks: training only knows ``train_labels``."""
         return self._true_labels["train"]
 
     def predict_dataloader(self) -> BatchLoader:
-        """Every row of the file, in its order, x alone; of its columns only those that training used are read."""
+        """Every row of the file, in its order, x alone; only the columns that training used are read."""
         if self._encoder is None:
-            raise SettingError(
-                "there is no scaling to score with: pass ckpt_path, the checkpoint of a trained detector"
-            )
+            raise SettingError("ckpt_path is null: give the checkpoint of a trained detector, which holds the scaling")
         table = self._read(self.predict or self.path, self._encoder.columns)
         features = self._encoder.transform(table)
         if unseen := self._encoder.unseen(features):
             rank_zero_info(f"{table.source}: values that training did not see in: {first_few(unseen, 10)}")
-        return ordered_batches(features, None, self.eval_batch_size)
+        return in_order(features, None, self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted scaling and the anomalies' value, plain data; Lightning keeps it in the checkpoint."""
-        return (
-            {} if self._encoder is None else {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
-        )
+        if self._encoder is None:
+            return {}
+        return {"encoder": self._encoder.state_dict(), "anomaly_value": self._marked_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Scale as the checkpoint's training did, whatever file this is.
 
         Raises:
-            SettingError: This file lacks a column that the model was trained on, or other labels are its anomalies.
+            SettingError: This file lacks a column that the model was trained on, or marks anomalies by another value.
         """
         value = state_dict.get("anomaly_value")
         if None not in (value, self._marked_by) and value != self._marked_by and self.anomaly_value is None:
             raise SettingError(
-                f"label {self.label or 'y'}: the checkpoint's anomalies are marked by {value}, and in {self.path} "
-                f"{self._marked_by} is the rarer value: set data.anomaly_value"
+                f"data.anomaly_value is null: anomalies have {self.label or 'y'} = {value} in the checkpoint, and "
+                f"{self._marked_by} is the rarer value in {self.path}: set it"
             )
         if "encoder" in state_dict:
             self._encode(TableEncoder.from_state_dict(state_dict["encoder"]))
@@ -198,10 +180,9 @@ class AnomalyDataModule(SemiSupervisedDataModule):
         self.feature_names = encoder.feature_names
         self.num_features = len(self.feature_names)
         features = {name: encoder.transform(table) for name, table in self._parts.items()}
-        if not features:
-            return
-        self.train_features = features["train"]
-        self._test = features["test"], self._true_labels["test"]
+        if features:
+            self.train_features = features["train"]
+            self._test = features["test"], self._true_labels["test"]
         if "val" in features:
             self._val = features["val"], self._true_labels["val"], self._val_known
 

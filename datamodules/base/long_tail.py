@@ -1,30 +1,22 @@
 """How many training samples each class of a long-tailed set has."""
 
-from typing import Literal, get_args
+from typing import Literal
 
+from imbsam.checks import check_choice, check_whole_numbers
 from imbsam.errors import SettingError
 
 Profile = Literal["exponential", "step", "none"]
 
 
 def check_imbalance(ratio: float, profile: str) -> None:
-    """Refuse an imbalance ratio or a profile that no data set can have.
-
-    Args:
-        ratio: Imbalance ratio, largest class / smallest class.
-        profile: Name of the profile of the class counts.
-
-    Raises:
-        SettingError: The ratio is below 1 or not a number, or the profile is unknown.
-    """
-    if profile not in get_args(Profile):
-        raise SettingError(f"profile={profile!r} is unknown: choose one of {', '.join(get_args(Profile))}.")
+    """Refuse an imbalance ratio below 1 and an unknown profile, with a :class:`SettingError`."""
+    check_choice(Profile, profile=profile)
     if 0 < ratio < 1:
         raise SettingError(
-            f"ratio={ratio} is smallest / largest class: pass its inverse, ratio={1 / ratio:g} (largest / smallest)."
+            f"ratio is {ratio}, smallest / largest class: give its inverse, {1 / ratio:g} (largest / smallest)"
         )
     if not ratio >= 1:
-        raise SettingError(f"ratio={ratio} is no imbalance ratio: pass largest / smallest class, at least 1.")
+        raise SettingError(f"ratio is {ratio}: give largest / smallest class, a number from 1")
 
 
 def imbalanced_class_counts(largest: int, num_classes: int, ratio: float, profile: Profile) -> list[int]:
@@ -34,9 +26,9 @@ def imbalanced_class_counts(largest: int, num_classes: int, ratio: float, profil
         largest: Samples of the most frequent class, at least 1.
         num_classes: Number of classes C, at least 1.
         ratio: Imbalance ratio, largest class / smallest class, at least 1.
-        profile: ``exponential``: class c has ``largest * (1 / ratio) ** (c / (C - 1))`` samples, rounded
-            down; ``step``: the first half of the classes (the larger half where C is odd) keeps ``largest``,
-            the others have ``largest / ratio``, rounded down; ``none``: every class has ``largest``.
+        profile: ``exponential``: class c has ``largest * (1 / ratio) ** (c / (C - 1))`` samples, rounded down;
+            ``step``: the first half of the classes (the larger half if C is odd) has ``largest``, the others
+            ``largest / ratio``, rounded down; ``none``: every class has ``largest``.
 
     Returns:
         The C class counts, each at least 1.
@@ -51,11 +43,7 @@ def imbalanced_class_counts(largest: int, num_classes: int, ratio: float, profil
         [500, 500, 500, 5, 5]
     """
     check_imbalance(ratio, profile)
-    if largest < 1 or num_classes < 1:
-        raise SettingError(
-            f"largest={largest}, num_classes={num_classes}: a long tail needs at least one class, "
-            "and at least one training sample in every class."
-        )
+    check_whole_numbers(largest=largest, num_classes=num_classes)
     if profile == "none":
         return [largest] * num_classes
     if profile == "step":
@@ -66,7 +54,6 @@ def imbalanced_class_counts(largest: int, num_classes: int, ratio: float, profil
     counts = [int(largest / ratio**exponent) for exponent in exponents]
     if counts[-1] < 1:
         raise SettingError(
-            f"ratio={ratio:g} leaves the rarest class without a sample: the largest class has {largest}, "
-            f"so pass a ratio of at most {largest}."
+            f"ratio is {ratio:g}, which leaves the rarest class empty: give at most {largest}, the largest class's size"
         )
     return counts

@@ -5,35 +5,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
+from datamodules.base.data_module import RecordedDataModule
 from datamodules.base.long_tail import Profile, check_imbalance, imbalanced_class_counts
-from datamodules.sampling.class_sampling import ClassSampling, Sampling, check_sampling, class_probabilities
+from datamodules.sampling.class_sampling import ClassSampling, Sampling, class_probabilities
 from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
-from datamodules.sampling.mixing import MixedBatches, check_mixing
+from datamodules.sampling.mixing import MixedBatches
 from datamodules.sampling.samplers import ranks
-from datamodules.sampling.stratified import check_val_share, subsample, validation_mask
-from imbsam.checks import check_whole_numbers
+from datamodules.sampling.stratified import held_out_mask, subsample
+from imbsam.checks import check_choice, check_interval, check_whole_numbers
 from imbsam.errors import SettingError
 
 
-class LongTailedDataModule(LightningDataModule, ABC):
+class LongTailedDataModule(RecordedDataModule, ABC):
     """A classification data set whose training part is cut down to a long tail.
 
-    A subclass says where the samples come from (:meth:`load_datasets`) and how a batch is made of them
-    (``train_collate``, ``eval_collate``). Batches are ``(inputs, labels)`` with int64 labels of shape (B,).
+    A subclass says where the samples come from (:meth:`load_datasets`) and how they are collated (``train_collate``,
+    ``eval_collate``). Batches are ``(inputs, labels)`` with int64 labels of shape (B,).
 
     Attributes:
         class_counts: Training samples per class after the validation split, int64 (C,); known after
             ``setup``, whatever its stage.
         class_names: The C names of the classes; known after ``setup``.
-        kept_samples: Indices of the long tail's samples in the whole training set, those for validation among them,
-            int64 (M,); known after ``setup``.
-        shuffle_classes: Whether ``seed`` deals the class counts to the classes; else class 0 has the most.
-        predict: What to predict, where the data set takes samples that are not its own; None for its test samples.
-        own_validation: Whether the data set has validation samples of its own, so that ``val_share`` must be 0.
+        kept_samples: Indices of the long tail's samples in the whole training set, including those held out for
+            validation, int64 (M,); known after ``setup``.
+        shuffle_classes: Whether ``seed`` deals the class counts to the classes; otherwise class 0 has the most.
+        predict: What to predict, if the data set takes samples from outside; None for its test samples.
+        own_validation: Whether the data set comes with validation samples, so that ``val_share`` must be 0.
         train_collate: ``collate_fn`` of the training loader, None for PyTorch's own. One with an argument ``seeds``
             gets a seed for each sample, int64 (B,), that depends on (seed, epoch, sample) alone.
         eval_collate: ``collate_fn`` of the other loaders, None for PyTorch's own.
@@ -41,31 +41,31 @@ class LongTailedDataModule(LightningDataModule, ABC):
     Args:
         ratio: Imbalance ratio, largest class / smallest class, at least 1.
         profile: How the class counts fall: "exponential", "step" (half of the classes frequent, half rare),
-            or "none" (every training sample is kept, and the ratio plays no part).
+            or "none" (keeps every training sample and ignores the ratio).
         val_share: Share of the long-tailed training samples to hold out for validation, in [0, 1). With 0
             there is no validation: nothing is ever selected on the test set.
         batch_size: Samples in a training batch.
         eval_batch_size: Samples in a validation, test or prediction batch.
         num_workers: Loader processes; with 0 the batches are made in the main process.
-        sampler: How often training draws each class: "instance_balanced" (every sample once an epoch),
+        sampling: How often training draws each class: "instance_balanced" (every sample once an epoch),
             "class_balanced" (all classes alike), "square_root" (as the roots of the class counts), or
             "progressively_balanced" (from the first to the second over the trainer's ``max_epochs``). Every epoch has
             as many draws as there are samples.
-        mixup: alpha of mixup's Beta distribution, 0 for no mixup. Its partner is the neighbour in the batch.
-        cutmix: alpha of CutMix's, 0 for no CutMix. Where both are set, each batch takes one of them, by chance.
+        mixup: alpha of mixup's Beta distribution, 0 for no mixup. Each sample is mixed with its neighbour in the batch.
+        cutmix: alpha of CutMix's, 0 for no CutMix. With both set, each batch takes one of them at random.
         seed: Seed of the draw of the training samples and of the validation split.
 
     Raises:
-        SettingError: A setting is outside its range.
+        SettingError: A setting is out of range.
     """
 
     class_counts: Tensor
     class_names: list[str]
     kept_samples: Tensor
     shuffle_classes: bool = False
-    predict: str | list[str] | None = None
+    predict: Any = None
     own_validation: bool = False
-    train_collate: Callable[[Any], Any] | None = None
+    train_collate: Callable[..., Any] | None = None
     eval_collate: Callable[[Any], Any] | None = None
 
     def __init__(
@@ -76,17 +76,17 @@ class LongTailedDataModule(LightningDataModule, ABC):
         batch_size: int = 128,
         eval_batch_size: int = 512,
         num_workers: int = 0,
-        sampler: Sampling = "instance_balanced",
+        sampling: Sampling = "instance_balanced",
         mixup: float = 0.0,
         cutmix: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # those of the subclass's constructor too
+        self.save_hyperparameters()  # the subclasses' arguments too
         check_imbalance(ratio, profile)
-        check_val_share(val_share)
-        check_sampling(sampler)
-        check_mixing(mixup, cutmix)
+        check_interval("[0, 1)", val_share=val_share)
+        check_choice(Sampling, sampling=sampling)
+        check_interval("[0, inf)", mixup=mixup, cutmix=cutmix)
         check_whole_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_whole_numbers(0, num_workers=num_workers)
         self.ratio = ratio
@@ -95,7 +95,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.sampler: Sampling = sampler
+        self.sampling: Sampling = sampling
         self.mixup = mixup
         self.cutmix = cutmix
         self.seed = seed
@@ -103,6 +103,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         self._train: Dataset[Any] | None = None
         self._val: Dataset[Any] | None = None
         self._test: Dataset[Any] | None = None
+        self.check_validation()
 
     @abstractmethod
     def load_datasets(self) -> tuple[Dataset[Any], Tensor, Dataset[Any]]:
@@ -114,23 +115,23 @@ class LongTailedDataModule(LightningDataModule, ABC):
         """
 
     def validation_set(self) -> Dataset[Any] | None:
-        """The data set's own validation samples, asked for after :meth:`load_datasets`; None where it has none."""
+        """The data set's own validation samples, asked for after :meth:`load_datasets`; None if it has none."""
         return None
 
-    def select(self, dataset: Any, rows: Tensor) -> Dataset[Any]:
-        """The samples of the training set at these rows, int64 (M,)."""
-        return Subset(dataset, rows.tolist())
+    def select(self, dataset: Any, indices: Tensor, training: bool) -> Dataset[Any]:
+        """The samples of the training set at these indices, int64 (M,), for training or for validation."""
+        return Subset(dataset, indices.tolist())
 
     def setup(self, stage: str | None = None) -> None:
         """Draw the training and validation samples, the same ones on every rank; a second call does nothing.
 
         Args:
-            stage: Lightning's stage. All need the class counts, so all do the same, except "predict" on samples that
-                are not the data set's own: a trained model knows its classes, and nothing is read.
+            stage: Lightning's stage. All need the class counts, so all do the same, except "predict" on samples from
+                outside: a trained model knows its classes, and nothing is read.
 
         Raises:
             SettingError: A label is outside the classes, the ratio leaves a class without a sample, or ``val_share`` is
-                not 0 beside validation samples of the data set's own.
+                not 0 and the data set has validation samples of its own.
         """
         if self._train is not None or (stage == "predict" and self.predict is not None):
             return
@@ -140,7 +141,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         if outside := sorted(set(labels.tolist()) - set(range(num_classes))):
             raise SettingError(
                 f"{type(self).__name__}: training labels {outside} are outside [0, {num_classes}): "
-                f"class_names must name every class, in the order of the labels."
+                "name every class in class_names, in the order of the labels"
             )
         generator = torch.Generator().manual_seed(self.seed)
         kept = torch.arange(len(labels))
@@ -151,46 +152,42 @@ class LongTailedDataModule(LightningDataModule, ABC):
                 counts = counts[torch.randperm(num_classes, generator=generator)]
             kept = subsample(labels, counts, generator)
         self.kept_samples = kept
-        held_out = validation_mask(labels[kept], self.class_names, self.val_share, generator)
-        self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out])
-        self._train = self.select(train, kept[~held_out])
+        held_out = held_out_mask(labels[kept], self.class_names, generator, val_share=self.val_share)
+        self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out], training=False)
+        self._train = self.select(train, kept[~held_out], training=True)
         self._train_labels = labels[kept[~held_out]]
         self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
 
     @property
     def only_predicts(self) -> bool:
-        """Whether the trainer predicts samples that are not the data set's own, and so needs none of its files."""
+        """Whether the trainer predicts samples from outside, so that none of the data set's files are needed."""
         return self.predict is not None and self.trainer is not None and self.trainer.predicting
 
     @property
     def drawn_shares(self) -> Tensor:
-        """The share of the training draws that are of each class, float64 (C,), on average over the run."""
-        return class_probabilities(self.class_counts, self.sampler, progress=0.5)
+        """Each class's share of the training draws, float64 (C,), averaged over the run."""
+        return class_probabilities(self.class_counts, self.sampling, progress=0.5)
 
     def check_validation(self) -> None:
-        """Refuse a validation split where the data set has validation samples.
-
-        Raises:
-            SettingError: ``val_share`` is not 0.
-        """
+        """Raise a :class:`SettingError` for a ``val_share`` if the data set has validation samples of its own."""
         if self.own_validation and self.val_share:
             raise SettingError(
-                f"val_share={self.val_share}: {type(self).__name__} has validation samples of its own here: leave "
-                "val_share at 0."
+                f"val_share is {self.val_share}, but {type(self).__name__} has validation samples of its own here: "
+                "leave it at 0"
             )
 
     def train_dataloader(self) -> TrainLoader:
         """The shuffled training batches; the last one may be smaller.
 
-        Order and augmentation depend on the seed of ``seed_everything`` and the epoch alone.
+        Order and augmentation depend only on the seed of ``seed_everything`` and the epoch.
 
         Raises:
             SettingError: Progressively balanced sampling without a trainer that has ``max_epochs``.
         """
         train, order = self._loaded(self._train), None
-        collate: Callable[..., Any] | None = self.train_collate
-        if self.sampler != "instance_balanced":
-            order = ClassSampling(self._train_labels, self.sampler, getattr(self.trainer, "max_epochs", None))
+        collate = self.train_collate
+        if self.sampling != "instance_balanced":
+            order = ClassSampling(self._train_labels, self.sampling, getattr(self.trainer, "max_epochs", None))
         if self.mixup or self.cutmix:
             collate = MixedBatches(collate or default_collate, len(self.class_names), self.mixup, self.cutmix)
         return train_loader(train, self.batch_size, collate, self.num_workers, **ranks(self.trainer), order=order)
@@ -200,7 +197,7 @@ class LongTailedDataModule(LightningDataModule, ABC):
         return eval_loader(self._loaded(self._train), self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
-        """The validation batches, or an empty list where ``val_share`` is 0 and the data set brings none."""
+        """The validation batches, or an empty list if nothing is held out and the data set has none of its own."""
         return self._eval_loader(self._val) if self.val_share or self.own_validation else []
 
     def test_dataloader(self) -> EvalLoader:
@@ -212,11 +209,5 @@ class LongTailedDataModule(LightningDataModule, ABC):
         return self.test_dataloader()
 
     def _eval_loader(self, dataset: Dataset[Any] | None) -> EvalLoader:
-        return eval_loader(
-            self._loaded(dataset), self.eval_batch_size, self.eval_collate, self.num_workers, **ranks(self.trainer)
-        )
-
-    def _loaded(self, dataset: Dataset[Any] | None) -> Dataset[Any]:
-        if dataset is None:
-            raise RuntimeError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first.")
-        return dataset
+        dataset = self._loaded(dataset)
+        return eval_loader(dataset, self.eval_batch_size, self.eval_collate, self.num_workers, **ranks(self.trainer))

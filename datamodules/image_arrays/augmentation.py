@@ -1,4 +1,4 @@
-"""Random crop, flip and normalisation of a whole batch of images at once."""
+"""Random crop, flip and normalization of a whole batch of images at once."""
 
 from collections.abc import Sequence
 
@@ -29,12 +29,12 @@ class BatchTransform:
         self.flip = flip
 
     def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Transform the images and hand the labels through.
+        """Transform the images and pass the labels through.
 
         Args:
             batch: Pixels, uint8 (B, C, H, W), and labels, int64 (B,).
-            seeds: One seed for each image, int64 (B,), as the training loader has them. Without them crop and flip draw
-                seeds from torch's default generator.
+            seeds: One seed for each image, int64 (B,), from the training loader; None draws them from torch's default
+                generator.
 
         Returns:
             Images, float32 (B, C, H, W), and the same labels.
@@ -52,8 +52,8 @@ class BatchTransform:
 def random_crop(images: Tensor, padding: int, seeds: Tensor) -> Tensor:
     """Shift each image by up to ``padding`` pixels along either axis, every shift equally likely.
 
-    That is a random crop of the images' own size from the images padded with zeros. Padded before
-    normalisation, as in torchvision's ``RandomCrop(size, padding)``, the border is black.
+    This is torchvision's ``RandomCrop(size, padding)`` with a shift for each image: a crop of the original size from
+    the image padded with zeros, which are black before normalization.
 
     Args:
         images: Pixels of any dtype (B, C, H, W).

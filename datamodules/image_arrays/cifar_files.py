@@ -1,7 +1,7 @@
-"""The files of CIFAR-10 and CIFAR-100: fetched by torchvision where missing, read by an unpickler that runs no code.
+"""The files of CIFAR-10 and CIFAR-100: downloaded by torchvision, read by an unpickler that runs no code.
 
 torchvision's own reader refuses files whose checksums are not those of the original archive, such as files that were
-rebuilt from lossless images, and would run code that a pickle holds if it did not.
+rebuilt from lossless images, and would run any code in a pickle that passes.
 """
 
 import pickle
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
@@ -27,9 +28,9 @@ _PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 def fetch_cifar(root: Path, source: type[CIFAR10]) -> None:
-    """Download and extract the archive where its folder is missing; a folder that is there is never touched.
+    """Download the archive, check its checksum and extract it, unless its folder exists.
 
-    The checksum of the archive is checked. An archive that is already in ``root`` is not downloaded again.
+    An archive that is already in ``root`` is not downloaded again.
 
     Args:
         root: Folder that holds, or will hold, the data set's folder.
@@ -48,9 +49,7 @@ def fetch_cifar(root: Path, source: type[CIFAR10]) -> None:
 
 
 def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArrays, list[str]]:
-    """Read the training set, the test set and the class names.
-
-    Files are read as found, whatever their checksums, by an unpickler that makes numpy arrays and basic types only.
+    """Read the training set, the test set and the class names, whatever the files' checksums.
 
     Args:
         root: Folder that holds the data set's folder.
@@ -67,49 +66,38 @@ def read_cifar(root: Path, source: type[CIFAR10]) -> tuple[ImageArrays, ImageArr
         raise _missing(root, source, "it was not downloaded (prepare_data() does that)")
     file = source.meta["filename"]
     try:
-        names = _unpickle(folder / file).get(source.meta["key"])
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise _Damaged("has no class names")
+        names = _unpickle(folder / file)[source.meta["key"]]
+        if not isinstance(names, list) or not names:
+            raise ValueError("no class names")
         parts = []
         for files in (source.train_list, source.test_list):
             batches = []
             for file, _ in files:
-                batches.append(_labelled_pixels(_unpickle(folder / file), len(names)))
-            pixels, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
-            parts.append(ImageArrays(pixels.view(-1, 3, 32, 32), labels.long()))
-    except _Damaged as damage:
+                batches.append(_images(_unpickle(folder / file), len(names)))
+            images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+            parts.append(ImageArrays(images, labels))
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        damage = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
         raise SettingError(
-            f"data.root={str(root)!r}: {source.base_folder}/{file} {damage}: delete that folder and run again to "
-            f"download it, or extract {source.filename} (from {_PAGE}) there again."
-        ) from damage.__cause__
+            f"data.root is {root}, where {source.base_folder}/{file} {damage}: delete that folder and run again to "
+            f"download it, or extract {source.filename} (from {_PAGE}) there again"
+        ) from error
     return parts[0], parts[1], names
 
 
-class _Damaged(Exception):
-    """What is wrong with a file, after its name."""
-
-
-def _labelled_pixels(batch: dict[str, Any], num_classes: int) -> tuple[Any, Any]:
-    pixels, labels = batch.get("data"), np.asarray(batch.get("fine_labels", batch.get("labels")))
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,) or not len(pixels):
-        raise _Damaged("has no uint8 pixels of shape (N, 3072)")
-    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
-        raise _Damaged(f"has no labels for its {len(pixels)} images")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise _Damaged(f"has labels outside [0, {num_classes})")
-    return pixels, labels
+def _images(batch: dict[str, Any], num_classes: int) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(batch["data"]).view(-1, 3, 32, 32)
+    labels = torch.tensor(batch["fine_labels"] if "fine_labels" in batch else batch["labels"])
+    ImageArrays(images, labels)  # checks dtypes and shapes
+    if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"no images, or labels outside [0, {num_classes})")
+    return images, labels
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="latin1").load()
-    except FileNotFoundError as error:
-        raise _Damaged("is missing") from error
-    except Exception as error:  # a damaged pickle may raise anything
-        raise _Damaged(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise _Damaged(f"holds a {type(content).__name__}, not a dictionary")
+    with path.open("rb") as stream:
+        content: dict[str, Any] = _ArrayUnpickler(stream, encoding="latin1").load()
     return content
 
 
@@ -127,6 +115,6 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _missing(root: Path, source: type[CIFAR10], what: str) -> SettingError:
     return SettingError(
-        f"data.root={str(root)!r} has no folder {source.base_folder}, and {what}: set data.root to the "
-        f"folder that holds {source.base_folder}, or extract {source.filename} (from {_PAGE}) there."
+        f"data.root is {root}, which has no folder {source.base_folder}, and {what}: set data.root to the "
+        f"folder that holds {source.base_folder}, or extract {source.filename} (from {_PAGE}) there"
     )

@@ -1,6 +1,5 @@
 """CIFAR-10-LT and CIFAR-100-LT."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
-from datamodules.image_arrays.packed_images import PackedImages, read_packed
+from datamodules.image_arrays.packed_images import read_packed
 from datamodules.image_files.dataset import ImageFiles, ReadableImages
-from datamodules.image_files.images_to_predict import as_text, images_to_predict
+from datamodules.image_files.images_to_predict import images_to_predict
 from datamodules.sampling.loaders import EvalLoader, eval_loader
 from datamodules.sampling.samplers import ranks
 from imbsam.errors import SettingError
@@ -28,10 +27,10 @@ class CIFAR10LTDataModule(LongTailedDataModule):
     """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
-        root: Folder that holds ``cifar-10-batches-py``, torchvision's layout; downloaded there if missing. Or a packed
-            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
-        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
-            them left to right.
+        root: Folder that holds ``cifar-10-batches-py`` (CIFAR-100: ``cifar-100-python``), torchvision's layout;
+            downloaded there if missing. Or a packed file, ``.npz``, with the images of one long-tailed split
+            (``scripts/reproduce.py pack`` makes it).
+        augment: Pad each training image with 4 black pixels and crop it at random, and flip half of them left to right.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
@@ -46,11 +45,9 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self,
         root: str | Path = "data",
         augment: bool = True,
-        predict: list[str] | str | None = None,
+        predict: list[str] | str | Path | None = None,
         **settings: Any,
     ) -> None:
-        # Checkpoints keep the settings, and torch.load(weights_only=True) refuses a Path.
-        root, predict = os.fspath(root), as_text(predict)
         super().__init__(**settings)
         self.predict = predict
         self.root = Path(root).expanduser()
@@ -58,7 +55,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self.eval_collate = BatchTransform(self.mean, self.std)
 
     def prepare_data(self) -> None:
-        """Download the data set to ``root`` where its folder is missing.
+        """Download the data set to ``root`` if its folder is missing.
 
         Raises:
             SettingError: It is missing and cannot be downloaded.
@@ -66,22 +63,19 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         if self.root.suffix != ".npz" and not self.only_predicts:
             fetch_cifar(self.root, self.source)
 
-    def load_datasets(self) -> tuple[ImageArrays | PackedImages, Tensor, ImageArrays]:
+    def load_datasets(self) -> tuple[ImageArrays, Tensor, ImageArrays]:
         """Read the files, whatever their checksums, and set ``class_names``.
 
         Raises:
             SettingError: A file is missing or damaged.
         """
-        train: ImageArrays | PackedImages
-        if self.root.suffix == ".npz":
-            train, test, self.class_names = read_packed(self.root)
-            if len(self.class_names) != self.num_classes:
-                raise SettingError(
-                    f"data.root={str(self.root)!r} has {len(self.class_names)} classes and {self.source.__name__} "
-                    f"{self.num_classes}: it is packed from another data set."
-                )
-        else:
-            train, test, self.class_names = read_cifar(self.root, self.source)
+        packed = self.root.suffix == ".npz"
+        train, test, self.class_names = read_packed(self.root) if packed else read_cifar(self.root, self.source)
+        if packed and len(self.class_names) != self.num_classes:
+            raise SettingError(
+                f"data.root is {self.root}, which has {len(self.class_names)} classes, and {self.source.__name__} has "
+                f"{self.num_classes}: give a file packed from {self.source.__name__}"
+            )
         return train, train.labels, test
 
     def predict_dataloader(self) -> EvalLoader:
@@ -99,14 +93,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
 class CIFAR100LTDataModule(CIFAR10LTDataModule):
     """CIFAR-100, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
-    Args:
-        root: Folder that holds ``cifar-100-python``, torchvision's layout; downloaded there if missing. Or a packed
-            file, ``.npz``, with the images of one long-tailed split (``scripts/reproduce.py pack`` makes it).
-        augment: Crop each training image at random from itself padded with 4 black pixels, and flip half of
-            them left to right.
-        predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
-            size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
-        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+    The settings are those of :class:`CIFAR10LTDataModule`.
     """
 
     source = CIFAR100

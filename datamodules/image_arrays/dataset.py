@@ -23,13 +23,11 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
-            raise SettingError(
-                f"images is {images.dtype} of shape {tuple(images.shape)}: pass uint8 pixels (N, C, H, W)."
-            )
+            raise SettingError(f"images is {images.dtype} of shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise SettingError(
-                f"labels is {labels.dtype} of shape {tuple(labels.shape)}: pass int64 class indices, "
-                f"one for each of the {len(images)} images."
+                f"labels is {labels.dtype} of shape {tuple(labels.shape)}: give int64 class indices, "
+                f"one for each of the {len(images)} images"
             )
         self.images = images
         self.labels = labels
@@ -40,9 +38,10 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image, uint8 (C, H, W), and its label, int64 ()."""
-        return self.images[index], self.labels[index]
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,)."""
-        rows = torch.tensor(indices, dtype=torch.int64)
-        return self.images[rows], self.labels[rows]
+        batch = torch.tensor(indices, dtype=torch.int64)
+        return self.images[batch], self.labels[batch]

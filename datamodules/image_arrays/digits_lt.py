@@ -40,11 +40,7 @@ class DigitsLTDataModule(LongTailedDataModule):
         from sklearn.model_selection import train_test_split
 
         pixels, labels = load_digits(return_X_y=True)
-        images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 8, 8)
-        targets = torch.from_numpy(labels).long()
-        train, test = train_test_split(torch.arange(len(targets)), test_size=0.3, stratify=labels, random_state=0)
-        return (
-            ImageArrays(images[train], targets[train]),
-            targets[train],
-            ImageArrays(images[test], targets[test]),
-        )
+        images, targets = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(labels).long()
+        indices = train_test_split(torch.arange(len(targets)), test_size=0.3, stratify=labels, random_state=0)
+        train, test = (ImageArrays(images[part], targets[part]) for part in indices)
+        return train, train.labels, test

@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from imbsam.errors import SettingError
 
 
-class PackedImages(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of N images, M of which are present; like :class:`ImageArrays` for those.
+class PackedImages(ImageArrays):
+    """A data set of N images, M of which are present.
 
     It keeps the labels of all N images, so that the same seed draws the same samples from it as from the whole set.
 
@@ -27,17 +26,8 @@ class PackedImages(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: Tensor, indices: Tensor, labels: Tensor) -> None:
         self.images = images
         self.labels = labels
-        self.row = torch.full_like(labels, -1)
-        self.row[indices] = torch.arange(len(indices))
-
-    def __len__(self) -> int:
-        """Number of images N of the whole set."""
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One image, uint8 (C, H, W), and its label, int64 ()."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
+        self.position = torch.full_like(labels, -1)
+        self.position[indices] = torch.arange(len(indices))
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,).
@@ -45,18 +35,18 @@ class PackedImages(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             SettingError: An image is not in the file.
         """
-        wanted = torch.tensor(indices, dtype=torch.int64)
-        rows = self.row[wanted]
-        if bool((rows < 0).any()):
+        batch = torch.tensor(indices, dtype=torch.int64)
+        positions = self.position[batch]
+        if missing := int((positions < 0).sum()):
             raise SettingError(
-                f"{int((rows < 0).sum())} of the samples drawn are not in the packed file: it holds those of one seed, "
-                "ratio and profile; set data.seed and data.profile to those, and data.ratio to that or a larger one"
+                f"{missing} of the samples drawn are not in the packed file, which holds those of one seed, ratio and "
+                "profile: set data.seed and data.profile to those, and data.ratio to that or a larger one"
             )
-        return self.images[rows], self.labels[wanted]
+        return self.images[positions], self.labels[batch]
 
 
 def pack_images(path: Path, data: LongTailedDataModule) -> None:
-    """Write the training and validation images of a DataModule and all test images, without loss, to one file.
+    """Write the training and validation images of a DataModule and all test images, losslessly, to one file.
 
     Args:
         path: The file, its name ending in ``.npz``.
@@ -68,10 +58,8 @@ def pack_images(path: Path, data: LongTailedDataModule) -> None:
     data.setup()
     indices = data.kept_samples
     train, _, test = data.load_datasets()
-    if not isinstance(train, ImageArrays) or not isinstance(test, ImageArrays):
-        raise SettingError(
-            f"the images of {type(data).__name__} are not arrays in memory: only such data sets are packed"
-        )
+    if type(train) is not ImageArrays or type(test) is not ImageArrays:
+        raise SettingError(f"data is a {type(data).__name__}: give one whose images are arrays in memory")
     np.savez_compressed(
         path,
         train_images=train.images[indices].numpy(),
@@ -91,13 +79,12 @@ def read_packed(path: Path) -> tuple[PackedImages, ImageArrays, list[str]]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-        images, test_images = (torch.from_numpy(content[f"{part}_images"]) for part in ("train", "test"))
-        labels, test_labels = (torch.from_numpy(content[f"{part}_labels"]).long() for part in ("train", "test"))
-        train = PackedImages(images, torch.from_numpy(content["train_indices"]).long(), labels)
-        return train, ImageArrays(test_images, test_labels), content["class_names"].tolist()
+            names = file["class_names"].tolist()
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "class_names"}
+        train = PackedImages(arrays["train_images"], arrays["train_indices"].long(), arrays["train_labels"].long())
+        return train, ImageArrays(arrays["test_images"], arrays["test_labels"].long()), names
     except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise SettingError(
-            f"data.root={str(path)!r} cannot be read ({reason}): make the file again with scripts/reproduce.py pack"
+            f"data.root is {path}, which cannot be read ({reason}): make the file again with scripts/reproduce.py pack"
         ) from error

@@ -1,15 +1,14 @@
 """Augmentation of images from files: the ImageNet standard, RandAugment and AutoAugment."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from imbsam.checks import check_whole_numbers
-from imbsam.errors import SettingError
+from imbsam.checks import check_choice, check_interval, check_whole_numbers
 
 Augment = Literal["none", "standard", "randaugment", "autoaugment"]
 
@@ -22,29 +21,27 @@ class ImageTransform:
     ``randaugment`` (Cubuk et al., NeurIPS 2020; 2 operations of magnitude 9) and ``autoaugment`` (Cubuk et al., CVPR
     2019; the policy found on ImageNet) come after these two. At the end: float32 in [0, 1], ``(pixel - mean) / std``.
 
-    All of torchvision's draws here come from torch's default generator, so that under a seed of its own a sample's
-    augmentation depends on that seed alone (:class:`~datamodules.sampling.seeded_samples.SeededSamples`).
+    All draws come from torch's default generator, so under a seed of its own a sample's augmentation depends on that
+    seed alone (:class:`~datamodules.sampling.seeded_samples.SeededSamples`).
 
     Args:
         augment: none, standard, randaugment or autoaugment.
         image_size: Side S of the result in pixels.
-        color_jitter: Brightness, contrast and saturation are each multiplied by a number in [1 - j, 1 + j]; 0 leaves
-            them. Not with ``none``.
+        color_jitter: j: brightness, contrast and saturation are each multiplied by a number in [1 - j, 1 + j]. Ignored
+            with ``none``.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
 
     Raises:
-        SettingError: A setting is outside its range.
+        SettingError: A setting is out of range.
     """
 
     def __init__(
         self, augment: Augment, image_size: int, color_jitter: float, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        if augment not in get_args(Augment):
-            raise SettingError(f"augment={augment!r} is unknown: choose one of {', '.join(get_args(Augment))}.")
+        check_choice(Augment, augment=augment)
         check_whole_numbers(image_size=image_size)
-        if not 0 <= color_jitter <= 1:
-            raise SettingError(f"color_jitter={color_jitter} is outside [0, 1].")
+        check_interval("[0, 1]", color_jitter=color_jitter)
         if augment == "none":
             steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
         else:

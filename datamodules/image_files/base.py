@@ -2,20 +2,21 @@
 
 import os
 from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from datamodules.base.long_tail import Profile
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
 from datamodules.image_files.disk import check_files
-from datamodules.image_files.images_to_predict import as_text, images_to_predict
+from datamodules.image_files.images_to_predict import images_to_predict
 from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes
 from datamodules.sampling.loaders import EvalLoader, eval_loader
 from datamodules.sampling.samplers import ranks
@@ -29,30 +30,32 @@ class ImageFilesDataModule(LongTailedDataModule):
     Args:
         root: Folder that the images' paths are relative to.
         image_size: Side S of the network's input in pixels.
-        augment: Of training images: none, standard (random resized crop and flip), or randaugment or autoaugment after
-            it.
+        augment: Of training images: none, standard (random resized crop and flip), or randaugment or autoaugment on
+            top of standard.
         color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
         corrupt_images: What a damaged image does: fail, or skip (warn, train on another image of its class in its
             place, and evaluate without it).
-        batch_size: Images in a training batch.
         eval_batch_size: Images in a validation, test or prediction batch.
         predict: Images without labels to predict: a file, a folder, a list of them, or a .txt, .csv, .tsv or .parquet
-            file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. Nothing
-            else is then read: the data that the model was trained on need not be there. Null for the test images.
+            file that lists paths, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`. The
+            training data are then not read and need not be there. Null for the test images.
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
+        profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
 
+    Attributes:
+        advice: Where to get the files.
+        path_column: Column of the paths in a list of images to predict.
+
     Raises:
-        SettingError: A setting is outside its range.
+        SettingError: A setting is out of range.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, which pretrained weights expect
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     advice: str = ""
-    """Where to get the files."""
     path_column: str = "path"
-    """Column of the paths in a list of images to predict."""
 
     def __init__(
         self,
@@ -61,16 +64,19 @@ class ImageFilesDataModule(LongTailedDataModule):
         augment: Augment = "standard",
         color_jitter: float = 0.0,
         corrupt_images: CorruptImages = "fail",
-        batch_size: int = 128,
         eval_batch_size: int = 128,
-        predict: list[str] | str | None = None,
+        predict: list[str] | str | Path | None = None,
         num_workers: int | None = None,
+        profile: Profile = "none",
         **settings: Any,
     ) -> None:
-        root = os.fspath(root)  # checkpoints refuse a Path
-        predict = as_text(predict)
-        workers = min(8, _cores()) if num_workers is None else num_workers
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=workers, **settings)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        super().__init__(
+            profile=profile,
+            eval_batch_size=eval_batch_size,
+            num_workers=min(8, cores) if num_workers is None else num_workers,
+            **settings,
+        )
         self.root = Path(root).expanduser()
         self.predict = predict
         self.image_size = image_size
@@ -78,7 +84,6 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
         self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
         self.eval_collate = ReadableImages(image_size)
-        self.check_validation()
         self._checked = False
         self._reported: dict[str, int] = {}
 
@@ -88,7 +93,7 @@ class ImageFilesDataModule(LongTailedDataModule):
 
     @cached_property
     def splits(self) -> ImageSplits:
-        """The lists of images, their labels checked."""
+        """The lists of images, with their labels checked."""
         splits = self.read_splits()
         check_classes(splits)
         self.own_validation = splits.val is not None
@@ -101,11 +106,18 @@ class ImageFilesDataModule(LongTailedDataModule):
         Raises:
             SettingError: A list or files are missing, or a label has no class.
         """
-        if not self._checked and not self.only_predicts:
-            number = check_files(self.root, self.splits.parts(), self.advice)
-            rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
-            self._look_for_shared_images()
-            self._checked = True
+        if self._checked or self.only_predicts:
+            return
+        number = check_files(self.root, self.splits.parts(), self.advice)
+        rank_zero_info(f"{type(self).__name__}: all {number:,} images are in {self.root}")
+        train, *others = self.splits.parts()
+        for part in others:
+            if len(shared := np.intersect1d(train.paths, part.paths)):
+                rank_zero_warn(
+                    f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
+                    f"{os.fsdecode(shared[0])}: the model is evaluated on images that it was trained on"
+                )
+        self._checked = True
 
     def load_datasets(self) -> tuple[ImageFiles, Tensor, ImageFiles]:
         """The images by their paths, and ``class_names``."""
@@ -117,37 +129,26 @@ class ImageFilesDataModule(LongTailedDataModule):
         """The data set's own validation images."""
         return self._files(self.splits.val) if self.splits.val is not None else None
 
-    def select(self, dataset: Any, rows: Tensor) -> ImageFiles:
-        """Some of the training images, without an index in Python objects."""
-        selected: ImageFiles = dataset.select(rows)
-        return selected
-
-    def setup(self, stage: str | None = None) -> None:
-        """Draw the training and validation samples; a second call does nothing, nor does one for ``predict`` alone."""
-        if self._train is not None:
-            return
-        super().setup(stage)
-        train: Any = self._train
-        if train is not None:
-            self._train = train.select(torch.arange(len(train)), transform=self.train_transform, replace=True)
+    def select(self, dataset: Any, indices: Tensor, training: bool) -> ImageFiles:
+        """Some of the images, augmented for training, without an index in Python objects."""
+        selected: ImageFiles = dataset.select(indices)
+        return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
-        train: Any = self._loaded(self._train)
-        plain = train.select(torch.arange(len(train)), transform=self.eval_transform)
+        plain = replace(self._loaded(self._train), transform=self.eval_transform)
         return eval_loader(plain, self.eval_batch_size, self.eval_collate, self.num_workers)
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict``, or the test images again, with their paths."""
         if self.predict is None:
-            images: Any = self._loaded(self._test)
+            images = replace(self._loaded(self._test), with_paths=True)
         else:
             root, listed = images_to_predict(self.predict, self.path_column)
-            images = self._files(listed, root)
-        named = images.select(torch.arange(len(images)), with_paths=True)
+            images = replace(self._files(listed), root=root, with_paths=True)
         collate = ReadableImages(self.image_size, with_paths=True)
-        workers = 0 if len(named) <= self.eval_batch_size else self.num_workers
-        return eval_loader(named, self.eval_batch_size, collate, workers, **ranks(self.trainer))
+        workers = 0 if len(images) <= self.eval_batch_size else self.num_workers
+        return eval_loader(images, self.eval_batch_size, collate, workers, **ranks(self.trainer))
 
     def unreadable_files(self) -> dict[str, str]:
         """Decode every training, validation and test image once; call ``setup`` first.
@@ -155,11 +156,11 @@ class ImageFilesDataModule(LongTailedDataModule):
         Returns:
             The path of each image that cannot be read, and why.
         """
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         for images in (self._train, self._val, self._test):
             if isinstance(images, ImageFiles):
-                found |= images.unreadable(self.num_workers)
-        return found
+                reasons |= images.unreadable(self.num_workers)
+        return reasons
 
     def teardown(self, stage: str) -> None:
         """Report how many damaged images this process has met, if more than at the last report."""
@@ -174,27 +175,6 @@ class ImageFilesDataModule(LongTailedDataModule):
                 print(f"corrupt_images=skip: {name} images {what}: {number:,} (rank {rank})")
                 self._reported[name] = number
 
-    def _files(self, images: ListedImages, root: Path | None = None) -> ImageFiles:
-        return ImageFiles(
-            self.root if root is None else root,
-            images.paths,
-            images.labels,
-            getattr(self, "class_names", []),
-            self.eval_transform,
-            self.corrupt_images,
-        )
-
-    def _look_for_shared_images(self) -> None:
-        """Warn of training images that are evaluated on too."""
-        train, *others = self.splits.parts()
-        for part in others:
-            shared = np.intersect1d(train.paths, part.paths)
-            if len(shared):
-                rank_zero_warn(
-                    f"{len(shared):,} images are in {train.source} and in {part.source}, such as "
-                    f"{os.fsdecode(shared[0])}: results on images that were trained on say nothing"
-                )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _files(self, images: ListedImages) -> ImageFiles:
+        names = getattr(self, "class_names", [])
+        return ImageFiles(self.root, images.paths, images.labels, names, self.eval_transform, self.corrupt_images)

@@ -1,78 +1,68 @@
-"""Images read from files one by one, and what happens where a file is no image."""
+"""Images read from files one by one, and what happens to a damaged file."""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from tqdm import tqdm
 
 from datamodules.image_files.decoding import failure_reason, read_rgb
+from imbsam.checks import check_choice
 from imbsam.errors import SettingError
 
 CorruptImages = Literal["skip", "fail"]
 
 
 class UnreadableImage(SettingError):
-    """A file that is no image; the message is one line that names it.
+    """A file that cannot be read as an image; the message is one line that names it.
 
-    A loader repeats what a worker raised as text with a traceback: of that text only the line is kept.
+    A loader re-raises a worker's exception with the traceback in its text: only the line is kept.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+@dataclass(eq=False)
 class ImageFiles(Dataset[Any]):
-    """Labelled images in files, decoded when they are asked for.
+    """Labelled images in files, decoded on access.
 
-    The paths are one numpy array of bytes: worker processes share its pages (fork) or get one plain copy (spawn), where
-    a list of Python strings would be copied bit by bit as its reference counts change.
+    The paths are one numpy array of bytes: worker processes share its pages (fork) or get one plain copy (spawn),
+    whereas a list of Python strings would be copied page by page as its reference counts change.
 
-    Args:
+    Attributes:
         root: Folder that the paths are relative to.
         paths: Paths, numpy bytes (N,).
         labels: Class indices, int64 (N,).
         class_names: Names of the classes, for messages.
-        transform: Makes the sample of an RGB image.
+        transform: Makes the sample from an RGB image.
         corrupt_images: What a damaged file does: ``fail`` raises, ``skip`` warns once per file and continues.
-        replace: With ``skip``: put the next readable image of the class in the damaged one's place, in the order of the
-            files, so that it depends on the index alone; otherwise the sample is None.
+        replace_damaged: With ``skip``: put the next readable image of the class in the damaged one's place, in the
+            order of the files, so that it depends on the index alone; otherwise the sample is None.
         with_paths: Samples are (image, label, path), not (image, label).
-
-    Attributes:
-        damaged: Which samples were found damaged, by any worker of this process, bool (N,).
+        damaged: Which images any worker of this process found damaged, bool (N,).
     """
 
-    def __init__(
-        self,
-        root: Path,
-        paths: Any,
-        labels: Tensor,
-        class_names: list[str],
-        transform: Callable[[Image.Image], Any],
-        corrupt_images: CorruptImages = "fail",
-        replace: bool = False,
-        with_paths: bool = False,
-    ) -> None:
-        if corrupt_images not in get_args(CorruptImages):
-            raise SettingError(f"corrupt_images={corrupt_images!r} is unknown: choose skip or fail.")
-        self.root = root
-        self.paths = paths
-        self.labels = labels
-        self.class_names = class_names
-        self.transform = transform
-        self.corrupt_images = corrupt_images
-        self.replace = replace
-        self.with_paths = with_paths
-        self.damaged: Tensor = torch.zeros(len(paths), dtype=torch.bool)
+    root: Path
+    paths: Any
+    labels: Tensor
+    class_names: Sequence[str]
+    transform: Callable[[Image.Image], Any]
+    corrupt_images: CorruptImages = "fail"
+    replace_damaged: bool = False
+    with_paths: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(CorruptImages, corrupt_images=self.corrupt_images)
+        self.damaged = torch.zeros(len(self.paths), dtype=torch.bool)
         self.damaged.share_memory_()  # type: ignore[no-untyped-call]  # the workers write into it
 
     def __len__(self) -> int:
@@ -84,53 +74,58 @@ class ImageFiles(Dataset[Any]):
 
         Raises:
             UnreadableImage: The image is damaged and ``corrupt_images`` is ``fail``, no image of its class can be read,
-                or the operating system refuses the file (that is never skipped: the next run might get it).
+                or the operating system refuses the file (never skipped: it might be readable in the next run).
         """
-        shown = index
-        image = self._read(index)
-        if image is None and self.replace:
+        image, shown = self._read(index), index
+        if image is None and self.replace_damaged:
             others = (self.labels == self.labels[index]).nonzero().flatten()
             others = others.roll(-int((others == index).nonzero()) - 1)[:-1]
             for shown in others.tolist():
-                image = self._read(shown)
-                if image is not None:
+                if (image := self._read(shown)) is not None:
                     break
             else:
                 name = self.class_names[int(self.labels[index])]
-                raise UnreadableImage(f"corrupt_images=skip: class {name} has no readable training image: fix one.")
+                raise UnreadableImage(f"class {name} has no readable training image: fix or remove its files")
         if image is None:
             return None
         sample = self.transform(image), int(self.labels[index])
         return (*sample, os.fsdecode(self.paths[shown])) if self.with_paths else sample
 
-    def select(self, rows: Tensor, **settings: Any) -> "ImageFiles":
-        """The images at these rows, int64 (M,); settings change others of the constructor."""
-        kept = {
-            "transform": self.transform,
-            "corrupt_images": self.corrupt_images,
-            "replace": self.replace,
-            "with_paths": self.with_paths,
-        }
-        labels = self.labels[rows]
-        return ImageFiles(self.root, self.paths[rows.numpy()], labels, self.class_names, **{**kept, **settings})
+    def select(self, indices: Tensor) -> "ImageFiles":
+        """The images at these indices, int64 (M,)."""
+        return replace(self, paths=self.paths[indices.numpy()], labels=self.labels[indices])
 
     def unreadable(self, num_workers: int) -> dict[str, str]:
-        """Decode every image once.
-
-        Args:
-            num_workers: Processes that read; 0 is this one.
+        """Decode every image once, in this many processes (0 is this one).
 
         Returns:
             The path of each image that cannot be read, and why.
         """
-        reasons = DataLoader(_Reasons(self), batch_size=32, num_workers=num_workers, collate_fn=list)
-        total, console = -(-len(self) // 32), Console(stderr=True)
-        bar = track(reasons, "reading images", total, console=console, transient=True, disable=not console.is_terminal)
-        return dict(entry for batch in bar for entry in batch if entry is not None)
+        indices: Any = range(len(self))
+        loader = DataLoader(indices, batch_size=32, num_workers=num_workers, collate_fn=self._failures)
+        reasons: dict[str, str] = {}
+        for failures in tqdm(loader, "reading images", leave=False, disable=None):
+            reasons |= failures
+        return reasons
+
+    def _failures(self, indices: Sequence[int]) -> dict[str, str]:
+        failures = {}
+        for index in indices:
+            path = self._path(index)
+            try:
+                read_rgb(path)
+            except MemoryError:
+                raise
+            except Exception as error:  # a damaged file may raise anything
+                failures[str(path)] = failure_reason(path, error)
+        return failures
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths[index])
 
     def _read(self, index: int) -> Image.Image | None:
-        """The image, or None where it is damaged and that is no error."""
-        path = self.root / os.fsdecode(self.paths[index])
+        """The image, or None if it is damaged and ``corrupt_images`` is ``skip``."""
+        path = self._path(index)
         try:
             return read_rgb(path)
         except MemoryError:
@@ -138,45 +133,25 @@ class ImageFiles(Dataset[Any]):
         except Exception as error:  # a damaged file may raise anything
             reason = failure_reason(path, error)
             if isinstance(error, OSError) and error.errno is not None:
-                raise UnreadableImage(f"image {path} cannot be read: {reason}.") from error
+                raise UnreadableImage(f"image {path} cannot be read: {reason}") from error
             if self.corrupt_images == "fail":
                 raise UnreadableImage(
-                    f"image {path} is corrupt: {reason}: fix or remove it, or set data.corrupt_images to skip."
+                    f"image {path} is corrupt: {reason}: fix or remove it, or set data.corrupt_images to skip"
                 ) from error
         if not self.damaged[index]:
             self.damaged[index] = True
             worker = get_worker_info()
             where = f"rank {getattr(rank_zero_only, 'rank', 0)}, worker {worker.id if worker else 'none'}"
-            done = "another image of its class takes its place" if self.replace else "it is left out"
+            done = "another image of its class takes its place" if self.replace_damaged else "it is left out"
             warnings.warn(f"image {path} is corrupt: {reason}; {done} ({where})", stacklevel=2)
         return None
 
 
-class _Reasons(Dataset[Any]):
-    """(path, why it cannot be read) of the images that cannot, None for the others."""
-
-    def __init__(self, images: ImageFiles) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[str, str] | None:
-        path = self.images.root / os.fsdecode(self.images.paths[index])
-        try:
-            read_rgb(path)
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged file may raise anything
-            return str(path), failure_reason(path, error)
-        return None
-
-
 class ReadableImages:
-    """A ``collate_fn`` that leaves out the damaged images, down to an empty batch.
+    """A ``collate_fn`` that leaves out damaged images, down to an empty batch.
 
     Args:
-        image_size: Side of the images, for a batch without one.
+        image_size: Side of the images, for an empty batch.
         with_paths: Samples have a path.
     """
 

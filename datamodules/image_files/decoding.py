@@ -8,10 +8,10 @@ from PIL import Image, UnidentifiedImageError
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Decode an image file to 8-bit RGB, whatever its colours: grey, palette, CMYK, 16 bits.
+    """Decode an image file to 8-bit RGB from any mode: grey, palette, CMYK, 16 bits.
 
     As in torchvision's ImageFolder the EXIF orientation is ignored, and transparency is dropped. 16-bit grey keeps its
-    upper 8 bits (PIL alone would cut off at 255).
+    upper 8 bits (PIL alone would clip at 255).
 
     Raises:
         Exception: What PIL raises on a damaged file.
@@ -25,14 +25,9 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def failure_reason(path: Path, error: Exception) -> str:
-    """Why an image cannot be read, in one line.
-
-    Args:
-        path: The file.
-        error: What :func:`read_rgb` raised.
-    """
+    """Why :func:`read_rgb` raised this error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if path.stat().st_size == 0 else "the file is no image"
+        return "the file is empty" if path.stat().st_size == 0 else "the file is not an image"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,12 +1,12 @@
-"""Image files on the disk: found below a folder, or looked for where a list names them."""
+"""Image files on disk: the images below a folder, and the files that a list names."""
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 from datamodules.image_files.lists import ListedImages
 from imbsam.errors import SettingError
@@ -27,49 +27,39 @@ def check_files(root: Path, parts: Sequence[ListedImages], advice: str) -> int:
     Raises:
         SettingError: Files are missing; it names the first five and counts them.
     """
-    wanted: dict[str, set[str]] = {}
+    names = cache(lambda folder: _names(root / folder))
+    files: set[str] = set()
     for part in parts:
-        for path in part.paths:
-            folder, _, name = os.fsdecode(path).rpartition("/")
-            wanted.setdefault(folder, set()).add(name)
-    console = Console(stderr=True)
-    folders = track(
-        wanted,
-        f"looking for {sum(map(len, wanted.values())):,} images",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    found = {folder: _files(root / folder) for folder in folders}
-    for part in parts:
+        paths = [os.fsdecode(path) for path in part.paths]
         missing = []
-        for path in part.paths:
-            folder, _, name = os.fsdecode(path).rpartition("/")
-            if name not in found[folder]:
-                missing.append(os.fsdecode(path))
+        for path in tqdm(paths, "looking for images", leave=False, disable=None):
+            folder, _, name = path.rpartition("/")
+            if name not in names(folder):
+                missing.append(path)
         if missing:
             raise SettingError(
                 f"{len(missing):,} of the {len(part):,} images in {part.source} are not in {root}: "
                 f"{first_few(missing)}. {advice}"
             )
-    return sum(map(len, wanted.values()))
+        files.update(paths)
+    return len(files)
 
 
 def images_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Paths of the images in a folder and those below it, links followed.
+    """Paths of the images in a folder and those below it, following links.
 
     Args:
         folder: The folder.
-        above: Device and inode of the folders it lies in; those of the first call are found.
+        above: Device and inode of the folders above it; the recursion passes them on.
 
     Raises:
-        SettingError: A link leads to a folder that it lies in, or to nothing, or a folder cannot be read.
+        SettingError: A link leads to a folder above it or to nothing, or a folder cannot be read.
     """
     try:
         above = above or tuple(map(_identity, folder.absolute().parents))
         own = _identity(folder)
         if own in above:
-            raise SettingError(f"{folder} is a link to a folder that it lies in: remove that link.")
+            raise SettingError(f"{folder} is a link to a folder that it lies in: remove the link")
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
@@ -77,7 +67,7 @@ def images_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Itera
                 elif entry.is_dir():
                     yield from images_below(Path(entry.path), (*above, own))
     except OSError as error:
-        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
+        raise SettingError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -85,12 +75,12 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _files(folder: Path) -> set[str]:
-    """Names in a folder; a link counts where it leads somewhere."""
+def _names(folder: Path) -> set[str]:
+    """Names in a folder; dangling links do not count."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        raise SettingError(f"folder {folder} cannot be read: {error.strerror}.") from error
+        raise SettingError(f"folder {folder} cannot be read: {error.strerror}") from error

@@ -4,21 +4,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datamodules.base.long_tail import Profile
 from datamodules.image_files.base import ImageFilesDataModule
 from datamodules.image_files.lists import ImageSplits, ListedImages, hold_out_test
 from datamodules.tables.columns import read_columns
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
-Rows = list[tuple[str, str]]
+Listed = list[tuple[str, str]]
 """Path and label of every image."""
 
 
 class ImageListLTDataModule(ImageFilesDataModule):
-    """Images of your own in a table of paths and labels, as they are or subsampled to an imbalance ratio.
+    """Your own images in a table of paths and labels, as they are or subsampled to an imbalance ratio.
 
-    Labels are numbers 0 to C - 1 without a gap, or names (007 is one), which are sorted.
+    Labels are numbers 0 to C - 1 without gaps, or names (007 is one), which are sorted.
 
     Args:
         path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
@@ -30,14 +29,12 @@ class ImageListLTDataModule(ImageFilesDataModule):
         path_column: Column of the paths.
         label_column: Column of the labels.
         split_column: Column that says train, val or test; null for none.
-        test_share: Share of each class that is the test set where neither a file nor the column names one, in (0, 1);
+        test_share: Share of each class to test on if neither a file nor the column names test images, in (0, 1);
             the same images for every seed.
-        ratio: Imbalance ratio, largest class / smallest class, at least 1; with a profile only.
-        profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
         **settings: The settings of :class:`~datamodules.image_files.base.ImageFilesDataModule`.
     """
 
-    advice = "Paths are relative to data.root, or to the folder of data.path where that is null."
+    advice = "Paths are relative to data.root, or to the folder of data.path if that is null."
 
     def __init__(
         self,
@@ -49,15 +46,11 @@ class ImageListLTDataModule(ImageFilesDataModule):
         label_column: str = "label",
         split_column: str | None = None,
         test_share: float = 0.2,
-        ratio: float = 100,
-        profile: Profile = "none",
         **settings: Any,
     ) -> None:
-        path = os.fspath(path)  # checkpoints refuse a Path
-        val_path, test_path, root = (None if p is None else os.fspath(p) for p in (val_path, test_path, root))
         folder = os.path.dirname(path) or "." if root is None else root
-        super().__init__(folder, ratio=ratio, profile=profile, **settings)
-        self.files: dict[str, str | Path | None] = {"train": path, "val": val_path, "test": test_path}
+        super().__init__(folder, **settings)
+        self.files = {"train": path, "val": val_path, "test": test_path}
         self.columns = [path_column, label_column, *([split_column] if split_column else [])]
         self.path_column = path_column
         self.test_share = test_share
@@ -69,46 +62,48 @@ class ImageListLTDataModule(ImageFilesDataModule):
         Raises:
             SettingError: A file, a column or a value is missing, or both a file and the column define a part.
         """
-        found: dict[str, Rows] = {}
+        listed: dict[str, Listed] = {}
         for part, file in self.files.items():
             if file is None:
                 continue
-            if part in found:
+            if part in listed:
                 raise SettingError(
-                    f"split_column={self.columns[2]} has images of {part}, and {part}_path={file} lists others: leave "
-                    "one of them out."
+                    f"data.split_column is {self.columns[2]}, which has {part} images, and data.{part}_path={file} "
+                    "lists others: leave one of them out"
                 )
             for row in read_columns(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
-                found.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
-        if strange := sorted(found.keys() - self.files.keys()):
-            raise SettingError(f"split_column={self.columns[2]} has {first_few(strange)}: write train, val or test.")
-        if "train" not in found:
-            raise SettingError(f"{self.files['train']} has no training image.")
-        names = _class_names([label for _, label in found["train"]], str(self.files["train"]))
-        parts = {
-            part: _listed(f"{self.files[part] or self.files['train']} ({part})", found[part], names) for part in found
-        }
+                listed.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
+        if unknown := sorted(listed.keys() - self.files.keys()):
+            raise SettingError(
+                f"data.split_column is {self.columns[2]}, which has {first_few(unknown)}: write train, val or test"
+            )
+        train = self.files["train"]
+        if "train" not in listed:
+            raise SettingError(f"{train} has no training images: write train in column {self.columns[2]}")
+        names = _class_names({label for _, label in listed["train"]}, str(train))
+        parts = {part: _indexed(f"{self.files[part] or train} ({part})", listed[part], names) for part in listed}
         if "test" not in parts:
             parts["train"], parts["test"] = hold_out_test(parts["train"], names, self.test_share)
-        return ImageSplits(names, parts["train"], parts.get("val"), parts["test"])
+        return ImageSplits(names, **parts)
 
 
-def _class_names(labels: list[str], source: str) -> list[str]:
+def _class_names(labels: set[str], source: str) -> list[str]:
     """The classes in the order of their indices."""
-    found = set(labels)
-    if all(label.isdecimal() and str(int(label)) == label for label in found):  # 007 is a name
-        numbers = {int(label) for label in found}
-        if gaps := sorted(set(range(max(numbers) + 1)) - numbers):
-            raise SettingError(
-                f"{source} has labels up to {max(numbers)}, but no training image of {first_few(gaps)}: number the "
-                "classes from 0 without a gap, or write names."
-            )
-        return [str(number) for number in sorted(numbers)]
-    return sorted(found)
+    if not all(label.isdecimal() and str(int(label)) == label for label in labels):  # 007 is a name
+        return sorted(labels)
+    numbers = {int(label) for label in labels}
+    if gaps := sorted(set(range(max(numbers) + 1)) - numbers):
+        raise SettingError(
+            f"{source} has labels up to {max(numbers)}, but no training image of {first_few(gaps)}: number the "
+            "classes from 0 without gaps, or write names"
+        )
+    return [str(number) for number in sorted(numbers)]
 
 
-def _listed(source: str, rows: Rows, names: list[str]) -> ListedImages:
+def _indexed(source: str, listed: Listed, names: list[str]) -> ListedImages:
     index = {name: i for i, name in enumerate(names)}
-    if strange := sorted({label for _, label in rows} - index.keys()):
-        raise SettingError(f"{source} has classes without a training image: {first_few(strange)}.")
-    return ListedImages.from_paths(source, [path for path, _ in rows], [index[label] for _, label in rows], names)
+    if unknown := sorted({label for _, label in listed} - index.keys()):
+        raise SettingError(
+            f"{source} has classes without a training image: {first_few(unknown)}: add some, or leave the classes out"
+        )
+    return ListedImages.from_paths(source, [path for path, _ in listed], [index[label] for _, label in listed], names)

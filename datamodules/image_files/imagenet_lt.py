@@ -1,12 +1,9 @@
 """ImageNet-LT: published lists of "path label" beside the original images."""
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.image_files.lists import ImageSplits, names_of_folders, read_txt
 from datamodules.image_files.published import PublishedListsDataModule
-from imbsam.errors import SettingError
 
 
 class ImageNetLTDataModule(PublishedListsDataModule):
@@ -21,7 +18,7 @@ class ImageNetLTDataModule(PublishedListsDataModule):
     """
 
     own_validation = True
-    list_names = "ImageNet_LT_{}.txt"
+    list_names: ClassVar = {part: f"ImageNet_LT_{part}.txt" for part in ("train", "val", "test")}
     advice = (
         "The images (ILSVRC 2012, validation images moved into a folder a class) are from https://image-net.org, the "
         "lists from https://github.com/facebookresearch/classifier-balancing (data/ImageNet_LT) or "
@@ -37,21 +34,4 @@ class ImageNetLTDataModule(PublishedListsDataModule):
     }
 
     def __init__(self, root: str | Path = "data/imagenet", lists: str | Path | None = None, **settings: Any) -> None:
-        root = os.fspath(root)  # in each constructor, whose arguments are recorded in checkpoints
-        lists = None if lists is None else os.fspath(lists)
         super().__init__(root, lists, **settings)
-
-    def read_splits(self) -> ImageSplits:
-        """Read the three lists; a class is named after its folder.
-
-        Raises:
-            SettingError: A list is missing, or is not a list of paths and labels.
-        """
-        parts = []
-        for part in ("train", "val", "test"):
-            path = self.lists / self.list_names.format(part)
-            if not path.is_file():
-                raise SettingError(f"there is no {path}: set data.lists to the folder that holds it. {self.advice}")
-            parts.append(read_txt(path))
-        train, val, test = parts
-        return ImageSplits(names_of_folders(train), train, val, test)

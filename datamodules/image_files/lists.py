@@ -1,8 +1,7 @@
-"""Lists of images and labels: read, and checked against the classes and the disk."""
+"""Lists of images and labels: reading, splitting, and checks against the classes."""
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.sampling.stratified import held_out_counts, subsample
+from datamodules.sampling.stratified import held_out_mask
+from imbsam.checks import check_interval
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
@@ -41,7 +41,7 @@ class ListedImages:
 
         Args:
             source: Where the list comes from.
-            paths: Paths, of which ``a.jpg`` and ``./a.jpg`` are the same.
+            paths: Paths; ``a.jpg`` and ``./a.jpg`` are the same.
             labels: Class indices.
             class_names: What a message calls the classes; None for their indices.
 
@@ -50,26 +50,26 @@ class ListedImages:
         """
         label_of: dict[str, int] = {}
         kept: list[str] = []
-        again: set[str] = set()
+        repeated: set[str] = set()
         for path, label in zip(paths, labels, strict=True):
             file = os.path.normpath(path)
             if (first := label_of.setdefault(file, label)) != label:
-                shown = [str(c) if class_names is None else class_names[c] for c in (first, label)]
-                raise SettingError(f"{source}: {path} has two labels, {shown[0]} and {shown[1]}: keep one.")
+                one, other = (str(c) if class_names is None else class_names[c] for c in (first, label))
+                raise SettingError(f"{source}: {path} has two labels, {one} and {other}: keep one")
             if len(label_of) > len(kept):
                 kept.append(path)
             else:
-                again.add(file)
-        if again:
+                repeated.add(file)
+        if repeated:
             rank_zero_warn(
-                f"{source} names {len(again):,} images more than once, such as {min(again)}: each is kept once"
+                f"{source} lists {len(repeated):,} images more than once, such as {min(repeated)}: each is kept once"
             )
         packed = np.array([os.fsencode(path) for path in kept], dtype=np.bytes_)
         return ListedImages(source, packed, torch.tensor(list(label_of.values()), dtype=torch.int64))
 
-    def take(self, rows: Tensor) -> "ListedImages":
-        """Some of the images, by index or mask (N,)."""
-        return ListedImages(self.source, self.paths[rows.numpy()], self.labels[rows])
+    def take(self, mask: Tensor) -> "ListedImages":
+        """The images where the mask, bool (N,), is True."""
+        return ListedImages(self.source, self.paths[mask.numpy()], self.labels[mask])
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -83,22 +83,22 @@ class ImageSplits:
     Attributes:
         class_names: Names of the C classes.
         train: Training images, before any subsampling and any validation split.
-        val: Its own validation images, or None.
         test: Test images.
+        val: Its own validation images, or None.
     """
 
     class_names: list[str]
     train: ListedImages
-    val: ListedImages | None
     test: ListedImages
+    val: ListedImages | None = None
 
     def parts(self) -> list[ListedImages]:
-        """Those that there are."""
+        """Training, validation (if any) and test images."""
         return [part for part in (self.train, self.val, self.test) if part is not None]
 
 
 def read_txt(path: Path) -> ListedImages:
-    """Read lines of "path label", the label a number from 0; a path may have spaces, empty lines do not count.
+    """Read lines of "path label", the label a number from 0; paths may have spaces, and empty lines do not count.
 
     Raises:
         SettingError: A line is something else, or there is none.
@@ -111,25 +111,25 @@ def read_txt(path: Path) -> ListedImages:
                 paths.append(name.strip())
                 labels.append(int(label))
             elif line.strip():
-                raise SettingError(f"{path}, line {number}: {line.strip()[:80]!r} is not a path and a label from 0.")
+                raise SettingError(f"{path}, line {number} is {line.strip()[:80]!r}: write a path and a label from 0")
     if not paths:
-        raise SettingError(f"{path} lists no image.")
+        raise SettingError(f"{path} lists no images: write a path and a label on each line")
     return ListedImages.from_paths(path.name, paths, labels)
 
 
 def check_classes(splits: ImageSplits) -> None:
-    """Every class must have a training image, every label a class, and every image one label.
+    """Check that every class has a training image, every label a class, and every image one label.
 
-    Warns of classes whose names differ in case, spaces or accents' encoding alone.
+    Warns of class names that differ only in case, spaces or the encoding of accents.
 
     Raises:
-        SettingError: It names the classes, or the image; or there is one class only.
+        SettingError: It names the classes, or the image; or there is only one class.
     """
-    names = splits.class_names
+    names, train = splits.class_names, splits.train
     if len(names) < 2:
         raise SettingError(
-            f"{splits.train.source} has a single class, {names[0]}: there is nothing to tell apart; every class needs "
-            "a folder of its own in data.root, or a label of its own in a list."
+            f"{train.source} has a single class, {names[0]}, and a classifier needs two: give every class a folder of "
+            "its own in data.root, or a label of its own in the list"
         )
     alike: dict[str, list[str]] = {}
     for name in names:
@@ -137,15 +137,14 @@ def check_classes(splits: ImageSplits) -> None:
     for same in alike.values():
         if len(same) > 1:
             rank_zero_warn(
-                f"{splits.train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if "
-                "one class is meant, give it one name"
+                f"{train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if they "
+                "are one class, give it one name"
             )
     for part in splits.parts():
-        outside = np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist()
-        if outside:
+        if outside := np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist():
             raise SettingError(
-                f"{part.source} has labels {first_few(outside)}, and {splits.train.source} has the {len(names)} "
-                f"classes 0 to {len(names) - 1}: every class needs training images."
+                f"{part.source} has labels {first_few(outside)}, and {train.source} has the {len(names)} "
+                f"classes 0 to {len(names) - 1}: add training images of every class"
             )
     for part, other in combinations(splits.parts(), 2):
         _, here, there = np.intersect1d(part.paths, other.paths, return_indices=True)
@@ -153,50 +152,38 @@ def check_classes(splits: ImageSplits) -> None:
             if part.labels[i] != other.labels[j]:
                 raise SettingError(
                     f"{os.fsdecode(part.paths[i])} has two labels, {names[part.labels[i]]} in {part.source} and "
-                    f"{names[other.labels[j]]} in {other.source}: keep one."
+                    f"{names[other.labels[j]]} in {other.source}: keep one"
                 )
-    empty = (torch.bincount(splits.train.labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
-    if empty:
+    if empty := (torch.bincount(train.labels, minlength=len(names)) == 0).nonzero().flatten().tolist():
         shown = [str(c) if names[c] == str(c) else f"{c} ({names[c]})" for c in empty]
         raise SettingError(
-            f"{splits.train.source} has no image of class {first_few(shown)}: add some, or leave the class out and "
-            "number the others from 0 without a gap."
+            f"{train.source} has no image of class {first_few(shown)}: add some, or leave the class out and "
+            "number the others from 0 without gaps"
         )
 
 
 def hold_out_test(
     images: ListedImages, class_names: Sequence[str], test_share: float
 ) -> tuple[ListedImages, ListedImages]:
-    """Split off a test part, the same share of every class and the same images whatever the seed of a run.
+    """Split off a test part, the same share in (0, 1) of every class and the same images whatever the seed of a run.
 
-    A class with at least two images has at least one on either side; a single image is for training.
-
-    Args:
-        images: All images.
-        class_names: Names of the classes.
-        test_share: Share of each class, in (0, 1).
+    See :func:`~datamodules.sampling.stratified.held_out_mask`.
 
     Returns:
         Training and test images.
 
     Raises:
-        SettingError: ``test_share`` is outside (0, 1).
+        SettingError: ``test_share`` is out of range.
     """
-    if not 0 < test_share < 1:
-        raise SettingError(f"test_share={test_share} is outside (0, 1): pass the share of each class to test on.")
-    counts = torch.bincount(images.labels, minlength=len(class_names))
-    if single := [class_names[c] for c in (counts == 1).nonzero().flatten().tolist()]:
-        warnings.warn(f"no test image for the classes with a single image: {first_few(single)}.", stacklevel=2)
-    test = torch.zeros(len(images), dtype=torch.bool)
-    test[subsample(images.labels, held_out_counts(counts, test_share), torch.Generator().manual_seed(0))] = True
+    check_interval("(0, 1)", test_share=test_share)
+    test = held_out_mask(images.labels, class_names, torch.Generator().manual_seed(0), test_share=test_share)
     return images.take(~test), images.take(test)
 
 
-def names_of_folders(train: ListedImages) -> list[str]:
-    """Name each class after the folder of its images; by its number where folders and classes are not one to one."""
+def folder_names(train: ListedImages) -> list[str]:
+    """Name each class after the folder of its images, or by its number unless every class has one folder to itself."""
     labels, first = np.unique(train.labels.numpy(), return_index=True)
     num_classes = int(labels[-1]) + 1
     folders = [os.path.basename(os.path.dirname(os.fsdecode(path))) for path in train.paths[first]]
-    folder_of = dict(zip(labels.tolist(), folders, strict=True))
-    names = [folder_of.get(c, "") for c in range(num_classes)]
-    return names if all(names) and len(set(names)) == num_classes else [str(c) for c in range(num_classes)]
+    one_each = all(folders) and len(set(folders)) == num_classes
+    return folders if one_each else [str(c) for c in range(num_classes)]

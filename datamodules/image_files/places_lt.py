@@ -1,13 +1,12 @@
 """Places-LT: published lists of "path label" beside the original images."""
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.image_files.imagenet_lt import ImageNetLTDataModule
+from datamodules.image_files.published import PublishedListsDataModule
 
 
-class PlacesLTDataModule(ImageNetLTDataModule):
+class PlacesLTDataModule(PublishedListsDataModule):
     """Places-LT (Liu et al., CVPR 2019): 365 classes of 4,980 to 5 training images, balanced validation and test.
 
     The benchmark's own validation list is the validation set, so ``val_share`` must be 0.
@@ -18,7 +17,8 @@ class PlacesLTDataModule(ImageNetLTDataModule):
         **settings: The settings of :class:`~datamodules.image_files.base.ImageFilesDataModule`.
     """
 
-    list_names = "Places_LT_{}.txt"
+    own_validation = True
+    list_names: ClassVar = {part: f"Places_LT_{part}.txt" for part in ("train", "val", "test")}
     advice = (
         'The images (Places365-Standard, small images, "easy directory structure") are from '
         "http://places2.csail.mit.edu/download.html, the lists from "
@@ -35,6 +35,4 @@ class PlacesLTDataModule(ImageNetLTDataModule):
     }
 
     def __init__(self, root: str | Path = "data/places365", lists: str | Path | None = None, **settings: Any) -> None:
-        root = os.fspath(root)  # in each constructor, whose arguments are recorded in checkpoints
-        lists = None if lists is None else os.fspath(lists)
         super().__init__(root, lists, **settings)

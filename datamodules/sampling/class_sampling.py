@@ -1,24 +1,15 @@
 """How often each class is drawn in an epoch: instance-balanced, class-balanced, square-root, progressively balanced."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.sampling.stratified import shuffled_by_class
+from imbsam.checks import check_choice
 from imbsam.errors import SettingError
 
 Sampling = Literal["instance_balanced", "class_balanced", "square_root", "progressively_balanced"]
-
-
-def check_sampling(sampling: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        SettingError: It is none of the four.
-    """
-    if sampling not in get_args(Sampling):
-        raise SettingError(f"sampler={sampling!r} is unknown: choose one of {', '.join(get_args(Sampling))}.")
 
 
 def class_probabilities(class_counts: Tensor, sampling: Sampling, progress: float = 0.0) -> Tensor:
@@ -47,7 +38,7 @@ def class_probabilities(class_counts: Tensor, sampling: Sampling, progress: floa
         >>> class_probabilities(torch.tensor([80, 20]), "progressively_balanced", progress=0.5)
         tensor([0.6500, 0.3500], dtype=torch.float64)
     """
-    check_sampling(sampling)
+    check_choice(Sampling, sampling=sampling)
     counts = class_counts.double()
     if sampling == "progressively_balanced":
         instance, balanced = (class_probabilities(class_counts, s) for s in ("instance_balanced", "class_balanced"))
@@ -58,7 +49,7 @@ def class_probabilities(class_counts: Tensor, sampling: Sampling, progress: floa
 
 
 class ClassSampling:
-    """The order of an epoch in which the classes have the numbers of draws that a sampling gives them.
+    """The order of an epoch that draws each class as often as the sampling says.
 
     An epoch has as many draws as there are samples. Class j has p_j times that many, rounded up or down at random so
     that the mean is exact. Its samples take turns: none comes a third time before all have come twice.
@@ -69,15 +60,14 @@ class ClassSampling:
         epochs: Number of epochs T of the run, for progressively balanced sampling.
 
     Raises:
-        SettingError: The name is unknown, or progressively balanced sampling is not told a number of epochs.
+        SettingError: An unknown name, or progressively balanced sampling without a number of epochs.
     """
 
     def __init__(self, labels: Tensor, sampling: Sampling, epochs: int | None = None) -> None:
-        check_sampling(sampling)
+        check_choice(Sampling, sampling=sampling)
         if sampling == "progressively_balanced" and (epochs is None or epochs < 1):
             raise SettingError(
-                f"sampler=progressively_balanced goes from epoch 0 to the last one, and the number of epochs is "
-                f"{epochs}: set trainer.max_epochs."
+                f"sampling is progressively_balanced and the number of epochs is {epochs}: set trainer.max_epochs"
             )
         self.labels = labels
         self.sampling: Sampling = sampling
@@ -85,11 +75,7 @@ class ClassSampling:
         self._class_counts = torch.bincount(labels)
 
     def __call__(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """Draw the epoch's order.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            generator: Source of the draw, on the CPU.
+        """Draw the order of an epoch, counted from 0, from a CPU generator.
 
         Returns:
             ``index + N * repeat`` of each draw, int64 (N,), where ``repeat`` counts the earlier draws of that sample.

@@ -52,7 +52,7 @@ class EvalLoader(DataLoader[Any]):
         return -(-largest // (self.batch_size or 1))
 
     def __iter__(self) -> Any:
-        """Yield the batches; where this rank has one fewer, an empty batch at the end."""
+        """Yield the batches; a rank with one fewer ends with an empty batch."""
         number = 0
         for batch in super().__iter__():
             number += 1
@@ -77,7 +77,7 @@ def train_loader(
     """The shuffled training batches of this process; order and augmentation depend on (seed, epoch) alone.
 
     Args:
-        dataset: The training set: see :class:`SeededSamples` for what may be random in it.
+        dataset: The training set; :class:`SeededSamples` says what may be random in it.
         batch_size: Samples in a batch of this process.
         collate_fn: See :class:`SeededCollate`; None for PyTorch's own.
         num_workers: Loader processes; with 0 the batches are made in the main process.
@@ -87,7 +87,7 @@ def train_loader(
         order: See :class:`TrainSampler`; None for a random permutation.
 
     Returns:
-        The loader; ``set_epoch`` of its sampler is Lightning's to call.
+        The loader; Lightning calls its sampler's ``set_epoch``.
     """
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
     return TrainLoader(
@@ -109,16 +109,10 @@ def eval_loader(
 ) -> EvalLoader:
     """This process's share of an evaluation set, in order and without repeats.
 
-    Every rank has the same number of batches, an empty one where its share is shorter, so that sums over the ranks
+    Every rank has the same number of batches, an empty one if its share is shorter, so that sums over the ranks
     (torchmetrics) count every sample once and no rank waits for one that has finished.
 
-    Args:
-        dataset: The validation, test or prediction set.
-        batch_size: Samples in a batch of this process.
-        collate_fn: The loader's ``collate_fn``; None for PyTorch's own.
-        num_workers: Loader processes; with 0 the batches are made in the main process.
-        num_replicas: Number of processes that share the data, see :func:`ranks`.
-        rank: Number of this process.
+    The arguments are those of :func:`train_loader`; ``collate_fn`` gets no seeds.
     """
     sampler = EvalSampler(dataset, num_replicas, rank)
     return EvalLoader(
@@ -137,6 +131,6 @@ def _worker_settings(num_workers: int) -> dict[str, Any]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """SLURM and Ctrl-C signal workers too: they must last until the main process has saved, and end with it anyway."""
+    """SLURM and Ctrl-C signal workers too; they must live until the main process has saved, and they end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,12 +1,14 @@
 """Random numbers that depend on (seed, epoch, sample) alone, for a whole batch of samples at once.
 
-Nothing here has a state. So an augmented image is the same in any worker, on any number of processes, and in a
-run that was interrupted and resumed.
+Nothing here keeps state, so an augmented image is the same in any worker, on any number of processes, and in a
+resumed run.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +27,11 @@ def sample_seeds(seed: int, epochs: Tensor, indices: Tensor) -> Tensor:
         Seeds, int64 (B,), over the whole range of int64.
 
     Source:
-        The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) after each of the three numbers.
+        The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) after each of the three numbers.
     """
-    run = _mix(torch.full_like(indices, _signed(seed + _GOLDEN)))
-    return _mix(_mix(run + epochs) + indices)
+    run = _mix(np.full(len(indices), (seed + _GOLDEN) % 2**64, dtype=np.uint64))
+    mixed = _mix(_mix(run + _unsigned(epochs)) + _unsigned(indices))
+    return torch.from_numpy(mixed.view(np.int64))
 
 
 def random_integers(seeds: Tensor, high: int, draw: int) -> Tensor:
@@ -42,39 +45,24 @@ def random_integers(seeds: Tensor, high: int, draw: int) -> Tensor:
     Returns:
         Integers, int64 (B,).
     """
-    bits = _mix(seeds + _signed((draw + 1) * _GOLDEN))
-    return (bits >> 33 & 2**31 - 1) % high
+    bits = _mix(_unsigned(seeds) + np.uint64((draw + 1) * _GOLDEN % 2**64))
+    return torch.from_numpy((bits >> np.uint64(33)).astype(np.int64) % high)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's default CPU generator starts from ``seed``; afterwards it stands where it stood.
-
-    Args:
-        seed: Any integer of 64 bits.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    """Seed torch's default CPU generator with any 64-bit integer inside the block, and restore its state afterwards."""
+    with torch.random.fork_rng(devices=[]):  # no GPU's generator
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 (B,)."""
-    x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
-    mixed: Tensor = x ^ _logical_shift(x, 31)
-    return mixed
+def _unsigned(numbers: Tensor) -> Any:
+    return numbers.numpy().view(np.uint64)
 
 
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros coming in; torch's own shift repeats the sign."""
-    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
-    return shifted
-
-
-def _signed(number: int) -> int:
-    """The number modulo 2**64 as torch has it: signed."""
-    return (number + 2**63) % 2**64 - 2**63
+def _mix(x: Any) -> Any:
+    """SplitMix64's finalizer on uint64 (B,)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -23,13 +23,10 @@ Order = Callable[[int, torch.Generator], Tensor]
 
 
 def ranks(trainer: Any = None) -> dict[str, int]:
-    """How many processes share the data, and which one this is.
+    """How many processes share the data, ``num_replicas``, and which one this is, ``rank``.
 
     Args:
         trainer: A Lightning trainer (it knows which processes hold other data), or None to ask torch.distributed.
-
-    Returns:
-        ``num_replicas`` and ``rank``.
     """
     if trainer is not None:
         return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
@@ -42,8 +39,8 @@ class TrainSampler(DistributedSampler[Key]):
     """A random order that depends on (seed, epoch) alone; rank r of k takes its positions r, r + k, r + 2k, ...
 
     Every rank has the same number of batches. The last joint batch may be smaller, and its samples may not divide
-    evenly; the ranks' gradients are then averaged as DDP does it, the mean of the ranks' means. Where it has fewer
-    samples than there are ranks, the ranks without one repeat one of its samples.
+    evenly; the ranks' gradients are then averaged as in DDP, the mean of the ranks' means. If it has fewer samples
+    than there are ranks, the ranks without one repeat one of its samples.
 
     Args:
         dataset: The training set, with a length.
@@ -51,11 +48,10 @@ class TrainSampler(DistributedSampler[Key]):
         seed: Seed of the order.
         num_replicas: Number of processes k.
         rank: Number of this process, in [0, k).
-        order: The order of an epoch, such as :class:`ClassSampling`; None for a random
-            permutation.
+        order: The order of an epoch, such as :class:`ClassSampling`; None for a random permutation.
 
-    Yields:
-        Epoch and draw, see :data:`Key`.
+    Attributes:
+        first_batch: Batch at which the next iteration starts; 0 again afterwards.
 
     Example:
         >>> [index for _, index in TrainSampler(range(5), batch_size=2, seed=0)]
@@ -63,9 +59,6 @@ class TrainSampler(DistributedSampler[Key]):
         >>> [index for _, index in TrainSampler(range(5), batch_size=1, seed=0, num_replicas=2, rank=1)]
         [2, 0, 1]
     """
-
-    first_batch: int
-    """Batch at which the next iteration starts; 0 again afterwards."""
 
     def __init__(
         self,
@@ -117,14 +110,12 @@ class EvalSampler(DistributedSampler[int]):
 
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.indices = range(rank, len(dataset), num_replicas)
 
     def __len__(self) -> int:
         """Samples of this rank."""
-        return len(self._indices())
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the indices."""
-        return iter(self._indices())
-
-    def _indices(self) -> range:
-        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+        return iter(self.indices)

@@ -13,10 +13,10 @@ from datamodules.sampling.samplers import Key
 
 
 class SeededSamples(Dataset[Any]):
-    """A data set read by (epoch, draw), which hands out the samples and one seed for each.
+    """Reads a data set by (epoch, draw), and returns the samples with one seed for each.
 
-    A data set that reads whole batches (``__getitems__``) is expected to be deterministic; what is random belongs into
-    the ``collate_fn``. Any other data set is read sample by sample, each under its own seed of torch's default
+    A data set that reads whole batches (``__getitems__``) should be deterministic, with what is random in the
+    ``collate_fn``. Any other data set is read sample by sample, each under its own seed of torch's default
     generator, so that torchvision's random transforms depend on (seed, epoch, draw) alone.
 
     Args:
@@ -28,7 +28,7 @@ class SeededSamples(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
         source = dataset
-        while isinstance(source, Subset):  # it has __getitems__ whether its data set has it or not
+        while isinstance(source, Subset):  # has __getitems__ whether its data set does or not
             source = source.dataset
         self._reads_batches = hasattr(source, "__getitems__")
 
@@ -41,7 +41,7 @@ class SeededSamples(Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Any, Tensor]:
-        """The samples, and their seeds, int64 (B,). A plain index is one of epoch 0."""
+        """The samples, and their seeds, int64 (B,). A plain index belongs to epoch 0."""
         pairs = torch.tensor([key if isinstance(key, tuple) else (0, key) for key in keys])
         seeds = sample_seeds(self.seed, pairs[:, 0], pairs[:, 1])  # of the draw: a repeated sample is augmented anew
         indices = (pairs[:, 1] % len(self)).tolist()
@@ -58,9 +58,9 @@ class SeededCollate:
     """A ``collate_fn`` for :class:`SeededSamples`.
 
     Args:
-        collate: ``collate_fn`` of the samples. One with an argument ``seeds`` gets the samples' seeds, int64 (B,), as
-            :class:`~datamodules.image_arrays.augmentation.BatchTransform` does. Any other one runs under the first
-            sample's seed of torch's default generator.
+        collate: ``collate_fn`` of the samples. One with an argument ``seeds``, such as
+            :class:`~datamodules.image_arrays.augmentation.BatchTransform`, gets the samples' seeds, int64 (B,). Any
+            other runs under the first sample's seed of torch's default generator.
     """
 
     def __init__(self, collate: Callable[..., Any]) -> None:

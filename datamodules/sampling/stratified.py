@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imbsam.errors import SettingError
+from imbsam.checks import check_interval
+from imbsam.messages import first_few
 
 
 def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) -> Tensor:
     """Draw ``class_counts[c]`` samples of every class c without replacement.
 
-    For one state of the generator a smaller count draws a subset of what a larger count draws, so that the
-    sets of two imbalance ratios are nested.
+    From the same generator state a smaller count draws a subset of what a larger one draws, so the sets of two
+    imbalance ratios are nested.
 
     Args:
         labels: Class indices of all samples, int64 (N,), each in [0, C).
@@ -26,68 +27,39 @@ def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) 
     return (_random_ranks(labels, generator) < class_counts[labels]).nonzero().flatten()
 
 
-def validation_mask(labels: Tensor, class_names: Sequence[str], val_share: float, generator: torch.Generator) -> Tensor:
-    """Draw the share of every class that is held out for validation.
+def held_out_mask(labels: Tensor, class_names: Sequence[str], generator: torch.Generator, **share: float) -> Tensor:
+    """Draw the share of every class to hold out: rounded, but at least one sample on either side.
 
-    A class with at least two samples has at least one on either side. A class with a single sample keeps it
-    for training, and a warning names the class.
+    A class with a single sample keeps it for training, and a warning names the class.
 
     Args:
         labels: Class indices of all samples, int64 (N,), each in [0, C).
         class_names: The C names of the classes.
-        val_share: Share of the samples to hold out, in [0, 1); 0 holds out nothing.
         generator: Source of the draw, on the CPU.
+        share: The share by the name of its setting, such as ``val_share=0.1``, in [0, 1); 0 holds out nothing.
 
     Returns:
         True for the samples held out, bool (N,).
 
     Raises:
-        SettingError: ``val_share`` is outside [0, 1).
+        SettingError: The share is out of range.
     """
-    check_val_share(val_share)
-    if val_share == 0:
+    check_interval("[0, 1)", **share)
+    ((setting, value),) = share.items()
+    if value == 0:
         return torch.zeros_like(labels, dtype=torch.bool)
     counts = torch.bincount(labels, minlength=len(class_names))
     if single := [name for name, count in zip(class_names, counts.tolist(), strict=True) if count == 1]:
         warnings.warn(
-            f"val_share={val_share}: no validation sample for the classes with a single training sample: "
-            f"{', '.join(single)}.",
+            f"{setting} is {value}: nothing is held out of classes with a single sample: {first_few(single)}.",
             stacklevel=2,
         )
-    return _random_ranks(labels, generator) < held_out_counts(counts, val_share)[labels]
-
-
-def held_out_counts(class_counts: Tensor, share: float) -> Tensor:
-    """How many samples of each class to hold out: the share, rounded, but at least one sample on either side.
-
-    Args:
-        class_counts: Samples per class, int64 (C,); a single sample is not held out.
-        share: Share of every class, in (0, 1).
-
-    Returns:
-        int64 (C,).
-    """
-    held_out = (class_counts.double() * share).round().long().clamp(min=1)
-    return held_out.minimum((class_counts - 1).clamp(min=0))
-
-
-def check_val_share(val_share: float) -> None:
-    """Refuse a share of the training samples that cannot be held out.
-
-    Args:
-        val_share: Share of the samples to hold out for validation.
-
-    Raises:
-        SettingError: ``val_share`` is outside [0, 1).
-    """
-    if not 0 <= val_share < 1:
-        raise SettingError(
-            f"val_share={val_share} is outside [0, 1): pass the share of the training samples to hold out."
-        )
+    held_out = (counts.double() * value).round().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
+    return _random_ranks(labels, generator) < held_out[labels]
 
 
 def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Order the samples by class, those of a class at random.
+    """Sort the samples by class, in random order within a class.
 
     Args:
         labels: Class indices of all samples, int64 (N,), each in [0, C).

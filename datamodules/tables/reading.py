@@ -1,13 +1,13 @@
 """Tables of npz, CSV and Parquet files as columns of numbers and columns of text."""
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.tables.separators import text_format
 from imbsam.errors import SettingError
@@ -17,8 +17,6 @@ SUFFIXES = (".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 DATES_TO_NUMBERS = "make numbers of them, such as days since an event, the weekday or the hour"
 
-YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
-
 
 @dataclass(frozen=True)
 class Table:
@@ -26,11 +24,11 @@ class Table:
 
     Attributes:
         source: The file's name, for messages.
-        numbers: Columns of numbers, float64 (N,) each, nan where a value is missing.
-        texts: Columns of text, object (N,) each, None where a value is missing.
-        labels: The label column, float64 or object (N,), or None where there is none.
+        numbers: Columns of numbers, float64 (N,) each, nan for a missing value.
+        texts: Columns of text, object (N,) each, None for a missing value.
+        labels: The label column, float64 or object (N,), or None if there is none.
         refused: Columns that are neither numbers nor text, and why.
-        dropped: Columns that were left out on demand.
+        dropped: Columns that ``drop_columns`` left out.
     """
 
     source: str
@@ -46,29 +44,17 @@ class Table:
 
     def take(self, rows: Any) -> "Table":
         """The rows of an index array, without labels."""
-        return Table(
-            self.source,
-            {name: values[rows] for name, values in self.numbers.items()},
-            {name: values[rows] for name, values in self.texts.items()},
-            refused=self.refused,
-            dropped=self.dropped,
-        )
+        numbers, texts = ({name: v[rows] for name, v in part.items()} for part in (self.numbers, self.texts))
+        return replace(self, numbers=numbers, texts=texts, labels=None)
 
     def refuse(self, reasons: dict[str, str]) -> None:
-        """Raise one error on all columns that cannot be used, if there are any.
-
-        Args:
-            reasons: The columns, and why.
-
-        Raises:
-            SettingError: It names every column and ends in the setting that leaves them out.
-        """
+        """Raise one :class:`SettingError` on all columns that cannot be used, if any, with the setting to drop them."""
         if reasons:
-            told = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
-            names = ",".join(map(_yaml, (*self.dropped, *reasons)))
+            columns = "; ".join(f"column {name} {reason}" for name, reason in reasons.items())
+            names = json.dumps([*self.dropped, *reasons], ensure_ascii=False)
+            them = "it" if len(reasons) == 1 else "them"
             raise SettingError(
-                f"{self.source}: {told}; fix {'it' if len(reasons) == 1 else 'them'}, or leave "
-                f"{'it' if len(reasons) == 1 else 'them'} out: --data.drop_columns '[{names}]'"
+                f"{self.source}: {columns}; fix {them}, or leave {them} out: --data.drop_columns '{names}'"
             )
 
 
@@ -83,52 +69,66 @@ def read_table(
             ``pip install pandas pyarrow``.
         label: Name of the label column; None is ``y`` in an npz file.
         drop_columns: Columns to leave out.
-        only: Read these columns alone, where they are there, and no label.
+        only: Read these columns alone, if they are there, and no label.
 
     Raises:
         SettingError: The file cannot be read or is no table.
     """
-    if not path.name.lower().endswith(SUFFIXES):
-        raise SettingError(f"path={path} ends in {path.suffix!r}: give a file that ends in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise SettingError(f"path={path}: there is no such file")
+    check_table_file(path, SUFFIXES)
     numpy_file = path.suffix.lower() == ".npz"
     if label is None and only is None and not numpy_file:
         raise SettingError(f"label is null: name the column of {path.name} that says which rows are anomalies")
-    columns = _read_npz(path, label or "y") if numpy_file else _read_frame(path)
+    label = label or "y"
+    columns = _read_npz(path, label) if numpy_file else _read_frame(path)
     rows = len(next(iter(columns.values()), ()))
-    labels = None
-    if only is None:
-        label = label or "y"
-        labels = columns.pop(label, None)
-        if labels is None:
-            raise SettingError(f"label={label}: {path.name} has no such column; it has {first_few(columns)}")
-        if unknown := [name for name in drop_columns if name not in columns and name != label]:
-            raise SettingError(
-                f"drop_columns: {path.name} has no column {first_few(unknown)}; it has {first_few(columns)}"
-            )
-        columns = {name: values for name, values in columns.items() if name not in drop_columns}
-        try:
-            labels = _plain(labels)
-        except _UnusableColumn as error:
-            raise SettingError(f"{path.name}: label {label} {error}") from None
-    else:
+    if only is not None:
         columns = {name: values for name, values in columns.items() if name in only}
-    if not rows or not (columns or only):
-        raise SettingError(f"{path.name} has {rows} rows and {len(columns)} columns beside the label: nothing to do")
-    table = Table(path.name, {}, {}, labels, dropped=tuple(drop_columns))
+    elif label not in columns:
+        raise SettingError(f"label is {label}, which {path.name} does not have: it has {first_few(columns)}")
+    elif unknown := [name for name in drop_columns if name not in columns]:
+        others = first_few(name for name in columns if name != label)
+        raise SettingError(f"drop_columns has {first_few(unknown)}, which {path.name} does not have: it has {others}")
+    else:
+        columns = {name: values for name, values in columns.items() if name == label or name not in drop_columns}
+    plain: dict[str, Any] = {}
+    refused: dict[str, str] = {}
     for name, values in columns.items():
         try:
-            plain = _plain(values)
+            plain[name] = _plain(values)
         except _UnusableColumn as error:
-            table.refused[name] = str(error)
-            continue
-        (table.texts if plain.dtype == object else table.numbers)[name] = plain
-    return table
+            refused[name] = str(error)
+    labels = None
+    if only is None:
+        if label in refused:
+            raise SettingError(f"{path.name}: label {label} {refused[label]}")
+        labels = plain.pop(label)
+    if not rows or not (plain or refused or only):
+        raise SettingError(
+            f"{path.name} has {rows} rows and {len(plain)} columns beside the label: add what is missing"
+        )
+    texts = {name: values for name, values in plain.items() if values.dtype == object}
+    numbers = {name: values for name, values in plain.items() if name not in texts}
+    return Table(path.name, numbers, texts, labels, refused, tuple(drop_columns))
 
 
-def shown_value(value: Any) -> str:
-    """A cell as text: 1 for 1.0 and True, nothing where it is missing."""
+def check_table_file(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise a :class:`SettingError` unless the file is there and its name ends in one of these."""
+    if not path.name.lower().endswith(suffixes):
+        raise SettingError(f"path is {path}: give a file that ends in {', '.join(suffixes)}")
+    if not path.is_file():
+        raise SettingError(f"path is {path}: there is no such file")
+
+
+def read_parquet(path: Path) -> Any:
+    """A Parquet file as a pandas DataFrame, or a one-line :class:`SettingError`."""
+    with _one_line_errors(path):
+        import pandas
+
+        return pandas.read_parquet(path)
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text: 1 for 1.0 and True, nothing if it is missing."""
     if value is None or value != value:
         return ""
     if isinstance(value, (bool, int, float)):
@@ -139,53 +139,48 @@ def shown_value(value: Any) -> str:
 def _read_npz(path: Path, label: str) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            if "X" not in file:
-                raise SettingError(f"{path.name} has no array X; it has {first_few(file.files)}")
-            features, labels = file["X"], file.get(label)
-    except SettingError:
-        raise
+            arrays = {name: file[name] for name in ("X", label) if name in file}
+            names = first_few(file.files)
     except (ValueError, OSError, EOFError) as error:
-        raise SettingError(f"path={path}: no npz file of plain arrays ({error})") from error
-    if features.ndim != 2 or (labels is not None and labels.shape != features.shape[:1]):
-        shapes = f"X {features.shape}" + ("" if labels is None else f", {label} {labels.shape}")
-        raise SettingError(f"{path.name} has {shapes}: pass X of shape (rows, columns) and one label a row")
-    columns: dict[str, Any] = {f"x{i}": column for i, column in enumerate(np.ascontiguousarray(features.T))}
-    return columns if labels is None else {**columns, label: labels}
+        raise SettingError(
+            f"path is {path}, which is no npz file ({error}): give one of plain arrays X and y"
+        ) from error
+    if "X" not in arrays:
+        raise SettingError(f"{path.name} has no array X: it has {names}")
+    features = arrays.pop("X")
+    if features.ndim != 2 or any(labels.shape != features.shape[:1] for labels in arrays.values()):
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in {"X": features, **arrays}.items())
+        raise SettingError(f"{path.name} has {shapes}: give X of shape (rows, columns) and one label a row")
+    return {f"x{i}": column for i, column in enumerate(np.ascontiguousarray(features.T))} | arrays
 
 
 def _read_frame(path: Path) -> dict[str, Any]:
-    try:
-        import pandas
-    except ImportError as error:
-        raise SettingError(f"path={path}: reading it needs pandas: pip install pandas") from error
-    unnamed = False
-    try:
-        if path.suffix.lower() != ".parquet":
-            written = text_format(path)
-            header = written.header
-            frame = pandas.read_csv(
-                path,
-                sep=written.separator,
-                decimal=written.decimal,
-                low_memory=False,
-                encoding="utf-8-sig",
-                index_col=False,
-            )
-            if written.notice:
-                rank_zero_info(f"{path.name}: {written.notice}")
-            unnamed = header[:1] == [""]
-        else:
-            frame = pandas.read_parquet(path)
-            header = [str(name) for name in frame.columns]
-    except ImportError as error:
-        raise SettingError(f"path={path}: reading it needs pyarrow: pip install pyarrow") from error
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors among them
-        raise SettingError(f"path={path}: no table ({' '.join(str(error).split())})") from error
+    if path.suffix.lower() == ".parquet":
+        frame = read_parquet(path)
+        header = [str(name) for name in frame.columns]
+    else:
+        with _one_line_errors(path):
+            import pandas
+
+            separator, decimal, header = text_format(path)
+            options = {"low_memory": False, "encoding": "utf-8-sig", "index_col": False}
+            frame = pandas.read_csv(path, sep=separator, decimal=decimal, **options)
+        if header[:1] == [""]:  # the row numbers that pandas writes beside a frame
+            frame = frame.iloc[:, 1:]
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise SettingError(f"{path.name} has more than one column {first_few(twice)}: rename all but one")
-    if unnamed:  # the row numbers that pandas writes beside a frame
-        frame = frame.iloc[:, 1:]
     return {str(name): frame.iloc[:, i] for i, name in enumerate(frame.columns)}
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise SettingError(f"path is {path}: to read it, pip install pandas pyarrow") from error
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors among them
+        reason = " ".join(str(error).split())
+        raise SettingError(f"path is {path}, which is no table ({reason}): fix it, or save it again") from error
 
 
 class _UnusableColumn(Exception):
@@ -198,30 +193,28 @@ def _plain(values: Any) -> Any:
         if values.dtype.kind in "US":
             return values.astype(str).astype(object)
         if values.dtype.kind not in "biuf":
-            raise _UnusableColumn(f"holds {values.dtype}: numbers or text are needed")
+            raise _UnusableColumn(f"holds {values.dtype}: make numbers or text of it")
         return _finite(values.astype(np.float64))
     from pandas.api import types
 
-    if types.is_numeric_dtype(values.dtype) and not types.is_complex_dtype(values.dtype):
+    dtype = values.dtype
+    if types.is_numeric_dtype(dtype) and not types.is_complex_dtype(dtype):
         return _finite(values.to_numpy(dtype=np.float64, na_value=np.nan))
-    if not (types.is_object_dtype(values.dtype) or types.is_string_dtype(values.dtype) or _is_category(values)):
-        if types.is_datetime64_any_dtype(values.dtype):
-            raise _UnusableColumn(f"holds dates ({values.dropna().iloc[0]}): {DATES_TO_NUMBERS}")
-        raise _UnusableColumn(f"holds {values.dtype}: make numbers of it")
+    if types.is_datetime64_any_dtype(dtype):
+        raise _UnusableColumn(f"holds dates ({values.dropna().iloc[0]}): {DATES_TO_NUMBERS}")
+    if not (types.is_object_dtype(dtype) or types.is_string_dtype(dtype) or str(dtype) == "category"):
+        raise _UnusableColumn(f"holds {dtype}: make numbers of it")
     missing = values.isna().to_numpy()
     cells = values.astype(object).to_numpy()
     kinds = {type(cell) for cell in cells[~missing].tolist()}
-    if kinds <= {str}:
-        if not kinds:
-            return np.full(len(cells), np.nan)
+    if kinds == {str}:
         return np.where(missing, None, cells)
     try:
-        # mixed numbers, Decimals, booleans with gaps
-        numbers = np.array([np.nan if gap else float(cell) for cell, gap in zip(cells, missing, strict=True)])
+        # mixed numbers, Decimals, booleans with gaps, or nothing at all
+        return _finite(np.array([np.nan if gap else float(cell) for cell, gap in zip(cells, missing, strict=True)]))
     except (TypeError, ValueError):
-        kind = first_few(sorted(kind.__name__ for kind in kinds))
-        raise _UnusableColumn(f"holds {kind}: make numbers or text of it") from None
-    return _finite(numbers)
+        names = first_few(sorted(kind.__name__ for kind in kinds))
+        raise _UnusableColumn(f"holds {names}: make numbers or text of it") from None
 
 
 def _finite(values: Any) -> Any:
@@ -233,12 +226,3 @@ def _finite(values: Any) -> Any:
             "there, or nothing where the value is missing"
         )
     return values
-
-
-def _is_category(values: Any) -> bool:
-    return str(values.dtype) == "category"
-
-
-def _yaml(name: str) -> str:
-    """A name as the command line's YAML reads it back."""
-    return name if name.isidentifier() and name.lower() not in YAML_WORDS else json.dumps(name)

@@ -1,67 +1,54 @@
-"""CSV files as people have them: separated by commas, semicolons or tabs, with decimal points or commas."""
+"""CSV files in the wild: separated by commas, semicolons or tabs, with decimal points or commas."""
 
 import csv
 import gzip
 import re
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 _SAMPLE = 1000
-"""How many lines are looked at."""
+"""How many lines to look at."""
 
 _DECIMAL = re.compile(r"[+-]?\d+([.,])\d+")
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How a file's columns and numbers are written.
-
-    Attributes:
-        separator: What is between two columns: a comma, a semicolon or a tab.
-        decimal: What is between units and tenths: a point, or a comma where the separator is not one.
-        header: Names of the columns.
-    """
+class TextFormat(NamedTuple):
+    """The separator of a file's columns, its decimal point or comma, and the names of its columns."""
 
     separator: str
     decimal: str
     header: list[str]
 
-    @property
-    def notice(self) -> str | None:
-        """What was taken, where it is not the usual."""
-        if self.separator == ",":
-            return None
-        decimals = " and has decimal commas" if self.decimal == "," else ""
-        return f"the file is separated by {SEPARATORS[self.separator]}{decimals}"
-
 
 def open_text(path: Path) -> IO[str]:
-    """Open a file, gzipped or not, as UTF-8 text for the ``csv`` module; a byte order mark is passed over."""
+    """Open a file, gzipped or not, as UTF-8 text for the ``csv`` module, skipping a byte order mark."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     return opened(path, "rt", newline="", encoding="utf-8-sig")  # type: ignore[return-value]
 
 
 def text_format(path: Path) -> TextFormat:
-    """Find out how a file is written: the separator makes the most columns, as many in every line.
+    """Detect how a CSV file with a header is written: the separator makes the most columns, as many in every line.
 
-    Args:
-        path: A CSV file with a header line.
+    A message says so if it is not a comma.
 
     Raises:
         UnicodeDecodeError, OSError: It is no such file.
     """
     read = {separator: _first_rows(path, separator) for separator in SEPARATORS}
-    alike = [separator for separator, rows in read.items() if len({len(row) for row in rows}) == 1]
     columns = {separator: len(rows[0]) if rows else 0 for separator, rows in read.items()}
-    several = [separator for separator in alike if columns[separator] > 1]
-    separator = max(several or SEPARATORS, key=lambda found: columns[found])  # of equals the first, the comma
+    even = [s for s, rows in read.items() if columns[s] > 1 and len({len(row) for row in rows}) == 1]
+    separator = max(even or SEPARATORS, key=columns.__getitem__)  # of equals the first, the comma
     rows = read[separator]
     decimals = [match[1] for row in rows[1:] for cell in row if (match := _DECIMAL.fullmatch(cell.strip()))]
     comma = separator != "," and 2 * decimals.count(",") > len(decimals)
+    if separator != ",":
+        decimal = " and has decimal commas" if comma else ""
+        rank_zero_info(f"{path.name}: the file is separated by {SEPARATORS[separator]}{decimal}")
     return TextFormat(separator, "," if comma else ".", rows[0] if rows else [])
 
 
@@ -71,6 +58,6 @@ def _first_rows(path: Path, separator: str) -> list[list[str]]:
         try:
             for row in islice(csv.reader(file, delimiter=separator), _SAMPLE):
                 rows += [row] if row else []
-        except csv.Error:  # a cell without end, as the wrong separator may make one
+        except csv.Error:  # an endless cell, as the wrong separator may make one
             return rows
     return rows

@@ -1,70 +1,80 @@
-"""The classes of a group of runs, from the most to the fewest training samples."""
+"""The classes of a group of runs: accuracy, confusion among the tail, calibration."""
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from imbsam.group_names import GROUPS
 from imbsam.report.comparison import Group
-from imbsam.report.runs import Run
-from imbsam.report.task import GROUPS
+from imbsam.report.runs import Row, Run
 
 
 @dataclass
 class ClassAccuracy:
-    """The accuracy at one place in the order of the class counts.
+    """The accuracy at one rank in the order of the class counts.
 
     Attributes:
-        names: the classes at that place; more than one where the seed deals the counts to the classes.
+        names: the classes of that rank; more than one where the seed deals the counts to the classes.
         count: training samples of the first run's class.
         group: many, medium or few, of the first run's class.
-        accuracies: of each run, in [0, 1].
+        accuracy: in [0, 1], the mean over the runs.
     """
 
     names: list[str]
     count: int
     group: str
-    accuracies: list[float]
-
-    @property
-    def accuracy(self) -> float:
-        """The mean over the runs."""
-        return statistics.fmean(self.accuracies)
+    accuracy: float
 
 
 def by_class_count(group: Group) -> list[ClassAccuracy]:
-    """The accuracies of a group, by place in the order of the class counts.
+    """The accuracies of a group, from the class with the most training samples to that with the fewest.
 
-    Runs are averaged place by place, so that the second most frequent class of one seed meets that of another. Only the
-    runs that wrote ``per_class.csv`` with the first one's number of classes count; classes without test samples are
-    left out.
+    Runs are averaged rank by rank, so that the second most frequent class of one seed meets that of another. Only runs
+    with ``per_class.csv`` and the first one's number of classes count; classes without test samples are left out.
     """
     ordered = [
-        sorted((row for row in run.classes if row["accuracy"]), key=lambda row: -int(row["training_samples"]))
+        sorted((row for row in run.classes if row["accuracy"] is not None), key=lambda row: -row["training_samples"])
         for run in group.runs
         if run.classes
     ]
     ordered = [rows for rows in ordered if len(rows) == len(ordered[0])]
     return [
         ClassAccuracy(
-            names=list(dict.fromkeys(row["class_name"] for row in place)),
-            count=int(place[0]["training_samples"]),
-            group=place[0]["group"],
-            accuracies=[float(row["accuracy"]) for row in place],
+            names=list(dict.fromkeys(row["class_name"] for row in rows)),
+            count=rows[0]["training_samples"],
+            group=rows[0]["group"],
+            accuracy=statistics.fmean(row["accuracy"] for row in rows),
         )
-        for place in zip(*ordered, strict=True)
+        for rows in zip(*ordered, strict=True)
     ]
+
+
+def same_classes(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The groups, without the per-class results of those whose classes are not the first's, and the names of those.
+
+    All groups stay, so that each keeps its colour.
+    """
+    names = [{row["class"]: row["class_name"] for run in group.runs for row in run.classes} for group in groups]
+    first = next(filter(None, names), {})
+    kept, others = [], []
+    for group, own in zip(groups, names, strict=True):
+        if own and own != first:
+            others.append(group.name)
+            group = Group(group.name, [replace(run, classes=[], confusion=[]) for run in group.runs])
+        kept.append(group)
+    return kept, others
 
 
 @dataclass
 class TailConfusion:
-    """What the tail classes were taken for.
+    """How the test samples of the tail classes were classified.
 
     Attributes:
         labels: names of the tail classes shown, with their training samples, from the most to the fewest.
-        cells: test samples of the row's class that were predicted as the column's, in the last column but one as a tail
-            class that is not shown, in the last as a head class; summed over runs.
-        left_out: tail classes that are not shown.
+        cells: test samples of the row's class that were predicted as the column's, summed over runs; the last two
+            columns are the tail classes that are not shown and the head classes.
+        left_out: number of tail classes that are not shown.
     """
 
     labels: list[str]
@@ -72,102 +82,54 @@ class TailConfusion:
     left_out: int
 
 
-def of_one_data_set(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """The groups, but what those of other classes than the first's know of their classes is left out, and their names.
-
-    All of them stay, so that each keeps its colour.
-    """
-    known = [{row["class"]: row["class_name"] for run in group.runs for row in run.classes} for group in groups]
-    first = next((names for names in known if names), {})
-    others = [bool(names) and names != first for names in known]
-    return [
-        Group(group.name, [replace(run, classes=[], confusion=[]) for run in group.runs]) if other else group
-        for group, other in zip(groups, others, strict=True)
-    ], [group.name for group, other in zip(groups, others, strict=True) if other]
-
-
 def tail_confusion(groups: Sequence[Group], most: int = 25) -> list[TailConfusion | None]:
-    """Of every group, the confusion among the tail classes.
+    """The confusion among the tail classes of every group.
 
-    The same classes for all groups: where there are more than ``most``, those with most errors over all runs. A run
-    counts for the rows of its own tail classes. None for a group without ``confusion.csv``.
+    The same classes for all groups: where there are more than ``most``, those with the most errors over all runs. A run
+    counts for its own tail classes. None for a group without ``confusion.csv``.
     """
-    errors: Counter[str] = Counter()
-    counts: dict[str, set[int]] = {}
-    names: dict[str, str] = {}
+    errors: Counter[int] = Counter()
+    counts: dict[int, set[int]] = defaultdict(set)
+    names: dict[int, str] = {}
     for run in (run for group in groups for run in group.runs if run.confusion):
-        for row in run.classes:
-            if row["tail"] == "1":
-                errors[row["class"]] += 0
-                counts.setdefault(row["class"], set()).add(int(row["training_samples"]))
-                names[row["class"]] = row["class_name"]
-        tail = tail_classes(run)
-        for row in run.confusion:
-            if row["target"] in tail and row["target"] != row["predicted"]:
-                errors[row["target"]] += int(row["count"])
-    shown = [c for c, _ in errors.most_common(most)]
-    shown.sort(key=lambda c: (-max(counts[c]), int(c)))
+        tail = _tail_classes(run)
+        for c, row in tail.items():
+            errors[c] += 0
+            counts[c].add(row["training_samples"])
+            names[c] = row["class_name"]
+        for cell in run.confusion:
+            if cell["target"] in tail and cell["target"] != cell["predicted"]:
+                errors[cell["target"]] += cell["count"]
+    shown = sorted((c for c, _ in errors.most_common(most)), key=lambda c: (-max(counts[c]), c))
     labels = [f"{names[c]} ({'–'.join(str(n) for n in sorted({min(counts[c]), max(counts[c])}))})" for c in shown]
-    found: list[TailConfusion | None] = []
+    index = {c: i for i, c in enumerate(shown)}
+    confusions: list[TailConfusion | None] = []
     for group in groups:
         runs = [run for run in group.runs if run.confusion and run.classes]
         cells = [[0] * (len(shown) + 2) for _ in shown]
-        index = {c: i for i, c in enumerate(shown)}
         for run in runs:
-            tail = tail_classes(run)
-            for row in run.confusion:
-                if row["target"] in tail and row["target"] in index:
-                    predicted = row["predicted"]
-                    column = index.get(predicted, -2) if predicted in tail else -1
-                    cells[index[row["target"]]][column] += int(row["count"])
-        found.append(TailConfusion(labels, cells, len(errors) - len(shown)) if runs and shown else None)
-    return found
+            tail = _tail_classes(run)
+            for cell in run.confusion:
+                if cell["target"] in tail and cell["target"] in index:
+                    column = index.get(cell["predicted"], -2) if cell["predicted"] in tail else -1
+                    cells[index[cell["target"]]][column] += cell["count"]
+        confusions.append(TailConfusion(labels, cells, len(errors) - len(shown)) if runs and shown else None)
+    return confusions
 
 
-def tail_classes(run: Run) -> set[str]:
-    """The run's tail classes, by index."""
-    return {row["class"] for row in run.classes if row["tail"] == "1"}
+def _tail_classes(run: Run) -> dict[int, Row]:
+    return {row["class"]: row for row in run.classes if row["tail"]}
 
 
-@dataclass
-class Calibration:
-    """Confidence against accuracy of one class group, over the runs of a group.
-
-    Attributes:
-        bins: (samples, mean confidence, accuracy) of each bin of the confidence that has samples, runs pooled.
-        errors: the expected calibration error of each run, in [0, 1].
-    """
-
-    bins: list[tuple[int, float, float]]
-    errors: list[float]
+def calibration_bins(group: Group) -> dict[str, list[tuple[int, float, float]]]:
+    """For each class group (samples, mean confidence, accuracy) of each bin of the confidence, runs pooled."""
+    pooled: dict[str, dict[int, list[Row]]] = {name: defaultdict(list) for name in GROUPS}
+    for row in (row for run in group.runs for row in run.calibration):
+        pooled[row["group"]][row["bin"]].append(row)
+    return {name: [_pool(bins[b]) for b in sorted(bins)] for name, bins in pooled.items() if bins}
 
 
-def calibration(group: Group) -> dict[str, Calibration]:
-    """The calibration of each class group, over the runs that wrote ``calibration.csv``; empty where none did."""
-    found: dict[str, Calibration] = {}
-    for name in GROUPS:
-        pooled: dict[int, list[tuple[int, float, float]]] = {}
-        errors = []
-        for run in group.runs:
-            rows = [
-                (int(row["samples"]), float(row["confidence"]), float(row["accuracy"]), int(row["bin"]))
-                for row in run.calibration
-                if row["group"] == name
-            ]
-            for samples, confidence, accuracy, b in rows:
-                pooled.setdefault(b, []).append((samples, confidence, accuracy))
-            if rows:
-                errors.append(_expected_error([row[:3] for row in rows]))
-        if errors:
-            found[name] = Calibration([_pool(pooled[b]) for b in sorted(pooled)], errors)
-    return found
-
-
-def _expected_error(bins: Sequence[tuple[int, float, float]]) -> float:
-    """Guo et al., ICML 2017, equation 3: the gap of confidence and accuracy, weighted by the bins' samples."""
-    return sum(n * abs(accuracy - confidence) for n, confidence, accuracy in bins) / sum(n for n, _, _ in bins)
-
-
-def _pool(bins: Sequence[tuple[int, float, float]]) -> tuple[int, float, float]:
-    samples = sum(n for n, _, _ in bins)
-    return samples, sum(n * c for n, c, _ in bins) / samples, sum(n * a for n, _, a in bins) / samples
+def _pool(rows: Sequence[Row]) -> tuple[int, float, float]:
+    samples = sum(row["samples"] for row in rows)
+    confidence, accuracy = (sum(row["samples"] * row[name] for row in rows) for name in ("confidence", "accuracy"))
+    return samples, confidence / samples, accuracy / samples

@@ -6,30 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from imbsam.report.comparison import baseline_first, group_runs, other_data
+from imbsam.report.comparison import baseline_first, group_runs
+from imbsam.report.exports import comma_separated, markdown, notes, picture, print_tables
 from imbsam.report.runs import read_runs
 
 
 def main(args: Sequence[str]) -> None:
-    """Run `imbsam report` with the given arguments; what cannot be is one line and exit code 2."""
+    """Run `imbsam report` with the given arguments; an error is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="imbsam report",
-        description="Compare finished runs with a baseline: plain training where it is among them, else the first run. "
-        "Runs that differ in their seeds only are averaged.",
-        epilog="Without --output and --format the table is shown on the terminal.",
+        description="Compare finished runs with a baseline: plain training if it is among them, else the first run. "
+        "Runs that differ only in their seeds are averaged.",
+        epilog="Without --output and --format the table is printed.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="folders of runs (CSV logs or offline Weights & Biases), or folders that hold some",
+        help="folders of runs, or folders that contain some",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write here; the format is that of its ending")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file, in the format of its ending")
     parser.add_argument(
-        "--format", choices=["html", "md", "csv", "png"], help="md and csv go to the terminal if need be"
+        "--format", choices=["html", "md", "csv", "png"], help="md and csv are printed where there is no --output"
     )
-    parser.add_argument("--baseline", metavar="NAME", help="compare with this run, by its name in the table")
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this run, named as in the table")
     given = parser.parse_args(args)
     form = given.format or (given.output.suffix[1:] if given.output else None)
     if form not in (None, "html", "md", "csv", "png"):
@@ -40,32 +41,28 @@ def main(args: Sequence[str]) -> None:
     for folder, reason in skipped.items():
         print(f"skipped {folder}: {reason}", file=sys.stderr)
     if not runs:
-        _stop("there is no run to report")
+        _stop("no run to report")
     try:
         groups = baseline_first(group_runs(runs), given.baseline)
     except ValueError as error:
         _stop(str(error))
     if others := {group.task.model for group in groups} - {groups[0].task.model}:
-        _stop(f"runs are of {groups[0].task.model} and of {', '.join(others)}: report them apart")
-    for group in groups[1:]:
-        if reason := other_data(group, groups[0]):
-            print(f"not compared: {group.name} is of other data than {groups[0].name}: {reason}", file=sys.stderr)
+        _stop(f"the runs are of {groups[0].task.model} and {', '.join(others)}: report them separately")
+    if form not in (None, "md"):  # which have them
+        for note in notes(groups):
+            print(note, file=sys.stderr)
     try:
-        if form == "png":
-            from imbsam.report.exports import picture
-
+        if form is None:
+            print_tables(groups)
+        elif form == "png":
             picture(groups, given.output)
         elif form == "html":
             from imbsam.report.page import page
 
             given.output.write_text(page(groups, skipped), encoding="utf-8")
         else:
-            from imbsam.report.exports import comma_separated, markdown
-
             text = comma_separated(groups) if form == "csv" else markdown(groups)
-            if form is None:
-                _show(groups[0].task.title, text)
-            elif given.output is None:
+            if given.output is None:
                 print(text, end="")
             else:
                 given.output.write_text(text, encoding="utf-8")
@@ -76,15 +73,6 @@ def main(args: Sequence[str]) -> None:
         _stop(f"output is {given.output}: {error.strerror}")
     if given.output is not None:
         print(f"report: {given.output}")
-
-
-def _show(title: str, markdown: str) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console()
-    console.print(f"{title}, end of training", style="italic")
-    console.print(Markdown(markdown))
 
 
 def _stop(line: str) -> NoReturn:

@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from imbsam.report.method import PLAIN
 from imbsam.report.runs import Run
@@ -39,9 +40,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """One group for the runs of one place with the same settings, in the order of their first runs."""
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        by_settings[f"{run.folder.resolve().parent} {json.dumps(run.settings, sort_keys=True, default=str)}"].append(
-            run
-        )
+        by_settings[f"{run.folder.resolve().parent} {_text(run.settings)}"].append(run)
     groups = list(by_settings.values())
     names = [_name(group[0], [other[0] for other in groups]) for group in groups]
     return [
@@ -57,12 +56,12 @@ def columns(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def baseline_first(groups: Sequence[Group], name: str | None = None) -> list[Group]:
-    """The groups, with the one that the others are compared with in front.
+    """The groups, the baseline first.
 
     Args:
         groups: at least one.
-        name: name of the baseline; None is plain training (where there is the choice, with the tail's loss not
-            weighted), and the first group where none is plain.
+        name: name of the baseline; None is plain training (rather without a weight on the tail's loss), or the first
+            group where there is none.
 
     Raises:
         ValueError: no group has that name; one line.
@@ -71,42 +70,36 @@ def baseline_first(groups: Sequence[Group], name: str | None = None) -> list[Gro
     if name is not None and not named:
         raise ValueError(f"baseline is {name}: name one of {', '.join(group.name for group in groups)}")
     plain = [group for group in groups if group.runs[0].method.name == PLAIN]
-    plain.sort(key=lambda group: group.runs[0].settings.get("tail_weight", 1) != 1)
+    plain.sort(key=lambda group: group.runs[0].settings.get("sam.tail_weight", 1) != 1)
     baseline = (named or plain or list(groups))[0]
     return [baseline, *(group for group in groups if group is not baseline)]
 
 
-def other_data(group: Group, baseline: Group) -> str:
-    """Why a group's results are of other data than the baseline's, in words; empty where nothing says so.
+def data_difference(group: Group, baseline: Group) -> str:
+    """How a group's data differ from the baseline's, in words; empty if no difference is known.
 
-    Compared are the settings of the data that both know, and the test samples of each class.
+    Compared are the data settings that both have, and the test samples of each class.
     """
-    here, there = group.runs[0], baseline.runs[0]
-    known = [key for key in here.data if key in there.data] if here.data and there.data else []
-    differing = [f"{key} {here.data[key]}, not {there.data[key]}" for key in known if here.data[key] != there.data[key]]
+    run, first = group.runs[0], baseline.runs[0]
+    differing = [
+        f"{key} {value}, not {first.data[key]}"
+        for key, value in run.data.items()
+        if key in first.data and value != first.data[key]
+    ]
     if differing:
         return ", ".join(differing)
-    tested = [{row["class_name"]: row["test_samples"] for row in run.classes} for run in (here, there)]
+    tested = [{row["class_name"]: row["test_samples"] for row in run.classes} for run in (run, first)]
     if all(tested) and tested[0] != tested[1]:
         if tested[0].keys() != tested[1].keys():
             return "other classes"
-        return f"{here.test_samples:,} test samples, not {there.test_samples:,}, or shared otherwise among the classes"
+        return f"{run.test_samples:,} test samples, not {first.test_samples:,}, or other numbers of some classes"
     return ""
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings, by their dotted names, in which the runs differ.
-
-    Runs of different loggers do not know the same settings: what one of them does not know at all is no difference to
-    it, but a setting that is null in one run and not in another of the same logger is.
-    """
-    by_logger: dict[bool, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_logger["trainer.accelerator" in run.settings].append(run)
+    """The settings, by their dotted names, in which the runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [
-        key for key in keys if len({_value(run, key) for g in by_logger.values() for run in g if _known(g, key)}) > 1
-    ]
+    return [key for key in keys if len({_text(run.settings.get(key)) for run in runs}) > 1]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -115,7 +108,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def difference(group: Group, first: Group, column: str) -> tuple[float, float | None]:
-    """How much higher a group's mean is than the first group's, and the standard error of that.
+    """Difference of a group's mean to the first group's, and its standard error.
 
     Where both groups have the same seeds, one run each, the runs are compared seed by seed: s / sqrt(n) with s the
     standard deviation of the n differences. Otherwise sqrt(s1^2 / n1 + s2^2 / n2). None where a group has a single run.
@@ -139,7 +132,7 @@ def _deviation(values: Sequence[float]) -> float:
 def paired(group: Group, first: Group) -> bool:
     """Whether two groups have the same seeds, one run each."""
     seeds, others = [run.seeds for run in group.runs], [run.seeds for run in first.runs]
-    return () not in seeds and len(set(seeds)) == len(seeds) == len(others) and set(seeds) == set(others)
+    return len(set(seeds)) == len(seeds) == len(others) and set(seeds) == set(others)
 
 
 def _name(run: Run, all_runs: Sequence[Run]) -> str:
@@ -153,9 +146,5 @@ def _name(run: Run, all_runs: Sequence[Run]) -> str:
     return " ".join([run.place, *labels])
 
 
-def _known(runs: Sequence[Run], key: str) -> bool:
-    return any(key in run.settings for run in runs)
-
-
-def _value(run: Run, key: str) -> str:
-    return json.dumps(run.settings.get(key), sort_keys=True, default=str)
+def _text(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)

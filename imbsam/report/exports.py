@@ -1,4 +1,4 @@
-"""The comparison as Markdown, as CSV and as a picture; the first group is the baseline."""
+"""The comparison on the terminal, as Markdown, as CSV and as a picture; the first group is the baseline."""
 
 import csv
 import io
@@ -11,15 +11,16 @@ from imbsam.report.classes import ClassAccuracy, by_class_count
 from imbsam.report.comparison import (
     Group,
     columns,
+    data_difference,
     difference,
     differing_settings,
     mean_and_deviation,
-    other_data,
 )
 from imbsam.report.style import colour
 
+BAR = "\\|"
 NAMED = 25
-"""Up to so many classes are named on an axis."""
+"""Up to this many classes are named on an axis."""
 
 
 def table_cells(group: Group, shown: Iterable[str]) -> list[str]:
@@ -45,26 +46,59 @@ def number(value: float, error: float | None, digits: int, sign: str = "") -> st
     return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def tables(groups: Sequence[Group]) -> list[list[list[str]]]:
+    """The table of the groups, and that of their differences to the first one: rows of cells, the heading first."""
+    first, shown = groups[0], columns(groups)
+    runs = {group.name: f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups}
+    means = [["run", *shown.values()], *([g.name + runs[g.name], *table_cells(g, shown)] for g in groups)]
+    compared = [group for group in groups[1:] if not data_difference(group, first)]
+    differences = [[group.name, *difference_cells(group, first, shown)] for group in compared]
+    return [means, [[f"difference to {first.name}", *shown.values()], *differences]] if differences else [means]
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """Which groups are not compared with the first one, and why."""
+    first = groups[0]
+    return [
+        f"{group.name} has other data than {first.name}, so it is not compared: {reason}."
+        for group in groups[1:]
+        if (reason := data_difference(group, first))
+    ]
+
+
 def markdown(groups: Sequence[Group]) -> str:
-    """The table of the groups, and under it that of their differences to the first one."""
-    shown = columns(groups)
-    head = f"| {' | '.join(shown.values())} |\n| :-- |{' --: |' * len(shown)}"
-    lines = [f"| run {head}"]
-    for group in groups:
-        runs = f" ({len(group.runs)} runs)" if len(group.runs) > 1 else ""
-        lines.append(f"| {_cell(group.name)}{runs} | {' | '.join(table_cells(group, shown))} |")
-    others = {group.name: reason for group in groups[1:] if (reason := other_data(group, groups[0]))}
-    compared = [group for group in groups[1:] if group.name not in others]
-    if compared:
-        lines += ["", f"| difference to {_cell(groups[0].name)} {head}"]
-        lines += [f"| {_cell(g.name)} | {' | '.join(difference_cells(g, groups[0], shown))} |" for g in compared]
-    for name, reason in others.items():
-        lines += ["", f"{name} is of other data than {groups[0].name}, so not compared: {reason}."]
-    return "\n".join(lines) + "\n"
+    """The tables and notes as Markdown."""
+    blocks = []
+    for head, *rows in tables(groups):
+        lines = [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in (head, *rows)]
+        blocks.append("\n".join([lines[0], f"| :-- |{' --: |' * (len(head) - 1)}", *lines[1:]]))
+    return "\n\n".join([*blocks, *notes(groups)]) + "\n"
+
+
+def print_tables(groups: Sequence[Group]) -> None:
+    """Print the tables and notes; a long name is folded and not cut."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    (_, *means), *rest = tables(groups)
+    titled = {f"{groups[0].task.title}, end of training": means, **{head[0]: rows for head, *rows in rest}}
+    for title, rows in titled.items():
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table.add_column("run", overflow="fold")
+        for name in columns(groups).values():
+            table.add_column(name, justify="right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for note in notes(groups):
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 def comma_separated(groups: Sequence[Group]) -> str:
-    """One row a run: group, folder, the last logged values as they are in the log, and the settings that differ."""
+    """One row per run: group, folder, the last logged values as they are in the log, and the settings that differ."""
     settings = differing_settings([run for group in groups for run in group.runs])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -115,9 +149,9 @@ def picture(groups: Sequence[Group], path: Path) -> None:
 
 
 def axis_labels(entries: Sequence[ClassAccuracy]) -> tuple[list[str], bool]:
-    """What stands on the axis under some classes, and whether it names them.
+    """The tick labels of some classes, and whether they are names.
 
-    Where the seed deals the counts to the classes, a place has several classes and only a count.
+    Where the seed deals the counts to the classes, a rank has several classes and only its count is shown.
     """
     named = all(len(entry.names) == 1 for entry in entries)
     if not named:
@@ -125,7 +159,3 @@ def axis_labels(entries: Sequence[ClassAccuracy]) -> tuple[list[str], bool]:
     names = [entry.names[0] for entry in entries]
     short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
     return [f"{name} ({entry.count})" for name, entry in zip(short, entries, strict=True)], True
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -3,22 +3,29 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration, tail_confusion
+from imbsam.group_names import GROUPS
+from imbsam.messages import first_few
+from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration_bins, tail_confusion
 from imbsam.report.comparison import Group
 from imbsam.report.exports import NAMED, axis_labels
-from imbsam.report.style import colour, dash, marker
-from imbsam.report.task import CLASSIFIER, GROUPS
+from imbsam.report.style import colour, dash, symbol
+from imbsam.report.task import CLASSIFIER
 
 Trace = dict[str, Any]
 
 MANY_POINTS = 5000
-"""From so many points on a figure is drawn by WebGL, which keeps a page with 8,000 classes quick."""
+"""A figure with more points is drawn by WebGL, which keeps a page with 8,000 classes fast."""
+
+LINE = {"type": "line", "line": {"dash": "dot"}}
+PERCENT = [-3, 103]
+"""The range of an axis in percent, with room for the markers."""
 
 
 @dataclass
@@ -29,7 +36,7 @@ class Figure:
         title: its heading, plain text.
         data: plotly traces; ``meta`` is the group of runs that a trace belongs to.
         layout: plotly layout without colours.
-        option: where several figures share one place on the page, what this one is chosen by.
+        option: its entry in the list that chooses among figures in one place on the page.
         height: in CSS pixels.
     """
 
@@ -50,24 +57,20 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
     traces = []
     for i, (group, entries) in enumerate(zip(groups, classes, strict=True)):
         if entries:
-            trace = _trace(i, group, range(len(entries)), [100 * entry.accuracy for entry in entries])
-            trace["mode"] = "lines+markers" if few else "markers"
-            trace["marker"].update(size=8 if few else 5, opacity=1 if few else 0.6)
-            trace["text"] = [_class_text(entry) for entry in entries]
-            trace["hovertemplate"] = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
-            traces.append(trace)
+            values = [100 * entry.accuracy for entry in entries]
+            hover = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
+            names = [_class_text(entry) for entry in entries]
+            mode, marker = ("lines+markers", {"size": 8}) if few else ("markers", {"size": 5, "opacity": 0.6})
+            traces.append(_trace(i, group, range(len(entries)), values, mode, marker, text=names, hovertemplate=hover))
             if not few:
-                traces.append(_running_mean(i, group, entries))
+                half = max(len(entries) // 40, 1)
+                means = [statistics.fmean(values[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
+                traces.append(_trace(i, group, range(len(entries)), means, hoverinfo="skip"))
     if len(longest) * len(groups) > MANY_POINTS:
         traces = [{**trace, "type": "scattergl"} for trace in traces]
     ticks = range(0, len(longest), 1 if len(longest) <= NAMED else -(-len(longest) // 10))
     labels, named = axis_labels([longest[t] for t in ticks])
-    borders = []
-    start = 0
-    for name, members in groupby(longest, key=lambda entry: entry.group):
-        size = len(list(members))
-        borders.append((name, start, start + size))
-        start += size
+    places = [(name, [i for i, _ in members]) for name, members in groupby(enumerate(longest), lambda e: e[1].group)]
     layout = {
         "xaxis": {
             "title": {"text": "class (training samples)" if named else "training samples of the class"},
@@ -76,29 +79,20 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
             **({"tickangle": -40} if named else {}),
             "range": [-0.5, len(longest) - 0.5],
         },
-        "yaxis": {"title": {"text": "test accuracy in %"}, "range": [-3, 103]},
+        "yaxis": {"title": {"text": "test accuracy in %"}, "range": PERCENT},
         "shapes": [
-            {
-                "type": "line",
-                "x0": end - 0.5,
-                "x1": end - 0.5,
-                "y0": 0,
-                "y1": 1,
-                "yref": "paper",
-                "line": {"dash": "dot"},
-            }
-            for _, _, end in borders[:-1]
+            {**LINE, "x0": i[-1] + 0.5, "x1": i[-1] + 0.5, "y0": 0, "y1": 1, "yref": "paper"} for _, i in places[:-1]
         ],
         "annotations": [
-            {"text": name, "x": (begin + end - 1) / 2, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-            for name, begin, end in borders
+            {"text": name, "x": (i[0] + i[-1]) / 2, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+            for name, i in places
         ],
     }
     return Figure("", traces, layout, height=400)
 
 
 def curve_figures(groups: Sequence[Group]) -> list[Figure]:
-    """What was logged over the epochs: a thin line a run, and a thick one for the mean of a group."""
+    """What was logged over the epochs: a thin line for each run, a thick one for the mean of a group."""
     figures = []
     task = groups[0].task
     losses = {task.loss: "training loss", "val/loss": "validation loss"}
@@ -106,108 +100,97 @@ def curve_figures(groups: Sequence[Group]) -> list[Figure]:
         factor = 1 if column in losses else 100
         traces = []
         for i, group in enumerate(groups):
-            curves = [
-                [(epoch, factor * value) for epoch, value in run.curves[column]]
-                for run in group.runs
-                if column in run.curves
-            ]
-            traces += _lines(i, group, curves, "epoch %{x}: %{y:.4g}")
+            logged = [run.curves[column] for run in group.runs if column in run.curves]
+            traces += _lines(i, group, [[(epoch, factor * value) for epoch, value in curve] for curve in logged])
         if traces:
-            whole = task is CLASSIFIER and column not in losses  # rankings are read in their last per cent
-            axis = {"range": [-3, 103]} if whole else _values(traces, log=column in losses)
+            whole = task is CLASSIFIER and column not in losses  # ranking metrics differ in the last percent
+            axis = {"range": PERCENT} if whole else _values(traces, log=column in losses)
             layout = {"xaxis": _epochs(traces), "yaxis": axis}
             figures.append(Figure(title, traces, layout))
     return figures
 
 
 def sharpness_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Each sharpness measure over the epochs, one figure a class group, split and set of settings."""
+    """Each sharpness measure over the epochs, one figure for each class group, split and set of settings."""
     wanted: dict[tuple[str, ...], list[Trace]] = defaultdict(list)
     for i, group in enumerate(groups):
-        curves: dict[tuple[str, ...], list[list[tuple[int, float]]]] = defaultdict(list)
+        curves: dict[tuple[str, ...], dict[Path, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for run in group.runs:
-            of_run: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
-            for row in run.sharpness:  # the last one of an epoch counts
-                what = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
-                of_run[what][int(float(row["epoch"]))] = float(row["value"] or "nan")
-            for key, curve in of_run.items():
-                curves[key].append(list(curve.items()))
-        for key, of_group in curves.items():
-            wanted[key] += _lines(i, group, of_group, "epoch %{x}: %{y:.4g}")
+            for row in run.sharpness:  # the last measurement of an epoch counts
+                key: tuple[str, ...] = (row["measure"], row["group"], row.get("split", ""), row.get("settings", ""))
+                curves[key][run.folder][row["epoch"]] = math.nan if row["value"] is None else row["value"]
+        for key, by_run in curves.items():
+            wanted[key] += _lines(i, group, [list(curve.items()) for curve in by_run.values()])
     several = len({key[2:] for key in wanted}) > 1
-    titles = {key: ", ".join(part for part in (key if several else key[:2]) if part) for key in wanted}
     return [
-        Figure(titles[key], traces, {"xaxis": _epochs(traces), "yaxis": _values(traces)})
+        Figure(
+            ", ".join(filter(None, key if several else key[:2])),
+            traces,
+            {"xaxis": _epochs(traces), "yaxis": _values(traces)},
+        )
         for key, traces in wanted.items()
     ]
 
 
 def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:
-    """A heat map a group of runs: what its tail classes were taken for; and how many tail classes are not shown."""
-    found = tail_confusion(groups)
-    figures = [
-        _confusion(group, confusion) for group, confusion in zip(groups, found, strict=True) if confusion is not None
-    ]
-    return figures, max((confusion.left_out for confusion in found if confusion is not None), default=0)
+    """A heat map of the tail's confusion for each group of runs; and how many tail classes are not shown."""
+    shown = [(group, c) for group, c in zip(groups, tail_confusion(groups), strict=True) if c is not None]
+    return [_confusion(*pair) for pair in shown], max((confusion.left_out for _, confusion in shown), default=0)
 
 
 def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Confidence against accuracy, one figure a class group."""
-    found = [calibration(group) for group in groups]
+    """Confidence against accuracy, one figure for each class group."""
+    calibrations = [calibration_bins(group) for group in groups]
     figures = []
     for name in GROUPS:
         traces = []
-        for i, (group, by_class_group) in enumerate(zip(groups, found, strict=True)):
-            if name in by_class_group:
-                bins = by_class_group[name].bins
-                trace = _trace(i, group, [100 * c for _, c, _ in bins], [100 * a for _, _, a in bins])
-                trace["mode"] = "lines+markers"
-                largest = max(n for n, _, _ in bins)
-                trace["marker"]["line"] = {"width": 0}
-                trace["marker"]["size"] = [4 + 8 * math.sqrt(n / largest) for n, _, _ in bins]
-                trace["text"] = [f"{n} test samples" for n, _, _ in bins]
-                trace["hovertemplate"] = (
-                    f"{_text(group.name)}<br>confidence %{{x:.1f}} %, accuracy %{{y:.1f}} %<br>%{{text}}<extra></extra>"
+        for i, (group, by_class_group) in enumerate(zip(groups, calibrations, strict=True)):
+            if bins := by_class_group.get(name):
+                samples, confidence, accuracy = zip(*bins, strict=True)
+                sizes = [4 + 8 * math.sqrt(n / max(samples)) for n in samples]
+                numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
+                traces.append(
+                    _trace(
+                        i,
+                        group,
+                        [100 * c for c in confidence],
+                        [100 * a for a in accuracy],
+                        "lines+markers",
+                        {"size": sizes, "line": {"width": 0}},
+                        text=list(map(str, samples)),
+                        hovertemplate=f"{_text(group.name)}<br>{numbers}",
+                    )
                 )
-                traces.append(trace)
         if traces:
             layout = {
-                "xaxis": {"title": {"text": "confidence in %"}, "range": [-3, 103]},
-                "yaxis": {"title": {"text": "accuracy in %"}, "range": [-3, 103]},
-                "shapes": [{"type": "line", "x0": 0, "y0": 0, "x1": 100, "y1": 100, "line": {"dash": "dot"}}],
+                "xaxis": {"title": {"text": "confidence in %"}, "range": PERCENT},
+                "yaxis": {"title": {"text": "accuracy in %"}, "range": PERCENT},
+                "shapes": [{**LINE, "x0": 0, "y0": 0, "x1": 100, "y1": 100}],
             }
             figures.append(Figure(name, traces, layout))
     return figures
 
 
 def _class_text(entry: ClassAccuracy) -> str:
-    names = ", ".join(entry.names[:5]) + (", …" if len(entry.names) > 5 else "")
     classes = "class" if len(entry.names) == 1 else "classes"
-    return f"{classes} {_text(names)}: {entry.count} training samples ({entry.group})"
+    return f"{classes} {_text(first_few(entry.names))}: {entry.count} training samples ({entry.group})"
 
 
-def _running_mean(i: int, group: Group, entries: Sequence[ClassAccuracy]) -> Trace:
-    half = max(len(entries) // 40, 1)
-    accuracies = [100 * entry.accuracy for entry in entries]
-    means = [statistics.fmean(accuracies[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
-    trace = _trace(i, group, range(len(entries)), means)
-    return {**trace, "mode": "lines", "hoverinfo": "skip"}
-
-
-def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]], hover: str) -> list[Trace]:
-    template = f"{_text(group.name)}<br>{hover}<extra></extra>"
+def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]]) -> list[Trace]:
+    """A thin line for each of several runs, and a thick one for their mean, a point where there is one epoch."""
     traces = []
     for curve in curves if len(curves) > 1 else []:
-        thin = _trace(i, group, *zip(*curve, strict=True))
-        thin["line"]["width"] = 1
-        traces.append({**thin, "mode": "lines", "opacity": 0.35, "hoverinfo": "skip"})
+        epochs, values = zip(*curve, strict=True)
+        traces.append(_trace(i, group, epochs, values, width=1, opacity=0.35, hoverinfo="skip"))
     by_epoch: dict[int, list[float]] = defaultdict(list)
     for curve in curves:
         for epoch, value in curve:
             by_epoch[epoch].append(value)
     if by_epoch:
-        mean = _trace(i, group, sorted(by_epoch), [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)])
-        traces.append({**mean, "mode": "lines" if len(by_epoch) > 1 else "markers", "hovertemplate": template})
+        means = [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+        hover = f"{_text(group.name)}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>"
+        mode = "lines" if len(by_epoch) > 1 else "markers"
+        traces.append(_trace(i, group, sorted(by_epoch), means, mode, hovertemplate=hover))
     return traces
 
 
@@ -219,7 +202,7 @@ def _epochs(traces: Sequence[Trace]) -> dict[str, Any]:
 def _values(traces: Sequence[Trace], log: bool = False) -> dict[str, Any]:
     """The axis of the values: logarithmic where asked for and possible.
 
-    Around a single value plotly would draw from one below it to one above: of zeros, a chart from -1 to 1.
+    Around a single value plotly would draw an axis from one below to one above: for zeros, from -1 to 1.
     """
     values = [y for trace in traces for y in trace["y"] if y is not None]
     low, high = min(values, default=0.0), max(values, default=0.0)
@@ -243,7 +226,7 @@ def _confusion(group: Group, confusion: TailConfusion) -> Figure:
         "customdata": [[row[j] for j in keep] for row in confusion.cells],
         "zmin": 0,
         "zmax": 100,
-        "hovertemplate": "%{y} taken for %{x}: %{z:.1f} % (%{customdata})<extra></extra>",
+        "hovertemplate": "%{y} predicted as %{x}: %{z:.1f} % (%{customdata})<extra></extra>",
         "colorbar": {"title": {"text": "%"}, "thickness": 10},
         **({"texttemplate": "%{z:.0f}"} if small else {}),
     }
@@ -255,20 +238,31 @@ def _confusion(group: Group, confusion: TailConfusion) -> Figure:
     return Figure("", [trace], layout, option=group.name, height=height)
 
 
-def _trace(i: int, group: Group, x: Iterable[float], y: Iterable[float]) -> Trace:
+def _trace(
+    i: int,
+    group: Group,
+    x: Iterable[float],
+    y: Iterable[float],
+    mode: str = "lines",
+    marker: Mapping[str, Any] | None = None,
+    width: int = 2,
+    **more: Any,
+) -> Trace:
     return {
         "type": "scatter",
         "name": _text(group.name),
         "meta": i,
         "x": list(x),
         "y": [_number(value) for value in y],
-        "line": {"color": colour(i), "dash": dash(i), "width": 2},
-        "marker": {"color": colour(i), "symbol": marker(i)},
+        "mode": mode,
+        "line": {"color": colour(i), "dash": dash(i), "width": width},
+        "marker": {"color": colour(i), "symbol": symbol(i), **(marker or {})},
+        **more,
     }
 
 
 def _number(value: float) -> float | None:
-    """Five digits, which no screen exceeds, keep the page small; what is not finite is a gap."""
+    """Five digits are enough for a screen and keep the page small; what is not finite is a gap."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 

@@ -4,19 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = {"sam": "SAM", "imbsam": "ImbSAM", "focal_sam": "Focal-SAM", "FocalSAM": "Focal-SAM"}
+NAMES = {"FocalSAM": "Focal-SAM", "CCSAM": "CC-SAM", "SSESAM": "SSE-SAM"}
+WITHOUT_A_TAIL = ("SAM", "GSAM", "FocalSAM", "CCSAM")
+"""Methods that do not ask which classes are the tail."""
 
 PLAIN = "plain training"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its two settings that matter.
+    """A method and the two settings of it that matter.
 
     Attributes:
-        name: "plain training", "SAM", "ImbSAM", "Focal-SAM", or the class of the user's own.
+        name: "plain training", the method's name in the literature, or the user's own class.
         rho: length of the perturbation, None for plain training.
-        eta: classes with fewer training samples are the tail; None where the method does not ask.
+        eta: classes with fewer training samples are the tail; None where the method does not use it.
     """
 
     name: str
@@ -28,13 +30,10 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     """The method of a run.
 
     Args:
-        settings: flattened, see :func:`imbsam.report.runs.flatten`: ``model.init_args.sam`` is the class under ``sam``
-            and its arguments under ``sam.rho`` and ``sam.eta``. Earlier runs have ``method``, ``rho`` and ``eta``.
+        settings: see :class:`imbsam.report.runs.Run`: the class of ``model.sam`` under ``sam``, its arguments under
+            ``sam.rho`` and ``sam.eta``.
     """
-    objects = "method" not in settings
-    name = settings.get("sam" if objects else "method")
-    rho, eta = (settings.get(f"sam.{key}" if objects else key) for key in ("rho", "eta"))
-    if name in (None, "Plain", "sgd") or not rho:
+    name, rho = settings.get("sam"), settings.get("sam.rho")
+    if name in (None, "Plain") or not rho:
         return Method(PLAIN)
-    shown = NAMES.get(name, str(name))
-    return Method(shown, rho, eta if shown not in ("SAM", "Focal-SAM") else None)
+    return Method(NAMES.get(name, str(name)), rho, None if name in WITHOUT_A_TAIL else settings.get("sam.eta"))

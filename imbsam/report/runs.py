@@ -1,4 +1,4 @@
-"""Read what a run left behind: a folder of Lightning's CSVLogger."""
+"""Read a run's folder, as Lightning's CSVLogger and our callbacks write it."""
 
 import csv
 import datetime
@@ -15,32 +15,30 @@ import yaml
 from imbsam.report.method import Method, method_of
 from imbsam.report.task import CLASSIFIER, DETECTOR, Task
 
-# what does not make a run another experiment: seeds, places, and what is only shown
+# settings that do not make a run another experiment: seeds, paths, logging
 NOT_SETTINGS = re.compile(
     r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
 
+# settings of a DataModule that do not say which samples are trained and tested on
 NOT_DATA = re.compile(
-    r"seed|(predict_|test_)?(root|path)|lists|num_workers|(eval_)?batch_size|batches_per_epoch|sampler|sampling|mixup|cutmix"
+    r"seed|(predict_|test_)?(root|path)|lists|num_workers|(eval_)?batch_size|batches_per_epoch|sampling|mixup|cutmix"
     r"|augment|color_jitter|image_size|corrupt_images|scaling|_.*"
 )
-"""Settings of a DataModule that do not say which samples are trained and tested on."""
 
 EVALUATION_FILES = {
-    "classes": (
-        "per_class.csv",
-        {"class", "class_name", "training_samples", "group", "tail", "test_samples", "accuracy"},
-    ),
-    "confusion": ("confusion.csv", {"target", "predicted", "count"}),
-    "calibration": ("calibration.csv", {"group", "bin", "samples", "confidence", "accuracy"}),
-    "sharpness": ("sharpness.csv", {"epoch", "group", "measure", "value"}),
+    "classes": ("per_class.csv", "class class_name training_samples group tail test_samples accuracy"),
+    "confusion": ("confusion.csv", "target predicted count"),
+    "calibration": ("calibration.csv", "group bin samples confidence accuracy"),
+    "sharpness": ("sharpness.csv", "epoch group measure value"),
 }
-"""What a run may have written: name of the attribute, file, and the columns that are read."""
+"""What a run may have written: attribute of :class:`Run`, file, and the columns that are read."""
 
+TEXT = {"class_name", "group", "measure", "split", "settings"}
+"""The columns of CSV files that are not numbers."""
 
-NUMBERS = {"training_samples", "test_samples", "accuracy", "count", "bin", "samples", "confidence", "epoch", "value"}
-"""Their columns with numbers."""
+Row = dict[str, Any]
 
 
 class UnreadableRunError(Exception):
@@ -52,17 +50,16 @@ class Run:
     """One training and its test.
 
     Attributes:
-        folder: where it lies.
-        place: what it is called: its folder's last two names above ``version_N``.
-        seeds: what it was seeded with; empty where that is not known.
+        folder: its folder.
+        place: the folder's last two names above ``version_N``.
+        seeds: its seeds; empty where they are not known.
         settings: dotted name to value, where it is not null, without what does not make it another experiment.
         final: the last value of every logged quantity; accuracies are in [0, 1].
         curves: quantity to its (epoch from 1, value) pairs, for what is logged once an epoch.
         hardware: device and processes.
         task: what the model does.
-        data: settings that say which samples it was trained and tested on, the DataModule's class under "data set";
-            empty where they are not known.
-        date: the day on which its log was written last, ISO 8601.
+        data: settings that say which samples it was trained and tested on, the DataModule's class under "data set".
+        date: when its log was last written, ISO 8601.
         classes: the rows of ``per_class.csv``; this and the following are empty where there is no such file.
         confusion: the rows of ``confusion.csv``.
         calibration: the rows of ``calibration.csv``.
@@ -79,10 +76,10 @@ class Run:
     task: Task = CLASSIFIER
     data: dict[str, Any] = field(default_factory=dict)
     date: str = ""
-    classes: list[dict[str, str]] = field(default_factory=list)
-    confusion: list[dict[str, str]] = field(default_factory=list)
-    calibration: list[dict[str, str]] = field(default_factory=list)
-    sharpness: list[dict[str, str]] = field(default_factory=list)
+    classes: list[Row] = field(default_factory=list)
+    confusion: list[Row] = field(default_factory=list)
+    calibration: list[Row] = field(default_factory=list)
+    sharpness: list[Row] = field(default_factory=list)
 
     @property
     def method(self) -> Method:
@@ -92,30 +89,30 @@ class Run:
     @property
     def test_samples(self) -> int | None:
         """Size of the test set, where ``per_class.csv`` tells."""
-        return sum(int(row["test_samples"]) for row in self.classes) or None
+        return sum(row["test_samples"] for row in self.classes) or None
 
     @property
     def training_samples(self) -> int | None:
         """Size of the training set, where ``per_class.csv`` tells."""
-        return sum(int(row["training_samples"]) for row in self.classes) or None
+        return sum(row["training_samples"] for row in self.classes) or None
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str]]:
-    """Read every run in some folders, however deep.
+    """Read every run in some folders, at any depth.
 
     Args:
         paths: run folders, or folders that hold some.
 
     Returns:
-        The runs in the order of the paths, and why each folder that was left out cannot be reported. Of several runs of
-        one place with the same settings and seeds the newest counts.
+        The runs in the order of the paths, and each skipped folder with the reason. Of several runs in one place with
+        the same settings and seeds the newest counts.
     """
     runs: list[Run] = []
     skipped: dict[Path, str] = {}
     for path in paths:
         folders = find_folders(path)
         if not folders:
-            skipped[path] = "there is no run in it" if path.is_dir() else "there is no such folder"
+            skipped[path] = "there is no run in it" if path.is_dir() else "no such folder"
         for folder in folders:
             try:
                 runs.append(read_run(folder))
@@ -134,22 +131,22 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def find_folders(path: Path) -> list[Path]:
-    """The run folders at or below a path, by number and not by letters: version_2 before version_10."""
+    """The run folders at or below a path, version_2 before version_10."""
     if is_run(path):
         return [path]
     inside = sorted((p for p in path.iterdir() if p.is_dir()), key=version) if path.is_dir() else []
-    # what `imbsam test` and its like write beside a run is no run
+    # written beside a run by `imbsam test` and the like
     runs = [p for p in inside if not re.fullmatch(r"(test|validate|predict)_\d+", p.name)]
     return [folder for child in runs for folder in find_folders(child)]
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, be it an empty one."""
+    """Whether a folder is a run's, even an empty one."""
     return path.is_dir() and ((path / "metrics.csv").exists() or re.fullmatch(r"version_\d+", path.name) is not None)
 
 
 def version(path: Path) -> tuple[Any, ...]:
-    """Sorts names with numbers in them; (text, number, text, ...)."""
+    """The sort key of a name with numbers in it: (text, number, text, ...)."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name))
 
 
@@ -162,30 +159,23 @@ def read_run(folder: Path) -> Run:
     log = folder / "metrics.csv"
     if not log.exists():
         raise UnreadableRunError("it has no metrics.csv: the run stopped before its first epoch")
-    rows = read_csv(log)
-    config = _read_yaml(folder / "config.yaml")
-    logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
-    columns = {name for row in rows for name, value in row.items() if value not in ("", None)}
-    of_detector = columns & {DETECTOR.loss, *DETECTOR.results} and CLASSIFIER.loss not in columns
-    task = DETECTOR if of_detector else CLASSIFIER
-    if task.loss not in columns:
-        old = "" if columns & task.results.keys() else ", or an older version's log"
-        raise UnreadableRunError(f"its log has no {task.loss}: a test, a prediction{old}, or nothing yet")
-    if missing := [name for name in task.results if name not in columns]:
-        raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet, or written by an older version")
-    # the model's and the data's arguments by their own names
-    flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
     final: dict[str, float] = {}
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    try:
-        for row in rows:
-            for column in columns:
-                if row.get(column) not in ("", None):
-                    final[column] = float(row[column])
-                    if column.startswith(("train/", "val/")) and not column.endswith("_step"):
-                        curves[column].append((int(float(row["epoch"])) + 1, final[column]))
-    except (ValueError, KeyError) as error:
-        raise UnreadableRunError(f"its log cannot be read: {error}") from error
+    for row in read_csv(log, "epoch"):
+        for name, value in row.items():
+            if value is not None:
+                final[name] = value
+                if name.startswith(("train/", "val/")) and not name.endswith("_step"):
+                    curves[name].append((int(row["epoch"]) + 1, value))
+    config = _read_yaml(folder / "config.yaml")
+    logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
+    task = next((task for task in (CLASSIFIER, DETECTOR) if task.loss in final), None)
+    if task is None:
+        raise UnreadableRunError("its log has no training loss: a test, a prediction, or nothing yet")
+    if missing := [name for name in task.results if name not in final]:
+        raise UnreadableRunError(f"its log has no {missing[0]}: not tested yet")
+    # the model's and the data's arguments by their own names
+    flat = {re.sub(r"^(model|data)\.", "", key): value for key, value in flatten(config).items() if value is not None}
     return Run(
         folder=folder,
         place="/".join(folder.resolve().parts[-3:-1]),
@@ -197,45 +187,46 @@ def read_run(folder: Path) -> Run:
         task=task,
         data=_data(config.get("data")),
         date=datetime.date.fromtimestamp(log.stat().st_mtime).isoformat(),
-        **{name: _read_rows(folder / file, needed) for name, (file, needed) in EVALUATION_FILES.items()},
+        **{
+            name: read_csv(folder / file, needed) if (folder / file).exists() else []
+            for name, (file, needed) in EVALUATION_FILES.items()
+        },
     )
 
 
 def _data(config: Any) -> dict[str, Any]:
-    """The settings of the data, without what does not say which samples they are."""
-    flat = flatten(config, "data set") if isinstance(config, dict) and "class_path" in config else {}
-    named = {key.removeprefix("data set."): value for key, value in flat.items() if value is not None}
-    # a file by its name alone: it may lie elsewhere on another machine
-    files = {key: Path(str(named[key])).name for key in ("path", "test_path") if key in named}
-    return {key: value for key, value in named.items() if not NOT_DATA.fullmatch(key)} | files
+    """The settings of the data, without those that do not say which samples they are."""
+    flat = {key.removeprefix("data set."): v for key, v in flatten(config, "data set").items() if v is not None}
+    # a file by its name alone: it may be elsewhere on another machine
+    files = {key: Path(str(flat[key])).name for key in ("path", "test_path") if key in flat}
+    return {key: value for key, value in flat.items() if not NOT_DATA.fullmatch(key)} | files
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file that was written to its end.
+def read_csv(path: Path, needed: str = "") -> list[Row]:
+    """The rows of a CSV file that was written to its end: numbers, None for an empty cell, and text in :data:`TEXT`.
+
+    Args:
+        path: the file.
+        needed: columns that it must have, separated by spaces.
 
     Raises:
-        UnreadableRunError: it is empty or cut off.
+        UnreadableRunError: it is empty or cut off, lacks a column, or has a word where a number belongs.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise UnreadableRunError(f"its {path.name} is empty")
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    rows: list[Row] = list(csv.DictReader(io.StringIO(text, newline="")))
     if not text.endswith("\n") or any(None in row or None in row.values() for row in rows):
         raise UnreadableRunError(f"its {path.name} is cut off: half-written?")
-    return rows
-
-
-def _read_rows(path: Path, needed: set[str]) -> list[dict[str, str]]:
-    """The rows of a file that a run need not have."""
-    rows = read_csv(path) if path.exists() else []
+    if rows and (missing := set(needed.split()) - set(rows[0])):
+        raise UnreadableRunError(f"its {path.name} has no column {min(missing)}")
     for row in rows:
-        for name in NUMBERS & row.keys():
-            try:
-                float(row[name] or "nan")
-            except ValueError as error:
-                raise UnreadableRunError(f"its {path.name} holds {row[name]!r} as {name}") from error
-    if rows and (missing := needed - set(rows[0])):
-        raise UnreadableRunError(f"its {path.name} has no column {min(missing)}: written by an older version")
+        for name, cell in row.items():
+            if name not in TEXT:
+                try:
+                    row[name] = None if cell == "" else int(cell) if cell.isdigit() else float(cell)
+                except ValueError as error:
+                    raise UnreadableRunError(f"its {path.name} has {cell!r} as {name}") from error
     return rows
 
 
@@ -256,9 +247,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UnreadableRunError(f"it has no {path.name}")
     try:
-        found = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnreadableRunError(f"its {path.name} cannot be read: half-written?") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UnreadableRunError(f"its {path.name} is empty or no mapping: half-written?")
-    return found
+    return content

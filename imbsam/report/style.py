@@ -1,4 +1,4 @@
-"""What tells groups of runs apart in every picture: a colour, then a dash and a marker."""
+"""What distinguishes groups of runs in every figure: a colour, a dash and a marker."""
 
 # ten hues with a contrast of at least 3 on white and on the dark page (WCAG 2.2, 1.4.11); tested
 COLOURS = (
@@ -14,7 +14,7 @@ COLOURS = (
     "#16909f",
 )
 DASHES = ("solid", "dash", "dot", "dashdot")
-MARKERS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
+SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
 
 
 def colour(group: int) -> str:
@@ -27,6 +27,6 @@ def dash(group: int) -> str:
     return DASHES[group // len(COLOURS) % len(DASHES)]
 
 
-def marker(group: int) -> str:
+def symbol(group: int) -> str:
     """The marker of a group's points; neighbours have different ones."""
-    return list(MARKERS)[group % len(MARKERS)]
+    return list(SYMBOLS)[group % len(SYMBOLS)]

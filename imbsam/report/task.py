@@ -1,9 +1,9 @@
-"""What runs are compared by: accuracies of class groups for classifiers, rankings for anomaly detectors."""
+"""The metrics that runs are compared by: group accuracies of classifiers, ranking metrics of anomaly detectors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GROUPS = ("many", "medium", "few", "all")
+from imbsam.group_names import GROUPS
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class Task:
         model: what the model is called, in the plural.
         loss: the epoch's training loss.
         results: logged quantity to its heading, for those in [0, 1] that every test logs; shown in percent.
-        optional: the same, for those that some tests log.
-        highlights: what the page's first sentences are about: quantity, and how a sentence on it begins.
-        curves: what is drawn over the epochs beside the losses, in percent.
+        optional: the same, for those that only some tests log.
+        highlights: the quantities of the page's first sentences, and how the sentence on each begins.
+        curves: what is plotted over the epochs beside the losses, in percent.
         title: heading of the results.
     """
 

@@ -33,12 +33,12 @@ def create_network(backbone: BackboneCallable, num_classes: int, head: HeadCalla
             "data: give its class, or a function's path as text (backbone: torchvision.models.resnet50, without "
             "class_path)"
         )
-    parameters = inspect.signature(backbone).parameters.values()
-    named = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
+        parameters = inspect.signature(backbone).parameters.values()  # a partial's are checked here
+        named = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
         network = backbone(num_classes=num_classes) if named else backbone(num_classes)  # type: ignore[call-arg]
         if head is not None:
             replace_classifier(network, head)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SettingError(f"backbone or head: {error}") from error
     return network

@@ -1,1 +1,1 @@
-"""Callbacks: what is printed, written, measured or changed in the course of a run."""
+"""Callbacks: what is printed, written, measured or scheduled during a run."""

@@ -1,6 +1,5 @@
-"""Early stopping that ends with the best weights, and says how the training ended."""
+"""Early stopping that ends with the best weights."""
 
-from statistics import mean, stdev
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,29 +7,25 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from imbsam import SettingError
-
-SHORTEST_TREND = 10
-"""Epochs from which on the end of the training loss says anything."""
+from imbsam.checks import check_numbers, check_whole_numbers
 
 
 class RestoringEarlyStopping(EarlyStopping):
     """Lightning's EarlyStopping; at the end of ``fit`` the model has the weights of the best epoch.
 
-    So the weights that are tested, that a threshold is chosen for and that the last checkpoint holds are the best ones.
-    The latest weights are kept beside them: a finished run that is resumed with more patience or more epochs continues
-    from where it stopped, bit-identically.
+    So the best weights are tested, a threshold is chosen for them, and the last checkpoint holds them. The latest
+    weights are kept beside them: a finished run that is resumed with more patience or more epochs continues from where
+    it stopped, bit-identically.
 
-    Where ``monitor`` is never logged (no validation part, or no labelled anomaly in it) the training lasts
-    ``passes_without_validation`` passes over the training rows and ends with the latest weights. One line at the end of
-    ``fit`` says which weights were kept, or whether the training loss was still falling.
+    Where ``monitor`` is never logged (no validation samples, or no labelled anomaly among them) the training lasts
+    ``passes_without_validation`` passes over the training samples and ends with the latest weights. One line at the end
+    of ``fit`` says which weights were kept.
 
     Args:
         monitor: the metric to watch.
         patience: epochs without improvement after which the training stops.
-        passes_without_validation: passes over the training rows (batches times batch size, over the model's
-            ``class_counts``) where ``monitor`` is never logged; null for all of ``trainer.max_epochs``.
-        train_loss: name of the training loss, for the line at the end.
+        passes_without_validation: passes over the training samples (batches times batch size, over the sum of the
+            model's ``class_counts``) where ``monitor`` is never logged; null for all of ``trainer.max_epochs``.
         **kwargs: the other settings of EarlyStopping.
     """
 
@@ -39,29 +34,23 @@ class RestoringEarlyStopping(EarlyStopping):
         monitor: str = "val/loss",
         patience: int = 10,
         passes_without_validation: float | None = None,
-        train_loss: str = "train/loss",
         **kwargs: Any,
     ) -> None:
         super().__init__(monitor, patience=patience, strict=False, **kwargs)
-        if patience < 1:
-            raise SettingError(f"patience is {patience}: give a number of epochs from 1")
-        if passes_without_validation is not None and not passes_without_validation > 0:
-            raise SettingError(
-                f"passes_without_validation is {passes_without_validation}: give a number above 0 (100), or null"
-            )
+        check_whole_numbers(patience=patience)
+        if passes_without_validation is not None:
+            check_numbers(above=True, passes_without_validation=passes_without_validation)
         self.passes_without_validation = passes_without_validation
-        self.train_loss = train_loss
         self.best_epoch: int | None = None  # from 1
-        self._losses: list[float] = []
         self._other: dict[str, Tensor] | None = None  # the best weights; once restored, the latest
         self._restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run that was out of patience is finished; its weights are the best ones already."""
+        """Stop a resumed run that was out of patience; it has the best weights already."""
         trainer.should_stop = trainer.should_stop or self._out_of_patience
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train on from the latest weights, where a finished run is resumed with more patience or epochs."""
+        """Continue from the latest weights, where a finished run is resumed with more patience or epochs."""
         if self._restored:
             self._swap(pl_module)
 
@@ -72,16 +61,14 @@ class RestoringEarlyStopping(EarlyStopping):
         self._keep_if_best(before, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keep the weights of the best epoch; without validation, stop once the rows were seen often enough."""
+        """Keep the weights of the best epoch; without validation, stop after enough passes."""
         before = self.best_score
         super().on_train_epoch_end(trainer, pl_module)
         self._keep_if_best(before, trainer, pl_module)
-        if self.train_loss in trainer.callback_metrics:
-            self._losses.append(float(trainer.callback_metrics[self.train_loss]))
         if self.best_epoch is None and self.passes_without_validation is not None:
             loader: Any = trainer.train_dataloader
-            rows = (trainer.current_epoch + 1) * trainer.num_training_batches * loader.joint_batch_size
-            passes = rows / int(pl_module.class_counts.sum())
+            samples = (trainer.current_epoch + 1) * trainer.num_training_batches * loader.joint_batch_size
+            passes = samples / int(pl_module.class_counts.sum())
             trainer.should_stop = trainer.should_stop or passes >= self.passes_without_validation
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,22 +80,20 @@ class RestoringEarlyStopping(EarlyStopping):
         rank_zero_info(self._summary(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """EarlyStopping's, and the weights that the model does not have now."""
+        """EarlyStopping's state, and the weights that the model does not have now."""
         return {
             **super().state_dict(),
             "best_epoch": self.best_epoch,
-            "losses": list(self._losses),
             "other": self._other,
             "restored": self._restored,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over all but the patience, which a resumed run may change."""
+        """Restore all but the patience, which a resumed run may change."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
         self.best_epoch = state_dict["best_epoch"]
-        self._losses = list(state_dict["losses"])
         self._other = state_dict["other"]
         self._restored = state_dict["restored"]
 
@@ -128,28 +113,14 @@ class RestoringEarlyStopping(EarlyStopping):
         self._other, self._restored = current, not self._restored
 
     def _summary(self, trainer: Trainer) -> str:
-        done = trainer.current_epoch
+        epochs = trainer.current_epoch
         if self.best_epoch is None:
-            return f"no {self.monitor} to stop by: trained {done} epochs; {_trend(self._losses)}"
-        kept = f"{self.monitor} was best after epoch {self.best_epoch} of {done} ({float(self.best_score):.4g}), "
-        if self._out_of_patience:
-            return kept + "whose weights are kept"
-        return kept + "whose weights are kept; it had not stopped improving: raise trainer.max_epochs"
+            return f"{self.monitor} was never logged, so nothing to stop by: trained {epochs} epochs"
+        best = f"{self.monitor} was best after epoch {self.best_epoch} of {epochs} ({self.best_score:.4g})"
+        kept = f"{best}, whose weights are kept"
+        return kept if self._out_of_patience else f"{kept}; it was still improving: raise trainer.max_epochs"
 
 
 def _copy(pl_module: LightningModule) -> dict[str, Tensor]:
     """The weights and buffers, on the CPU."""
     return {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
-
-
-def _trend(losses: list[float]) -> str:
-    """Whether the training loss was falling: its last fifth against the fifth before, by two standard errors."""
-    if len(losses) < SHORTEST_TREND:
-        return "too few epochs to tell whether the training loss was still falling"
-    fifth = len(losses) // 5
-    before, last = losses[-2 * fifth : -fifth], losses[-fifth:]
-    error = (stdev(before) ** 2 / fifth + stdev(last) ** 2 / fifth) ** 0.5
-    values = f"{mean(before):.4g} to {mean(last):.4g} over the last {2 * fifth} epochs"
-    if mean(before) - mean(last) > max(2 * error, 0.01 * abs(mean(before))):
-        return f"the training loss was still falling ({values}): train for more epochs"
-    return f"the training loss had stopped falling ({values})"

@@ -1,4 +1,4 @@
-"""The seconds of every epoch in the log, and the device in the hyperparameters."""
+"""Log the seconds of every epoch, and the device."""
 
 import time
 
@@ -19,7 +19,8 @@ class EpochTimer(Callback):
         """Log the device, and start the clock: a run resumed mid-epoch does not start that epoch."""
         self._start = time.monotonic()
         device = pl_module.device
-        name = f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         if device.type != "cpu":
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""MaxNorm: class weights that are kept inside a ball."""
+"""MaxNorm: keep the class weights of the last layer inside a ball."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ class MaxNorm(Callback):
         w_c \leftarrow \min\left(1, \frac{r}{\|w_c\|}\right) w_c, \qquad
         r = \min_c \|w_c\| + t \left(\max_c \|w_c\| - \min_c \|w_c\|\right)
 
-    with r from the weights :math:`w_c` with which the training starts, so that frequent classes, whose weights have
-    become the longest, are cut back to about the length of the others. Biases are left alone. The radius is kept in
-    checkpoints. The published code projects once an epoch only.
+    with r from the initial weights :math:`w_c`, so that the weights of frequent classes, which have become the longest,
+    are cut back to about the length of the others. Biases are not changed. The radius is kept in checkpoints. The
+    published code projects only once an epoch.
 
     Args:
-        threshold: t >= 0; the published code uses 0.1 on CIFAR-100-LT. From 1 on only growth is capped.
+        threshold: t >= 0; the published code uses 0.1 on CIFAR-100-LT. From 1 on only growth is limited.
 
     Raises:
-        SettingError: ``threshold`` is negative, or the model has a cosine head, whose weights' lengths do not count.
+        SettingError: ``threshold`` is negative, or the head is a cosine one, for which the lengths do not matter.
 
     Source:
         Alshammari et al., *Long-Tailed Recognition via Weight Balancing*, CVPR 2022, arXiv 2203.14197, and its code
@@ -40,10 +40,10 @@ class MaxNorm(Callback):
         self.radius: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the radius from the weights at the start, unless a checkpoint brought it."""
+        """Compute the radius from the initial weights, unless a checkpoint has it."""
         classifier = _classifier(pl_module)
         if isinstance(classifier, CosineClassifier):
-            raise SettingError("MaxNorm is for a linear head: the lengths of a cosine head's weights do not count")
+            raise SettingError("MaxNorm is for a linear head: the lengths of a cosine head's weights do not matter")
         if self.radius is None:
             weight: Any = classifier.weight
             norms = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().norm(dim=1)
@@ -51,7 +51,7 @@ class MaxNorm(Callback):
         max_norm_(classifier.weight, self.radius)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Project; between the batches of one step there is nothing to cut."""
+        """Project; between the micro-batches of a step nothing changes."""
         assert self.radius is not None
         max_norm_(_classifier(pl_module).weight, self.radius)
 
@@ -60,7 +60,7 @@ class MaxNorm(Callback):
         return {"radius": self.radius}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the radius of the start."""
+        """Resume with the radius of the start."""
         self.radius = state_dict["radius"]
 
 
@@ -70,7 +70,7 @@ def _classifier(pl_module: Any) -> Any:
 
 @torch.no_grad()
 def max_norm_(weight: Tensor, radius: float) -> None:
-    """Shorten the rows longer than the radius to it, in place.
+    """Shorten rows longer than the radius, in place.
 
     Args:
         weight: shape (C, D), floating; of a sharded one this rank's rows.

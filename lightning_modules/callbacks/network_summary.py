@@ -1,4 +1,4 @@
-"""The summary of a model without what is no part of the network: metrics, and FLOPs that nobody counted."""
+"""Model summary of the network alone, without metrics and FLOPs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import RichModelSummary
 
 
 class NetworkSummary(RichModelSummary):
-    """Lightning's summary, of the modules that have parameters alone, and without a column of zeros.
+    """Lightning's summary of the modules with parameters, without the column of FLOPs, which are not counted.
 
     Args:
         max_depth: depth of the modules that are listed.

@@ -13,11 +13,10 @@ from imbsam import SettingError
 
 
 class PredictionsCSV(BasePredictionWriter):
-    """Write what ``predict`` found to ``predictions.csv``, the columns being those of the model's ``prediction_table``.
+    """Write the predictions to ``predictions.csv``, with the columns of the model's ``prediction_table``.
 
-    The first column says which sample a row is of: ``path``, where the batches are ``(inputs, labels, paths)``, as
-    those of image files are; otherwise ``row``, the number of the sample in the data, from 1. The column of a class
-    called path, say, is "class path".
+    The first column identifies the sample: ``path``, where the batches are ``(inputs, labels, paths)``, as those of
+    image files are; otherwise ``row``, its number in the data, from 1. A class named path has the column "class path".
 
     Args:
         path: the file; default ``predictions.csv`` in the prediction's folder.
@@ -29,7 +28,7 @@ class PredictionsCSV(BasePredictionWriter):
         self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several processes, each of which would have a part of the rows."""
+        """Refuse several processes, each of which would have only a part of the samples."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict" and trainer.world_size > 1:
             raise SettingError(f"predict runs on {trainer.world_size} devices: set trainer.devices to 1")
@@ -43,14 +42,14 @@ class PredictionsCSV(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Remember the names of the rows, where the data have names."""
+        """Keep the paths of the samples, where the data have them."""
         if isinstance(batch, (tuple, list)) and len(batch) > 2:
             self._names += batch[2]
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file and say where it lies."""
+        """Write the file and print its path."""
         model: Any = pl_module
         header, rows = model.prediction_table(predictions)
         names, self._names = self._names, []

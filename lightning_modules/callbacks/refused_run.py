@@ -1,4 +1,4 @@
-"""A run that was refused leaves no folder behind."""
+"""Leave no folder behind for a run that was refused."""
 
 import shutil
 from pathlib import Path

@@ -14,12 +14,12 @@ from lightning_modules.group_sharpness import GroupSamples, Split
 
 
 class SharpnessOfGroups(Callback):
-    """Measure the sharpness of many, medium, few and all at the end of training, and every n epochs.
+    """Measure the sharpness of the many, medium, few and all classes at the end of training, and every n epochs.
 
     Logs ``sharpness/<group>/<measure>`` and appends to ``sharpness.csv`` in the run's folder. The run itself is not
     changed: weights, buffers, modes, gradients and torch's random generators are as before. The measures are those of
     :class:`imbsam.sharpness.SharpnessMeasures`, of the training loss without ``tail_weight`` and weight decay, in the
-    weights' own precision. Where training runs on several devices the first one measures and the others wait.
+    weights' own precision. With several devices the first one measures and the others wait.
 
     Args:
         every_n_epochs: measure after every n epochs too; default: at the end of training only.
@@ -40,8 +40,8 @@ class SharpnessOfGroups(Callback):
         chunk_size: int = 128,
         **settings: Any,
     ) -> None:
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise SettingError(f"every_n_epochs is {every_n_epochs}: give a number from 1, or null for the end only")
+        if every_n_epochs is not None:
+            check_whole_numbers(every_n_epochs=every_n_epochs)
         check_whole_numbers(samples=samples, chunk_size=chunk_size)
         self.every_n_epochs = every_n_epochs
         self.split: Split = split
@@ -50,10 +50,10 @@ class SharpnessOfGroups(Callback):
         self.measures = SharpnessMeasures(**settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse FSDP2, whose forward waits for all ranks, before there is something to lose."""
+        """Refuse FSDP2, whose forward waits for all ranks, before the training."""
         if fsdp_modules(list(pl_module.modules())):
             raise SettingError("SharpnessOfGroups cannot measure a model sharded by FSDP2: leave the callback out")
-        if self.split == "test" and trainer.world_size > 1:  # each rank's loader has its share alone
+        if self.split == "test" and trainer.world_size > 1:  # each rank's loader has only its share
             raise SettingError("split is test: with several processes only the training samples can be measured")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,8 +62,8 @@ class SharpnessOfGroups(Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the last weights, where the last epoch has not done so."""
-        if not (self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0):  # Lightning has counted on
+        """Measure the last weights, unless they were measured after the last epoch."""
+        if not (self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0):  # counted on already
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,8 +76,8 @@ class SharpnessOfGroups(Callback):
         progress: Any = trainer.fit_loop.epoch_progress.current
         epoch = progress.processed
         show = trainer.progress_bar_callback is not None
-        found = data.measure(self.measures, epoch, Path(folder), f"after {epoch} epochs", show)
+        results = data.measure(self.measures, epoch, Path(folder), f"after {epoch} epochs", show)
         random_state.restore()
-        values = {f"sharpness/{g}/{m}": e.value for g, measured in found.items() for m, e in measured.items()}
+        values = {f"sharpness/{g}/{m}": e.value for g, measured in results.items() for m, e in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

@@ -1,6 +1,5 @@
-"""What a Weights & Biases run has beside that which Lightning's WandbLogger logs."""
+"""What Weights & Biases gets beside what Lightning's WandbLogger logs."""
 
-import csv
 import math
 import os
 import shutil
@@ -11,10 +10,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from imbsam.report.runs import flatten
+from imbsam.report.runs import flatten, read_csv
 
 MOST_ROWS = 10_000
-"""W&B cuts longer tables; the confusion matrix as a chart has a row for every pair of classes."""
+"""W&B truncates longer tables; the chart of a confusion matrix has a row for every pair of classes."""
 
 
 class WandbResults(Callback):
@@ -30,7 +29,7 @@ class WandbResults(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Name the run, and note its id."""
+        """Name the run, and keep its id."""
         run = _run(trainer)
         for log in trainer.loggers if run else []:
             if isinstance(log, CSVLogger):
@@ -47,7 +46,7 @@ class WandbResults(Callback):
         _log_settings(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the results of a test, whose files are written by now."""
+        """Log the results of a test, from its files."""
         folder = Path(trainer.log_dir or "")  # every rank takes part in log_dir
         run = _run(trainer)
         if run and stage == "test" and (folder / "per_class.csv").exists():
@@ -85,9 +84,9 @@ def _results(folder: Path) -> dict[str, Any]:
     """Tables and charts of a test."""
     import wandb
 
-    classes = _rows(folder / "per_class.csv")
+    classes = read_csv(folder / "per_class.csv")
     names = [row["class_name"] for row in classes]
-    cells = [tuple(row.values()) for row in _rows(folder / "confusion.csv")]  # target, predicted, count
+    cells = [tuple(row.values()) for row in read_csv(folder / "confusion.csv")]  # target, predicted, count
     frequent = sorted(cells, key=lambda cell: -cell[2])[:MOST_ROWS]
     x = "log10 of training samples"  # a linear axis would squeeze the tail into a corner
     points = [
@@ -110,15 +109,3 @@ def _results(folder: Path) -> dict[str, Any]:
             y_true=targets, preds=predicted, class_names=names, title="test confusion matrix"
         )
     return results
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; what is not text is a number, or None where it is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    text = ("class_name", "group")
-    return [{k: v if k in text else _number(v) for k, v in row.items()} for row in rows]
-
-
-def _number(value: str) -> int | float | None:
-    return None if value == "" else int(value) if value.isdigit() else float(value)

@@ -16,10 +16,14 @@ import lightning_modules
 from imbsam import losses
 from lightning_modules import backbones, detectors
 
-CLASSES = [
-    name for module in (lightning_modules, datamodules, backbones, detectors, losses, imbsam) for name in module.__all__
-]
-"""The short names that the command line knows."""
+CHOICES = {
+    "backbone": backbones.__all__,
+    "head": ["CosineClassifier"],
+    "detector": detectors.__all__,
+    "loss": losses.__all__,
+    "sam": imbsam.__all__,
+}
+"""The classes that the last part of a setting's name may be; those of any other are models, data and callbacks."""
 
 _KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
 _OF_A_RUN = ("model", "data", "seed_everything", "config", "ckpt_path", "weights_only", "seeds")
@@ -88,10 +92,12 @@ def _unknown_setting(message: str) -> str | None:
 
 def _unknown_class(message: str) -> str | None:
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        own = "; a class of your own is a dotted path, such as my_module.MyClass"
+        key = _key(message)
+        known = CHOICES.get(key.rpartition(".")[2], [*lightning_modules.__all__, *datamodules.__all__])
+        hint = did_you_mean(match[1], known) or "; a class of your own is a dotted path, such as my_module.MyClass"
         if match[1] in torchvision.models.list_models(module=torchvision.models):
-            own = f"; did you mean Torchvision with name {match[1]}?"
-        return f"{_key(message)} is {match[1]}: there is no such class{did_you_mean(match[1], CLASSES) or own}"
+            hint = f"; did you mean Torchvision with name {match[1]}?"
+        return f"{key} is {match[1]}: there is no such class{hint}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         known = dir(importlib.import_module(match[1]))
         meant = did_you_mean(match[2], known)

@@ -13,7 +13,7 @@ from imbsam import SettingError
 from imbsam.sharpness import SharpnessMeasures
 from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
-from lightning_modules.group_sharpness import Found, GroupSamples, Split, plot_slices
+from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
 SHOWN = 20
@@ -37,7 +37,7 @@ class CommandTrainer(Trainer):
         span: float = 1.0,
         points: int = 21,
         **settings: Any,
-    ) -> Found:
+    ) -> Results:
         """Measure the sharpness of the class groups at a checkpoint.
 
         The samples must be those that the model was trained on: on the command line the checkpoint says which they are.
@@ -58,7 +58,7 @@ class CommandTrainer(Trainer):
             **settings: those of :class:`imbsam.sharpness.SharpnessMeasures`.
 
         Returns:
-            Per group, per measure, what was found.
+            The estimates by group, by measure.
 
         Raises:
             SettingError: a setting cannot work, or the data are not those that the checkpoint was trained with.
@@ -82,13 +82,13 @@ class CommandTrainer(Trainer):
         out = Path(folder) if folder else home.parent if home.name == "checkpoints" else home
         # not checkpoint["epoch"], which is one less in a checkpoint of an epoch's end
         epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        found = data.measure(measures, epoch, out, str(ckpt_path), show)
+        results = data.measure(measures, epoch, out, str(ckpt_path), show)
         if slices:
             arrays: dict[str, Any] = data.slices(span, points, measures.seed, show)
             np.savez_compressed(out / "loss_slices.npz", **arrays)
             plot_slices(arrays, out / "loss_slices.png")
             Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)
-        return found
+        return results
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Load the data, print the classes and what a batch looks like, and look for files that cannot be read.

@@ -3,13 +3,26 @@
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError, reference
+from imbsam import (
+    CCSAM,
+    GSAM,
+    SAM,
+    SSESAM,
+    ClassAwareSAM,
+    FocalSAM,
+    ImbSAM,
+    PartitionedSAM,
+    Plain,
+    SettingError,
+    reference,
+)
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -40,6 +53,12 @@ METHODS: dict[str, Callable[..., ClassAwareSAM]] = {
     "sam": lambda module, **kw: SAM(module, **kw),
     "imbsam": lambda module, **kw: ImbSAM(module, COUNTS, **kw),
     "focal_sam": lambda module, **kw: FocalSAM(module, COUNTS, focal_lambda=1.1, focal_gamma=2.0, **kw),
+    "gsam": lambda module, **kw: GSAM(module, alpha=0.7, **kw),
+    "cc_sam": lambda module, **kw: CCSAM(module, COUNTS, **kw),
+    "sse_sam": lambda module, **kw: SSESAM(module, COUNTS, eta=20, head_rho=0.04, **kw),
+    "partitioned": lambda module, **kw: PartitionedSAM(
+        module, partition=[2, 0, 1, 0], radius=[1.0, 2.0, 0.0], sharpness_weight=[0.7, 0.5, 1.0, 1.1], **kw
+    ),
 }
 CLASS_WEIGHT = [0.5, 1.0, 2.0, 3.0]
 
@@ -60,13 +79,12 @@ def cross_entropies(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor]
     return lambda rows: F.cross_entropy(model(x[rows]), y[rows], reduction="none")
 
 
-def objective_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, c: Tensor, a: Tensor | float = 1.0, rho: float = 0.1, adaptive: bool = False
-) -> list[Tensor]:
+def objective_gradient(model: nn.Module, x: Tensor, y: Tensor, c: Tensor, **settings: Any) -> list[Tensor]:
     """The reference's gradient, on a copy of the model."""
     net = copy.deepcopy(model)
     params = list(net.parameters())
-    reference.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), params, c, a, rho=rho, adaptive=adaptive)
+    settings = {"rho": 0.1, **settings}
+    reference.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), params, c, **settings)
     return [p.grad for p in params if p.grad is not None]
 
 
@@ -76,11 +94,17 @@ def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
     assert torch.linalg.vector_norm(found - wanted) <= 1e-10 * torch.linalg.vector_norm(wanted)
 
 
-def per_class(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
-    """c_i and a_i of labels or probabilities, written out."""
+def per_row(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> dict[str, Any]:
+    """What the reference needs, written out for labels or probabilities; c_ik and rho_k where there are several e."""
     p = F.one_hot(y, 4).double() if y.dim() == 1 else y
-    c = p @ sam.sharpness_weight.expand(4)
-    return c, p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
+    a = p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
+    c = sam.sharpness_weight.expand(4)
+    if isinstance(sam, PartitionedSAM):
+        rho = [sam.rho * float(r) for r in sam.radius]
+        # a group of radius 0 is not perturbed
+        groups = [p @ (c * (sam.partition == k) * (length > 0)) for k, length in enumerate(rho)]
+        return {"c": torch.stack(groups), "a": a, "rho": rho}
+    return {"c": p @ c, "a": a, "alpha": sam.alpha if isinstance(sam, GSAM) else 0.0}
 
 
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHT], ids=["unweighted", "class weights"])
@@ -95,9 +119,9 @@ def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights
     if soft:
         y = 0.7 * F.one_hot(y, 4).double() + 0.3 * F.one_hot(y.roll(5), 4).double()
     sam = METHODS[method](model, rho=0.1, adaptive=adaptive, class_weight=weights, context_rows=context_rows)
-    c, a = per_class(sam, y, weights)
-    expected = objective_gradient(model, x, y, c, a, adaptive=adaptive)
-    plain = (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
+    settings = per_row(sam, y, weights)
+    expected = objective_gradient(model, x, y, **settings, adaptive=adaptive)
+    plain = (settings["a"] * cross_entropies(model, x, y)(torch.arange(BATCH))).mean()
     model.load_state_dict(copy.deepcopy(model.state_dict()))
 
     loss = sam.backward(cross_entropies(model, x, y), y)
@@ -113,13 +137,47 @@ def test_gradient_is_the_objectives(net, context_rows, method, adaptive, weights
 def test_micro_batches_are_one_batch(net, context_rows, method):
     model, x, y = make(net)
     sam = METHODS[method](model, rho=0.1, class_weight=CLASS_WEIGHT, context_rows=context_rows)
-    c, a = per_class(sam, y, CLASS_WEIGHT)
-    expected = objective_gradient(model, x, y, c, a)
+    settings = per_row(sam, y, CLASS_WEIGHT)
+    expected = objective_gradient(model, x, y, **settings)
     # unequal ones, the first without a tail row
     parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]
     loss = sam.backward([(cross_entropies(model, x[part], y[part]), y[part]) for part in parts])
     assert_gradient(model, expected)
-    torch.testing.assert_close(loss, (a * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach())
+    torch.testing.assert_close(
+        loss, (settings["a"] * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach()
+    )
+
+
+def one_group(name: str, module: nn.Module, **settings: Any) -> tuple[ClassAwareSAM, ClassAwareSAM]:
+    """A partition with one group that perturbs, and the method that it is."""
+    if name == "sam":
+        return PartitionedSAM(module, COUNTS, partition=[0] * 4, rho=0.1, **settings), SAM(
+            module, COUNTS, rho=0.1, **settings
+        )
+    if name == "imbsam":
+        sse = SSESAM(module, COUNTS, eta=20, rho=0.1, head_rho=0.05, **settings)
+        sse.radius = [0, 1]  # the second stage
+        return sse, ImbSAM(module, COUNTS, eta=20, rho=0.1, **settings)
+    c = [0.0, 0.3, 1.0, 1.1]
+    partitioned = PartitionedSAM(
+        module, COUNTS, partition=[1, 0, 0, 0], radius=[2, 5], sharpness_weight=c, rho=0.05, **settings
+    )
+    return partitioned, ClassAwareSAM(module, COUNTS, sharpness_weight=c, rho=0.1, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tail_weight": 2.0}, {"adaptive": True}, {"context_rows": "batch"}, {"context_rows": 4}]
+)
+@pytest.mark.parametrize("name", ["sam", "imbsam", "class aware"])
+@pytest.mark.parametrize("net", ["batch norm", "mlp"])
+def test_one_group_gives_the_very_bits_of_the_method_that_it_is(net, name, settings):
+    model, x, y = make(net)
+    grads = []
+    for sam in one_group(name, model, **settings):
+        model.zero_grad()
+        sam.backward(cross_entropies(model, x, y), y)
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(g, h) for g, h in zip(*grads, strict=True))
 
 
 def test_rows_own_sharpness_in_place_of_the_classes():
@@ -164,27 +222,36 @@ def test_row_passes_are_no_more_than_the_method_needs():
         return rows_forward, len(backwards)
 
     assert count(Plain(model)) == ([BATCH], 1)
-    assert count(SAM(model)) == ([BATCH] * 2, 2)
+    assert count(SAM(model)) == count(GSAM(model)) == ([BATCH] * 2, 2)
     assert count(ImbSAM(model, COUNTS, context_rows="batch")) == ([BATCH] * 2, 3)
     assert count(ImbSAM(model, COUNTS, context_rows=0)) == ([BATCH, 8, 8], 3)
     assert count(ImbSAM(model, COUNTS, context_rows=3)) == ([BATCH, 12, 12], 3)
     assert count(ImbSAM(model, COUNTS, context_rows="auto")) == ([BATCH] * 2, 3)  # 8 + 32 rows are the whole batch
     assert count(ImbSAM(model.eval(), COUNTS, context_rows="auto")) == ([BATCH, 8, 8], 3)
     assert count(ImbSAM(model, COUNTS, rho=0.0)) == ([BATCH], 1)
+    # two passes for each group that is in the batch: of 16 head rows and 8 tail rows, of 10, 6, 4 and 4 rows
+    assert count(SSESAM(model, COUNTS, eta=20)) == ([BATCH, 16, 16, 8, 8], 5)
+    assert count(CCSAM(model, COUNTS)) == ([BATCH, 10, 10, 6, 6, 4, 4, 4, 4], 9)
+    assert count(SSESAM(model, COUNTS, eta=20, head_rho=0.0)) == ([BATCH, 8, 8], 3)
+    y[y == 2] = 1
+    assert count(CCSAM(model, COUNTS)) == ([BATCH, 10, 10, 10, 10, 4, 4], 7)
+    assert count(CCSAM(model.train(), COUNTS, context_rows="batch")) == ([BATCH] * 7, 7)
 
 
+@pytest.mark.parametrize("method", ["imbsam", "cc_sam"])
 @pytest.mark.parametrize("context_rows", ["batch", 0, 4])
-def test_dropout_sees_the_same_masks_at_w_and_at_w_plus_e(context_rows):
+def test_dropout_sees_the_same_masks_at_w_and_at_w_plus_e(context_rows, method):
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 4))
     x, y = torch.randn(BATCH, 6), make("mlp")[2]
     masks = []
     model[1].register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
 
-    ImbSAM(model, COUNTS, context_rows=context_rows).backward(cross_entropies(model, x, y), y)
+    METHODS[method](model, context_rows=context_rows).backward(cross_entropies(model, x, y), y)
 
     # of the passes that follow each other, the last is at w + e and the one before it gave g_s(w)
-    assert torch.equal(masks[-1], masks[-2])
-    assert not masks[-1].all()
+    pairs = list(zip(masks[-1::-2], masks[-2::-2], strict=False))
+    assert len(pairs) == (4 if method == "cc_sam" else 1)
+    assert all(torch.equal(*pair) and not pair[0].all() for pair in pairs)
 
 
 @pytest.mark.parametrize("context_rows", [BATCH, "auto"])
@@ -294,6 +361,57 @@ def test_settings_that_cannot_work(settings, message):
         ImbSAM(mlp(), COUNTS, **settings)
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda m: SSESAM(m, COUNTS, eta=2),
+            r"eta is 2, which leaves SSE-SAM no tail class: set eta above 4 and to at most",
+        ),
+        (lambda m: SSESAM(m, COUNTS, eta=300), "eta is 300, which leaves SSE-SAM no head class: .* at most 200"),
+        (
+            lambda m: SSESAM(m, COUNTS, tail_classes=[]),
+            r"tail_classes is \[\], which leaves SSE-SAM no tail class: name some",
+        ),
+        (lambda m: SSESAM(m, COUNTS, eta=20, head_rho=-0.1), "head_rho is -0.1: give a finite number from 0"),
+        (lambda m: SSESAM(m, COUNTS, eta=20, rho=-0.1), "rho is -0.1"),
+        (lambda m: GSAM(m, alpha=-1), r"alpha is -1: give a finite number from 0 \(0 is SAM\)"),
+        (lambda m: CCSAM(m, COUNTS, radius_power=-1), "radius_power is -1: give a finite number from 0"),
+        (lambda m: CCSAM(m, COUNTS, flat_ratio=float("inf")), "flat_ratio is inf"),
+        (lambda m: CCSAM(m, COUNTS, class_weight=[1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
+        (lambda m: PartitionedSAM(m, COUNTS, partition=[0, 1]), "partition has 2 entries for 4 classes"),
+        (
+            lambda m: PartitionedSAM(m, partition=[0, 1], sharpness_weight=[1.0] * 3),
+            "partition has 2 entries for 3 classes",
+        ),
+        (lambda m: PartitionedSAM(m, partition=[0.5, 1.0]), r"partition is \[0.5, 1.0\]: give the number of its group"),
+        (lambda m: PartitionedSAM(m, partition=[0, -1]), r"partition is \[0, -1\]"),
+        (
+            lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0]),
+            r"radius is \[1.0\]: give one number for each of the 2 groups",
+        ),
+        (
+            lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0, -1.0]),
+            "radius holds -1.0: every group needs a finite number from 0",
+        ),
+        (lambda m: setattr(SSESAM(m, COUNTS, eta=20), "radius", float("nan")), "radius holds nan"),
+    ],
+)
+def test_settings_of_the_family_that_cannot_work(build, message):
+    with pytest.raises(SettingError, match=message):
+        build(mlp())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [(CCSAM, "sharpness_weight= goes by row"), (GSAM, "sharpness_weight= makes some rows less sharp")],
+)
+def test_methods_that_do_not_go_with_the_rows_own_sharpness(method, message):
+    model, x, y = make("mlp")
+    with pytest.raises(SettingError, match=message):
+        method(model, COUNTS).backward(cross_entropies(model, x, y), y, sharpness_weight=torch.ones(BATCH))
+
+
 def test_eta_that_makes_it_plain_training_or_sam_warns():
     with pytest.warns(UserWarning, match=r"eta=2 leaves no tail class \(the smallest class has 4"):
         ImbSAM(mlp(), COUNTS, eta=2)
@@ -314,8 +432,7 @@ def test_class_weight_may_be_scheduled(method):
     sam = METHODS[method](model, rho=0.1, context_rows="batch")
     for weights in (None, CLASS_WEIGHT, None):
         sam.class_weight = weights
-        c, a = per_class(sam, y, weights)
-        expected = objective_gradient(model, x, y, c, a)
+        expected = objective_gradient(model, x, y, **per_row(sam, y, weights))
         model.zero_grad()
         sam.backward(cross_entropies(model, x, y), y)
         assert_gradient(model, expected)

@@ -1,6 +1,9 @@
-import pytest
+import math
 
-from imbsam.checks import check_whole_numbers
+import pytest
+import torch
+
+from imbsam.checks import check_numbers, check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -15,3 +18,15 @@ def test_what_can_work_is_let_through():
     check_whole_numbers(0, num_workers=0)
     with pytest.raises(SettingError, match=r"num_workers is -1: give a whole number from 0$"):
         check_whole_numbers(0, num_workers=-1)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, True, "8", None, [1.0]])
+def test_what_is_no_number_from_0_is_named(value):
+    with pytest.raises(SettingError, match=r"^rho is .*: give a finite number from 0 \(0.05 is usual\)$"):
+        check_numbers(sigma=0, rho=value, hint="0.05 is usual")
+
+
+def test_zero_and_infinity_are_let_through_where_they_can_work():
+    check_numbers(eta=math.inf, beta=torch.tensor(2.0), finite=False)
+    with pytest.raises(SettingError, match=r"^scale is 0: give a finite number above 0$"):
+        check_numbers(scale=0, above=True)

@@ -32,7 +32,7 @@ def test_counts_do_not_share_memory():
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ([], "empty"),
+        ([], r"shape \(0,\)"),
         ([[1, 2], [3, 4]], r"shape \(2, 2\)"),
         (5, r"shape \(\)"),
         ([1.0, 2.0], "integers"),
@@ -82,7 +82,7 @@ def test_named_tail_classes_are_exactly_those(named, mask):
 @pytest.mark.parametrize("eta", [float("nan"), -1, -0.5, "twenty"])
 @pytest.mark.parametrize("named", [None, [0]])
 def test_bad_eta_is_refused(eta, named):
-    with pytest.raises(SettingError, match="eta="):
+    with pytest.raises(SettingError, match="eta is"):
         tail_mask([1, 2], eta=eta, tail_classes=named)
 
 
@@ -109,7 +109,7 @@ def test_groups_are_disjoint_and_cover(many, few):
 
 @pytest.mark.parametrize(("many", "few"), [(100, 102), (-1, 0), (10, -3), (float("nan"), 0)])
 def test_bad_thresholds_are_refused(many, few):
-    with pytest.raises(SettingError, match=r"(many|few)="):
+    with pytest.raises(SettingError, match=r"(many|few) is"):
         class_groups(COUNTS, many, few)
 
 
@@ -126,7 +126,7 @@ def test_focal_sharpness_is_its_formula(lam, gamma):
 @pytest.mark.parametrize("name", ["focal_lambda", "focal_gamma"])
 def test_focal_settings_out_of_range_are_refused(name, value):
     settings = {"focal_lambda": 1.0, "focal_gamma": 1.0, name: value}
-    with pytest.raises(SettingError, match=f"{name}="):
+    with pytest.raises(SettingError, match=f"{name} is"):
         focal_sharpness([3, 1], **settings)
 
 

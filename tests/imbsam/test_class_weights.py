@@ -50,7 +50,7 @@ def test_a_class_without_samples_changes_no_other():
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, math.nan, 2])
 def test_bad_beta_is_refused(beta):
-    with pytest.raises(SettingError, match=r"beta=.* is outside \[0, 1\)"):
+    with pytest.raises(SettingError, match=r"beta is .*: give a number in \[0, 1\)"):
         effective_number_weights(COUNTS, beta)
 
 

@@ -102,7 +102,7 @@ def test_a_datamodule_in_the_current_folder_is_found_and_its_report_folder_is_in
     run = [sys.executable, "-P", "-c", SCRIPT] if sys.version_info >= (3, 11) else [sys.executable, "-c", SCRIPT]
     for args, text in (
         (["check", config, "--data=my_data.MyData"], "the data can be read"),
-        (["report", "."], "there is no run to report"),
+        (["report", "."], "no run to report"),
     ):
         done = subprocess.run(
             [*run, *args],

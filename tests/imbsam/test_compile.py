@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from imbsam import FocalSAM, ImbSAM
+from imbsam import CCSAM, FocalSAM, ImbSAM
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", [ImbSAM, FocalSAM])
+@pytest.mark.parametrize("method", [ImbSAM, FocalSAM, CCSAM])
 @pytest.mark.parametrize("context_rows", ["batch", 0])
 def test_compiled_gradient_is_the_eager_one(method, context_rows):
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [100, 10]
 STEPS = 30
@@ -63,11 +63,16 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
     "imbsam batch": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, context_rows="batch", **kw),
     "imbsam adaptive": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, adaptive=True, **kw),
     "focal_sam": lambda m, **kw: FocalSAM(m, COUNTS, rho=0.3, **kw),
+    "gsam": lambda m, **kw: GSAM(m, rho=0.3, **kw),
+    "cc_sam": lambda m, **kw: CCSAM(m, COUNTS, rho=0.3, **kw),
+    "sse_sam batch": lambda m, **kw: SSESAM(m, COUNTS, eta=20, rho=0.3, head_rho=0.1, context_rows="batch", **kw),
     "sgd": lambda m, **kw: Plain(m, **kw),
 }
-REDUCTIONS = {"sgd": 1}  # the others: 2
-SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam"]
-SYNCHRONISED = ["sam", "imbsam batch", "focal_sam"]
+ONE_GROUP = len([i for i in range(STEPS) if i % 4 == 2])  # batches of the head alone
+OF_GROUPS = 4 * STEPS - ONE_GROUP  # which groups the joint batch has, a gradient of each, and the sum
+REDUCTIONS = {"sgd": STEPS, "cc_sam": OF_GROUPS, "sse_sam batch": OF_GROUPS}  # the others: 2 a step
+SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam", "gsam", "cc_sam", "sse_sam batch"]
+SYNCHRONISED = ["sam", "imbsam batch", "focal_sam", "sse_sam batch"]
 
 
 def train(
@@ -121,10 +126,11 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         train(net, engine(net), ranks, rows)
         found[f"ddp {name}"], found[f"reductions {name}"] = state(net), counter.calls
     if ranks == 2:
-        counter.calls = 0
-        net = nn.parallel.DistributedDataParallel(model())
-        train(net, ENGINES["imbsam"](net, perturbation="per_rank"), ranks, rows)
-        found["ddp per_rank"], found["reductions per_rank"] = state(net), counter.calls
+        for name in ("imbsam", "gsam", "cc_sam"):
+            counter.calls = 0
+            net = nn.parallel.DistributedDataParallel(model())
+            train(net, ENGINES[name](net, perturbation="per_rank"), ranks, rows)
+            found[f"ddp per_rank {name}"], found[f"reductions per_rank {name}"] = state(net), counter.calls
         mesh = init_device_mesh("cpu", (2,))
         for name in SHARDED:
             net = model()
@@ -209,12 +215,13 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
     found["plain beside sharded"] = {n: p.grad is not None for n, p in partly.named_parameters()}
     found["ignored weight"] = state(partly)
 
-    net = nn.parallel.DistributedDataParallel(model())
     rows = slice(0, 4 if rank == 0 else 0)
-    loss = ENGINES["imbsam"](net).backward(
-        lambda r: F.cross_entropy(net(x[rows][r]), y[rows][r], reduction="none"), y[rows]
-    )
-    found["empty batch"] = loss, [p.grad for p in net.parameters()], x
+    for name in ("imbsam", "cc_sam"):
+        net = nn.parallel.DistributedDataParallel(model())
+        loss = ENGINES[name](net).backward(
+            lambda r, net=net: F.cross_entropy(net(x[rows][r]), y[rows][r], reduction="none"), y[rows]
+        )
+        found[f"empty batch {name}"] = loss, [p.grad for p in net.parameters()], x
     return found
 
 
@@ -247,7 +254,7 @@ def test_ddp_is_one_process_with_the_joint_batch(found, name):
     train(net, ENGINES[name](net), ranks, slice(None))
     for result in results:
         assert_same(result[f"ddp {name}"], state(net))
-        assert result[f"reductions {name}"] == REDUCTIONS.get(name, 2) * STEPS
+        assert result[f"reductions {name}"] == REDUCTIONS.get(name, 2 * STEPS)
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -273,15 +280,16 @@ def test_plain_parameter_beside_sharded_ones(two):
         assert_same(result["ignored weight"], state(model()), atol=0)
 
 
-def test_rank_with_an_empty_batch_brings_nothing(two):
+@pytest.mark.parametrize("name", ["imbsam", "cc_sam"])
+def test_rank_with_an_empty_batch_brings_nothing(two, name):
     """The others need not wait for it; the mean over the ranks counts it as 0."""
     net, y = model(), torch.tensor([0, 0, 1, 1])
-    x = two[0]["empty batch"][2]
-    loss = ENGINES["imbsam"](net).backward(lambda r: F.cross_entropy(net(x[r]), y[r], reduction="none"), y)
-    assert two[0]["empty batch"][0] == loss
-    assert two[1]["empty batch"][0] == 0
+    x = two[0][f"empty batch {name}"][2]
+    loss = ENGINES[name](net).backward(lambda r: F.cross_entropy(net(x[r]), y[r], reduction="none"), y)
+    assert two[0][f"empty batch {name}"][0] == loss
+    assert two[1][f"empty batch {name}"][0] == 0
     for result in two:
-        for found, p in zip(result["empty batch"][1], net.parameters(), strict=True):
+        for found, p in zip(result[f"empty batch {name}"][1], net.parameters(), strict=True):
             torch.testing.assert_close(found, p.grad / 2)
 
 
@@ -297,7 +305,8 @@ def test_synchronised_batch_norm_with_context_rows_keeps_the_ranks_together(two)
     assert_same(two[0]["sync imbsam"], two[1]["sync imbsam"], atol=0)
 
 
-def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two):
+@pytest.mark.parametrize("name", ["imbsam", "gsam", "cc_sam"])
+def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two, name):
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     for x, y in joint_batches(2):
@@ -305,15 +314,15 @@ def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two):
         for rows in (slice(0, ROWS), slice(ROWS, 2 * ROWS)):
             own = copy.deepcopy(net)
             own.zero_grad()
-            ENGINES["imbsam"](own).backward(
+            ENGINES[name](own).backward(
                 lambda r, x=x[rows], y=y[rows], own=own: F.cross_entropy(own(x[r]), y[r], reduction="none"), y[rows]
             )
             for p, q in zip(net.parameters(), own.parameters(), strict=True):
                 p.grad = q.grad / 2 if p.grad is None else p.grad + q.grad / 2
         optimizer.step()
     for result in two:
-        assert_same(result["ddp per_rank"], state(net))
-        assert result["reductions per_rank"] == STEPS
+        assert_same(result[f"ddp per_rank {name}"], state(net))
+        assert result[f"reductions per_rank {name}"] == STEPS
 
 
 def test_parameter_that_no_rank_reaches_keeps_grad_none(two):

@@ -1,8 +1,10 @@
 """What one call of `backward` must leave as it found it, also when it is interrupted."""
 
 import contextlib
+import gc
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imbsam
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM
+from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -52,6 +54,9 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "imbsam batch": lambda m: ImbSAM(m, COUNTS, context_rows="batch"),
     "imbsam 4": lambda m: ImbSAM(m, COUNTS, context_rows=4, adaptive=True),
     "focal_sam": lambda m: FocalSAM(m, COUNTS),
+    "gsam": lambda m: GSAM(m),
+    "cc_sam": lambda m: CCSAM(m, COUNTS),
+    "sse_sam 4": lambda m: SSESAM(m, COUNTS, eta=20, context_rows=4, adaptive=True),
 }
 
 
@@ -92,6 +97,21 @@ def test_parameters_buffers_and_generators_are_as_one_plain_pass_leaves_them(met
     assert model.frozen.weight.grad is None
     assert model.unused.weight.grad is None
     assert model.first.weight.grad is model.again.weight.grad is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_batch_outlives_the_call(method):
+    """Not even until the garbage collector comes: it would be the images of a batch and copies of the buffers."""
+    model, _, y, losses = make()
+    seen = weakref.ref(losses)
+    gc.collect()
+    gc.disable()
+    try:
+        METHODS[method](model).backward(losses, y)
+        del losses
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_tied_parameters_are_perturbed_once():
@@ -149,7 +169,7 @@ def test_batch_without_sharp_rows_is_a_plain_backward(accumulated):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("in_pass", [1, 2, 3])
+@pytest.mark.parametrize("in_pass", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("where", ["losses", "backward"])
 def test_exception_in_any_pass_leaves_everything_as_it_was(method, error, in_pass, where):
     model, _, y, losses = make()
@@ -208,7 +228,7 @@ def tracing(tracer: Any) -> Iterator[None]:
         sys.settrace(old)
 
 
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4"])
+@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "sse_sam 4"])
 def test_ctrl_c_at_any_line_leaves_everything_as_it_was(method):
     interrupted = 0
     for n in range(1, 10_000):
@@ -256,7 +276,8 @@ def test_second_ctrl_c_while_the_first_is_undone(method):
     assert interrupted > 10
 
 
-def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad():
+@pytest.mark.parametrize(("method", "passes"), [(ImbSAM, 3), (CCSAM, 9)])  # class 3 comes last
+def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad(method, passes):
     model, x, y, _ = make()
     model.eval()
     before = [p.detach().clone() for p in model.parameters()]
@@ -267,13 +288,14 @@ def test_non_finite_sharp_gradient_perturbs_nothing_and_reaches_grad():
         values = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
         return torch.where(y[rows] == 3, values * torch.inf, values)
 
-    ImbSAM(model, COUNTS).backward(losses, y)
-    assert len(at) == 3
-    assert_same(at[2], before)
+    method(model, COUNTS).backward(losses, y)
+    assert len(at) == passes
+    assert_same(at[-1], before)
     assert not model.head.weight.grad.isfinite().all()
 
 
-def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass():
+@pytest.mark.parametrize("method", ["imbsam 4", "sse_sam 4"])
+def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass(method):
     model, x, y, _ = make()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -285,16 +307,16 @@ def test_grad_scaler_skips_the_step_after_an_overflow_in_an_extra_pass():
         values = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
         return values * torch.inf if len(passes) == 3 else values
 
-    sam = ImbSAM(model, COUNTS, context_rows=4)
-    sam.backward(losses, y, backward=lambda loss, **kw: scaler.scale(loss).backward(**kw))
+    METHODS[method](model).backward(losses, y, backward=lambda loss, **kw: scaler.scale(loss).backward(**kw))
     scaler.step(optimizer)
     scaler.update()
     assert_same([p.detach() for p in model.parameters()], before)
     assert scaler.get_scale() == 512
 
 
+@pytest.mark.parametrize("method", [ImbSAM, SSESAM])
 @pytest.mark.parametrize("context_rows", ["batch", 0])
-def test_one_autocast_region_around_everything(context_rows):
+def test_one_autocast_region_around_everything(context_rows, method):
     """Autocast caches the casts of w; the pass at w + e must not use them (ImbSAM would be SGD)."""
     grads = {}
     for enclosing in (True, False):
@@ -306,7 +328,7 @@ def test_one_autocast_region_around_everything(context_rows):
             with torch.autocast("cpu", torch.bfloat16, enabled=True):
                 return F.cross_entropy(model(x[rows]).float(), y[rows], reduction="none")
 
-        sam = ImbSAM(model, COUNTS, rho=1.0, context_rows=context_rows)
+        sam = method(model, COUNTS, eta=20, rho=1.0, context_rows=context_rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=enclosing):
             sam.backward(inner, y)
             # after the return, the casts are of w again
@@ -383,8 +405,19 @@ class CallsOutsideThePasses(TorchDispatchMode):
 
 # copies of buffers at entry and after the first pass, and back before each extra pass and at the end; copy and return
 # of the weights; a norm; e in three; w + e, and g_rest -= g_s. ASAM's e is scaled by the weights twice.
-@pytest.mark.parametrize(("method", "most"), [("sam", 11), ("imbsam batch", 12), ("imbsam 4", 15), ("focal_sam", 12)])
-def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, most):
+# SSE-SAM has two of the e.
+@pytest.mark.parametrize(
+    ("method", "most", "small"),
+    [
+        ("sam", 11, 55),
+        ("imbsam batch", 12, 55),
+        ("imbsam 4", 15, 55),
+        ("focal_sam", 12, 55),
+        ("gsam", 17, 75),
+        ("sse_sam 4", 25, 70),
+    ],
+)
+def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, most, small):
     counted = []
     for depth in (2, 20):
         torch.manual_seed(0)
@@ -399,7 +432,7 @@ def test_bookkeeping_is_a_few_calls_whatever_the_number_of_parameters(method, mo
         counted.append(sorted(seen.calls))
     assert counted[0] == counted[1]
     assert sum(call != "small" for call in counted[1]) <= most
-    assert counted[1].count("small") <= 55
+    assert counted[1].count("small") <= small
 
 
 def test_sparse_gradients_are_refused_by_name():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM
+from imbsam import CCSAM, GSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM
 
 COUNTS = [200, 60, 15, 4]
 METHODS: dict[str, tuple[Callable[[nn.Module], ClassAwareSAM], float]] = {
@@ -17,6 +17,8 @@ METHODS: dict[str, tuple[Callable[[nn.Module], ClassAwareSAM], float]] = {
     "imbsam batch": (lambda module: ImbSAM(module, COUNTS, context_rows="batch"), 2.2),
     "imbsam adaptive": (lambda module: ImbSAM(module, COUNTS, adaptive=True), 2.2),
     "focal_sam": (lambda module: FocalSAM(module, COUNTS), 2.2),
+    "gsam": (lambda module: GSAM(module), 2.2),
+    "cc_sam": (lambda module: CCSAM(module, COUNTS), 2.2),
 }
 
 

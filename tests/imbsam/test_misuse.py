@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from imbsam import CCSAM, GSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
 COUNTS = [200, 60, 15, 4]
 Y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 2)
@@ -39,13 +39,13 @@ def grads(model: nn.Module) -> Tensor:
         (lambda: SAM(net(), rho="0.05"), "rho is '0.05': give a finite number"),
         (
             lambda: ImbSAM(net(), COUNTS, tail_classes=2),
-            r"tail_classes=2 is not a list; give class indices, as in \[2\]",
+            r"tail_classes is 2: give a list of class indices, as in \[2\]",
         ),
         (
             lambda: ImbSAM(net(), COUNTS, tail_classes=torch.tensor([True, False])),
             r"tail_classes is a mask of shape \(2,\)",
         ),
-        (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False, which is no class"),
+        (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False: give class indices"),
         (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 and class_counts None"),
         (lambda: ClassAwareSAM(net(), sharpness_weight="all"), "sharpness_weight is 'all': give one number"),
     ],
@@ -116,7 +116,7 @@ def test_cached_parametrizations_are_refused():
         ImbSAM(model, COUNTS).backward(losses_of(model), Y)  # nothing is parametrized
 
 
-@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM])
+@pytest.mark.parametrize("method", [Plain, SAM, ImbSAM, FocalSAM, GSAM, CCSAM])
 def test_gradient_is_added_to_views_of_a_flat_tensor(method):
     model, alone = net(), net()
     flat = torch.ones(sum(p.numel() for p in model.parameters()))
@@ -141,6 +141,10 @@ def test_default_device_other_than_the_models():
         try:
             ImbSAM(model, COUNTS, tail_weight=2.0, context_rows=4).backward(losses_of(model), Y)
             FocalSAM(model, torch.tensor(COUNTS, device="cpu")).backward(losses_of(model), Y)
+            CCSAM(model, COUNTS).backward(losses_of(model), Y)
+            CCSAM(model, COUNTS).backward(
+                losses_of(model), F.one_hot(torch.tensor(Y.tolist(), device="cpu"), 4).float()
+            )
         finally:
             torch.set_default_device(None)
     assert torch.equal(grads(models[0]), grads(models[1]))

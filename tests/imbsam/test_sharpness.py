@@ -348,7 +348,7 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_curvature():
         (lambda net, losses, _: mean_loss(net, losses, []), "no sample"),
         (lambda net, losses, batches: worst_case_rise(net, losses, iter(batches)), "no generator"),
         (lambda net, _, batches: mean_loss(net, lambda b: net(b[0]), batches), r"losses returned shape \(16, 4\)"),
-        (lambda _, losses, batches: mean_loss(nn.Tanh(), losses, batches), "no parameter that is trained"),
+        (lambda _, losses, batches: mean_loss(nn.Tanh(), losses, batches), "no trainable parameter"),
     ],
 )
 def test_wrong_settings(call, message):

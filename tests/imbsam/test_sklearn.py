@@ -289,15 +289,15 @@ def test_three_rows(estimator):
 
 def test_one_class_alone():
     X, _ = table()
-    with pytest.raises(SettingError, match="y holds one class alone, 'fine': give rows of at least two classes"):
+    with pytest.raises(SettingError, match="y has a single class, 'fine': give samples of at least two classes"):
         clone(QUICK).fit(X, ["fine"] * 20)
-    with pytest.raises(SettingError, match=r"y holds -1 \(anomaly\) alone: give unlabelled or normal rows too"):
+    with pytest.raises(SettingError, match=r"y is -1 \(anomaly\) for every sample: give unlabelled or normal ones too"):
         clone(QUICK_DETECTOR).fit(X, -np.ones(20))
 
 
 def test_no_labelled_anomaly_is_said_in_the_callers_line():
     X, y = table()
-    message = r"y holds no -1 \(it holds 0, 1\): without a labelled anomaly .*; mark the known anomalies by -1"
+    message = r"y has no -1 \(it has 0, 1\): without a labelled anomaly .*; mark known anomalies with -1"
     with pytest.warns(UserWarning, match=message) as caught:
         clone(QUICK_DETECTOR).fit(X, y)
     assert [warning.filename for warning in caught] == [__file__]
@@ -315,9 +315,9 @@ def test_no_tail_is_said():
         ({"method": "adam"}, "method is 'adam': give sgd, sam or imbsam"),
         ({"loss": "hinge"}, "loss is 'hinge': give cross_entropy or logit_adjusted"),
         ({"rho": -1}, "rho is -1"),
-        ({"eta": float("nan")}, "eta=nan"),
-        ({"hidden_layer_sizes": (8, 0)}, "each of hidden_layer_sizes is 0: give a whole number from 1"),
-        ({"hidden_layer_sizes": 8}, "hidden_layer_sizes is 8: give a tuple of widths"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"hidden_layer_sizes": (8, 0)}, "hidden_layer_sizes is (8, 0): give whole numbers from 1"),
+        ({"hidden_layer_sizes": 8}, "hidden_layer_sizes is 8: give a tuple"),
         ({"learning_rate": 0}, "learning_rate is 0: give a finite number above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1: give a finite number from 0"),
         ({"max_epochs": 2.5}, "max_epochs is 2.5: give a whole number from 1"),
@@ -335,8 +335,9 @@ def test_wrong_settings_of_the_classifier(settings, message, rare):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"contamination": 0.0}, "contamination is 0.0: give a share above 0, up to 0.5"),
+        ({"contamination": 0.0}, "contamination is 0.0: give a finite number above 0"),
         ({"contamination": "auto"}, "contamination is 'auto'"),
+        ({"contamination": 0.6}, "contamination is 0.6: give a fraction above 0, up to 0.5"),
         ({"anomaly_weight": 0}, "anomaly_weight is 0"),
         ({"hidden_layer_sizes": ()}, "hidden_layer_sizes is empty"),
     ],
@@ -348,11 +349,11 @@ def test_wrong_settings_of_the_detector(settings, message, outliers):
 
 def test_sample_weights_that_cannot_work(rare):
     X, y = rare
-    with pytest.raises(SettingError, match="sample_weight holds -1"):
+    with pytest.raises(SettingError, match="sample_weight has -1"):
         clone(QUICK).fit(X, y, sample_weight=-np.ones(300))
     with pytest.raises(ValueError, match="zero"):  # scikit-learn's own line from some release on
         clone(QUICK).fit(X, y, sample_weight=np.zeros(300))
-    with pytest.raises(SettingError, match="y holds one class alone, 0"):
+    with pytest.raises(SettingError, match="y has a single class, 0"):
         clone(QUICK).fit(X, y, sample_weight=y == 0)
 
 

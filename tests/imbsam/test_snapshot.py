@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from imbsam import SAM, FocalSAM, ImbSAM, reference
+from imbsam import SAM, SSESAM, FocalSAM, ImbSAM, reference
 from imbsam.extra_passes import AUTO_CONTEXT_ROWS
 
 COUNTS = [200, 60, 15, 4]
@@ -22,6 +22,7 @@ METHODS = {
     "imbsam": lambda m: ImbSAM(m, COUNTS, rho=0.5, context_rows=0),
     "imbsam batch": lambda m: ImbSAM(m, COUNTS, rho=0.5, context_rows="batch"),
     "focal_sam": lambda m: FocalSAM(m, COUNTS, rho=0.5),
+    "sse_sam batch": lambda m: SSESAM(m, COUNTS, eta=20, rho=0.5, head_rho=0.2, context_rows="batch"),
 }
 
 
@@ -46,7 +47,7 @@ class RunningScale(nn.Module):
         return x / self.scale
 
 
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "focal_sam"])
+@pytest.mark.parametrize("method", ["sam", "imbsam batch", "focal_sam", "sse_sam batch"])
 @pytest.mark.parametrize("layer", ["running scale", "spectral norm"])
 def test_passes_at_w_and_at_w_plus_e_start_from_the_same_buffers(method, layer):
     middle = RunningScale() if layer == "running scale" else parametrizations.spectral_norm(nn.Linear(8, 8))
@@ -60,7 +61,10 @@ def test_passes_at_w_and_at_w_plus_e_start_from_the_same_buffers(method, layer):
         net.load_state_dict(net_state, strict=False)
         return losses_of(net, x)(torch.arange(len(Y)))
 
-    reference.backward(losses, list(net.parameters()), sam.sharpness_weight.expand(4)[Y], rho=0.5)
+    c, rho = sam.sharpness_weight.expand(4)[Y], 0.5
+    if isinstance(sam, SSESAM):
+        c, rho = torch.stack([(sam.partition[Y] == group).double() for group in (0, 1)]), [0.2, 0.5]
+    reference.backward(losses, list(net.parameters()), c, rho=rho)
     sam.backward(losses_of(model, x), Y)
     for p, q in zip(model.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)

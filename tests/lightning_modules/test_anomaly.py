@@ -210,7 +210,7 @@ def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detec
     assert found["val/average_precision"] == pytest.approx(expected, rel=1e-5), "by the true labels"
 
 
-@pytest.mark.parametrize(("detector", "sampling"), [("devnet", "balanced"), ("devnet", "natural"), ("prenet", "pairs")])
+@pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DevNet, "natural"), (PReNet, "pairs")])
 def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -105,6 +105,8 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
     answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
     assert 2 in answer["codes"]
     assert not {0, -14} & {*answer["codes"]}, answer  # -14: the alarm
-    line = "imbsam: error: image {}/train/ant/train {}.jpg is corrupt: the file is no image: fix or remove it, or set"
+    line = (
+        "imbsam: error: image {}/train/ant/train {}.jpg is corrupt: the file is not an image: fix or remove it, or set"
+    )
     said = answer["err"][answer["codes"].index(2)]
     assert any(line.format(root, i) in said for i in (0, 1, 10, 100, 101, 102)), said

@@ -50,7 +50,7 @@ def second(tmp_path, first, data=data, max_epochs=1, **settings):
     model = SecondStageClassifier(str(first[1]), **{**GROUPS, "sam": Plain, "optimizer": sgd, **settings})
     run = trainer(tmp_path, max_epochs=max_epochs)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*sampler.*")
+        warnings.filterwarnings("ignore", message=".*sampling.*")
         run.fit(model, datamodule=data())
     return model, run
 
@@ -171,7 +171,7 @@ def test_its_own_checkpoint_needs_no_first_stage(tmp_path, first, stage):
     assert all(torch.equal(t, state(model)[name]) for name, t in state(loaded).items())
     resumed, run = again(), trainer(tmp_path, max_epochs=2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(sampler|last.ckpt).*")
+        warnings.filterwarnings("ignore", message=".*(sampling|last.ckpt).*")
         run.fit(resumed, datamodule=data(), ckpt_path=tmp_path / "own.ckpt")
     assert run.global_step == (0 if stage == "tau_norm" else 2 * 9)
     if stage == "tau_norm":
@@ -219,10 +219,10 @@ def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
         trainer(tmp_path).fit(SecondStageClassifier(str(first[1])), datamodule=data(), ckpt_path=first[1])
 
 
-def test_a_sampler_that_does_not_balance_is_warned_of(tmp_path, first):
+def test_sampling_that_does_not_balance_warns(tmp_path, first):
     natural, balanced = data(), data()
-    natural.sampler, balanced.sampler = "instance_balanced", "class_balanced"
-    with pytest.warns(UserWarning, match="data.sampler is instance_balanced: .* set data.sampler to class_balanced"):
+    natural.sampling, balanced.sampling = "instance_balanced", "class_balanced"
+    with pytest.warns(UserWarning, match="data.sampling is instance_balanced: .* set data.sampling to class_balanced"):
         trainer(tmp_path).fit(SecondStageClassifier(str(first[1]), stage="crt"), datamodule=natural)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="stage is crt")

@@ -65,7 +65,7 @@ def test_validation_has_its_share_of_every_kind():
     assert (whole.class_counts.tolist(), data.class_counts.tolist()) == ([155, 39], [116, 29])
     assert torch.bincount(truth).tolist() == [31, 18]  # of 124 normal, of 31 hidden and 39 labelled
     assert known.sum() == 10
-    with pytest.warns(UserWarning, match="no validation sample for .* labelled anomaly"):
+    with pytest.warns(UserWarning, match="classes with a single sample: labelled anomaly"):
         assert len(data_of(val_share=0.25, labelled_ratio=0.005).val_dataloader()) == 1  # no loss without a label
     assert whole.val_dataloader() == []
 
@@ -94,17 +94,17 @@ def test_cifar10(cifar10_root):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"images": "mnist"}, "images='mnist' is unknown: choose one of digits, cifar10"),
-        ({"normal_class": 10}, "normal_class or anomaly_classes is 10: digits has the classes 0 to 9"),
-        ({"anomaly_classes": [0]}, r"anomaly_classes=\[0\]: name one class or more, and not the normal one, 0"),
-        ({"anomaly_classes": []}, r"anomaly_classes=\[\]: name"),
-        ({"labelled_ratio": 0.0}, r"labelled_ratio=0.0 is outside \(0, 1\)"),
-        ({"pollution": 1.0}, r"pollution=1.0 is outside \[0, 1\)"),
+        ({"images": "mnist"}, "images is 'mnist': choose one of digits, cifar10"),
+        ({"normal_class": 10}, r"normal_class is 10: give a number in \[0, 9\]"),
+        ({"anomaly_classes": [0]}, r"anomaly_classes is \[0\]: give classes from 0 to 9 without normal_class, 0"),
+        ({"anomaly_classes": []}, r"anomaly_classes is \[\]: give"),
+        ({"labelled_ratio": 0.0}, r"labelled_ratio is 0.0: give a number in \(0, 1\)"),
+        ({"pollution": 1.0}, r"pollution is 1.0: give a number in \[0, 1\)"),
         (
             {"labelled_ratio": 0.9, "anomaly_classes": [3]},
-            "labelled_ratio=0.9 asks for 1,242 anomalies and there are 128",
+            "labelled_ratio is 0.9, which takes 1,242 anomalies, and there are 128",
         ),
-        ({"pollution": 0.95}, "pollution=0.95 asks for 2,356 anomalies and there are"),
+        ({"pollution": 0.95}, "pollution is 0.95, which takes 2,356 anomalies, and there are"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from datamodules import AnomalyDataModule
-from datamodules.anomaly.batches import EpochRows
+from datamodules.anomaly.batches import EpochBatches
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import DATE
 from imbsam import SettingError
@@ -304,7 +304,7 @@ def test_natural_batches_are_every_row_once(digits):
 
 def test_natural_batches_go_on_when_the_rows_are_used_up():
     labels = torch.zeros(10, dtype=torch.int64)
-    rows = torch.cat(list(EpochRows(labels, "natural", 4, 6, seed=0)))
+    rows = torch.cat(list(EpochBatches(labels, "natural", 4, 6, seed=0)))
     assert len(rows) == 24
     assert sorted(rows[:10].tolist()) == sorted(rows[10:20].tolist()) == list(range(10))
 
@@ -337,7 +337,7 @@ def test_a_batch_depends_on_seed_and_epoch_only(digits, sampling):
     loader = digits.train_dataloader()
     (first, *_), (second, *_) = list(loader), list(loader)  # a new epoch without set_epoch
     assert not torch.equal(first[0], second[0])
-    rows = [list(EpochRows(digits.train_labels, sampling, 8, 3, seed)) for seed in (0, 1)]
+    rows = [list(EpochBatches(digits.train_labels, sampling, 8, 3, seed)) for seed in (0, 1)]
     assert not torch.equal(rows[0][0], rows[1][0])
 
 
@@ -498,7 +498,7 @@ def test_the_validation_loss_has_the_labels_that_training_has(sampling):
 
 def test_natural_batches_without_anomalies_are_told(tmp_path):
     path = written(frame(), tmp_path / "mine.csv")
-    with pytest.warns(UserWarning, match=r"a batch of 5 rows holds 0.5 labelled .*raise batch_size to 10$"):
+    with pytest.warns(UserWarning, match=r"a batch of 5 samples holds 0.5 labelled .*raise batch_size to 10$"):
         data_of(path, batch_size=5)
 
 
@@ -553,12 +553,12 @@ REFUSED = {
         with_column("note", [f"note {row}" for row in range(200)]),
         {},
         "mine.csv: column note is text with 140 values in the training part (note 0, note 10, note 100 and 137 more), "
-        "more than 100: group them; fix it, or leave it out: --data.drop_columns '[note]'",
+        "more than 100: group them; fix it, or leave it out: --data.drop_columns '[\"note\"]'",
     ),
     "numbers with something else": (
         with_column("price", [*["3", "4", "?", "n/k"] * 5, *[f"{row % 7}" for row in range(180)]]),
         {},
-        "first '?': leave them empty where missing; fix it, or leave it out: --data.drop_columns '[price]'",
+        "first '?': leave them empty where missing; fix it, or leave it out: --data.drop_columns '[\"price\"]'",
     ),
     "dates of few days": (
         with_column("day", [f"2026-11-{1 + row % 24:02}" for row in range(200)]),
@@ -575,7 +575,7 @@ REFUSED = {
             )
         ),
         {"drop_columns": ["hour"]},
-        "--data.drop_columns '[hour,amount,\"transaction id\",date]'",
+        '--data.drop_columns \'["hour", "amount", "transaction id", "date"]\'',
     ),
     "infinite": (
         broken(_infinite),
@@ -586,12 +586,12 @@ REFUSED = {
     "one class": (
         broken(lambda table: table.assign(fraud=0)),
         {},
-        "mine.csv: label fraud is 0 in every row: there is nothing to tell apart",
+        "mine.csv: label fraud is 0 in every row: add rows with another value",
     ),
     "no label known": (
         broken(lambda table: table),
         {"labelled_share": 0.0},
-        "labelled_share=0.0 is outside (0, 1]",
+        "labelled_share is 0.0: give a number in (0, 1]",
     ),
     "3 rows": (
         broken(lambda table: pd.concat([table[table.fraud == 1][:1], table[table.fraud == 0][:2]])),
@@ -604,13 +604,13 @@ REFUSED = {
         "rows, 2 of them anomalies: training, validation and test need",
     ),
     "header only": (text_file("amount,fraud\n"), {}, "mine.csv has 0 rows and 1 columns beside the label"),
-    "empty": (text_file(""), {}, "mine.csv: no table (No columns to parse from file)"),
-    "ragged": (text_file("a,fraud\n1,0\n1,2,3,4\n"), {}, "mine.csv: no table (Error tokenizing data."),
+    "empty": (text_file(""), {}, "mine.csv, which is no table (No columns to parse from file)"),
+    "ragged": (text_file("a,fraud\n1,0\n1,2,3,4\n"), {}, "mine.csv, which is no table (Error tokenizing data."),
     "twice": (text_file("a,a,fraud\n1,2,0\n"), {}, "mine.csv has more than one column a: rename all but one"),
     "no such label": (
         broken(lambda table: table),
         {"label": "is_fraud"},
-        "label=is_fraud: mine.csv has no such column; it has amount, hour, country, currency, fraud",
+        "label is is_fraud, which mine.csv does not have: it has amount, hour, country, currency, fraud",
     ),
     "label not named": (
         broken(lambda table: table),
@@ -630,7 +630,7 @@ REFUSED = {
     "no such value": (
         broken(lambda table: table),
         {"anomaly_value": "yes"},
-        "anomaly_value=yes: label fraud of mine.csv is one of 0, 1",
+        "anomaly_value is yes: give a value of fraud in mine.csv: 0, 1",
     ),
     "label with gaps": (
         broken(lambda table: table.assign(fraud=table.fraud.where(table.hour > 0))),
@@ -640,21 +640,21 @@ REFUSED = {
     "no such column": (
         broken(lambda table: table),
         {"drop_columns": ["id"]},
-        "drop_columns: mine.csv has no column id; it has amount, hour, country, currency",
+        "drop_columns has id, which mine.csv does not have: it has amount, hour, country, currency",
     ),
     "nothing varies": (
         broken(lambda table: table[["currency", "fraud"]]),
         {},
-        "mine.csv: no column varies in the training part: there is nothing to learn from",
+        "mine.csv has no column that varies in the training part: add one",
     ),
     "no file": (lambda path: path / "none.csv", {}, "none.csv: there is no such file"),
     "suffix": (
         text_file("", "mine.xlsx"),
         {},
-        "mine.xlsx ends in '.xlsx': give a file that ends in .npz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet",
+        "mine.xlsx: give a file that ends in .npz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet",
     ),
-    "no parquet": (text_file("amount", "mine.parquet"), {}, "mine.parquet: no table ("),
-    "no npz": (text_file("amount", "mine.npz"), {}, "mine.npz: no npz file of plain arrays ("),
+    "no parquet": (text_file("amount", "mine.parquet"), {}, "mine.parquet, which is no table ("),
+    "no npz": (text_file("amount", "mine.npz"), {}, "mine.npz, which is no npz file ("),
 }
 
 
@@ -683,14 +683,14 @@ def test_dates_and_lists_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.zeros((9, 2))}, "mine.npz has no array X; it has x"),
-        ({"X": np.zeros((9, 2))}, "label=y: mine.npz has no such column; it has x0, x1"),
-        ({"X": np.zeros(9), "y": np.zeros(9)}, r"mine.npz has X \(9,\), y \(9,\): pass X of shape"),
-        ({"X": np.zeros((9, 2)), "y": np.zeros(8)}, r"mine.npz has X \(9, 2\), y \(8,\): pass X of shape"),
-        ({"X": np.array([[{}]]), "y": np.zeros(1)}, "mine.npz: no npz file of plain arrays"),
+        ({"x": np.zeros((9, 2))}, "mine.npz has no array X: it has x"),
+        ({"X": np.zeros((9, 2))}, "label is y, which mine.npz does not have: it has x0, x1"),
+        ({"X": np.zeros(9), "y": np.zeros(9)}, r"mine.npz has X \(9,\), y \(9,\): give X of shape"),
+        ({"X": np.zeros((9, 2)), "y": np.zeros(8)}, r"mine.npz has X \(9, 2\), y \(8,\): give X of shape"),
+        ({"X": np.array([[{}]]), "y": np.zeros(1)}, "mine.npz, which is no npz file .*: give one of plain arrays"),
         (
             {"X": np.zeros((9, 2), dtype=complex), "y": np.arange(9) % 2},
-            "mine.npz: column x0 holds complex128: numbers or text are needed; column x1",
+            "mine.npz: column x0 holds complex128: make numbers or text of it; column x1",
         ),
     ],
 )
@@ -710,7 +710,7 @@ def test_new_files_that_are_refused(tmp_path):
             new.load_state_dict(old.state_dict())
         return new.predict_dataloader()
 
-    with pytest.raises(SettingError, match="there is no scaling to score with: pass ckpt_path"):
+    with pytest.raises(SettingError, match="ckpt_path is null: give the checkpoint"):
         scored(frame(), load=False)
     with pytest.raises(SettingError, match=r"new.csv lacks columns that the model was trained on: hour, country"):
         scored(frame().drop(columns=["hour", "country"]))
@@ -721,13 +721,13 @@ def test_new_files_that_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampling": "half"}, "sampling='half' is unknown: choose one of natural, balanced, pairs, natural_pairs"),
+        ({"sampling": "half"}, "sampling is 'half': choose one of natural, balanced, pairs, natural_pairs"),
         ({"sampling": "pairs", "batch_size": 3}, "batch_size is 3: give a whole number from 4"),
         ({"batches_per_epoch": 0}, "batches_per_epoch is 0: give"),
-        ({"test_share": 1.0}, r"test_share=1.0 is outside \[0, 1\)"),
-        ({"test_share": 0.0}, "test_share=0"),
-        ({"val_share": 1.0}, "val_share=1.0 is outside"),
-        ({"min_rows": 1000, "max_rows": 10}, "min_rows=1000, max_rows=10: pass"),
+        ({"test_share": 1.0}, r"test_share is 1.0: give a number in \(0, 1\)"),
+        ({"test_share": 0.0}, "test_share is 0.0: give"),
+        ({"val_share": 1.0}, "val_share is 1.0: give"),
+        ({"min_rows": 1000, "max_rows": 10}, "max_rows is 10: give a whole number from 1000"),
         ({"seed": -1}, "seed is -1: give"),
     ],
 )

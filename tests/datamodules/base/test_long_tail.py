@@ -45,11 +45,11 @@ def test_a_single_class_keeps_its_samples():
 @pytest.mark.parametrize(
     ("ratio", "profile", "message"),
     [
-        (0.01, "exponential", r"ratio=0\.01 .* ratio=100 "),
-        (0, "exponential", "ratio=0 .* at least 1"),
-        (-3, "step", "ratio=-3 .* at least 1"),
-        (float("nan"), "step", "ratio=nan .* at least 1"),
-        (10, "linear", "profile='linear' .* exponential, step, none"),
+        (0.01, "exponential", r"ratio is 0\.01, .* give its inverse, 100 "),
+        (0, "exponential", "ratio is 0: .* from 1"),
+        (-3, "step", "ratio is -3: .* from 1"),
+        (float("nan"), "step", "ratio is nan: .* from 1"),
+        (10, "linear", "profile is 'linear': .* exponential, step, none"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(ratio, profile, message):
@@ -61,10 +61,10 @@ def test_impossible_settings_are_refused_in_one_line(ratio, profile, message):
 @pytest.mark.parametrize("ratio", [501, float("inf")])
 @pytest.mark.parametrize("profile", ["exponential", "step"])
 def test_a_ratio_that_empties_a_class_is_refused(ratio, profile):
-    with pytest.raises(SettingError, match=f"ratio={ratio} .* at most 500"):
+    with pytest.raises(SettingError, match=f"ratio is {ratio}, .* at most 500"):
         imbalanced_class_counts(500, 10, ratio, profile)
 
 
 def test_a_class_without_samples_is_refused():
-    with pytest.raises(SettingError, match="largest=0"):
+    with pytest.raises(SettingError, match="largest is 0"):
         imbalanced_class_counts(0, 10, 10, "exponential")

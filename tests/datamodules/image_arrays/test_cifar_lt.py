@@ -72,7 +72,7 @@ def refusal(call):
         call()
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("data.root=")
+    assert message.startswith("data.root is ")
     return message
 
 
@@ -180,13 +180,13 @@ def test_a_download_of_another_checksum_is_refused(tmp_path, local_source):
     assert not (tmp_path / "root" / FOLDER).exists()
 
 
-def test_missing_files_without_a_network_name_the_setting_and_the_mend(tmp_path):
+def test_missing_files_without_a_network_name_the_setting_and_the_fix(tmp_path):
     root = tmp_path / "root"
     data = cifar10(root)
     data.source = type("Gone", (datasets.CIFAR10,), {"url": (tmp_path / "none.tar.gz").as_uri()})
     message = refusal(data.prepare_data)
     for part in (
-        f"data.root={str(root)!r}",
+        f"data.root is {root}, which has no folder",
         "cifar-10-python.tar.gz",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
     ):
@@ -213,32 +213,32 @@ def empty(folder):
 
 def a_list(folder):
     write(folder / "test_batch", [1, 2])
-    return "test_batch holds a list"
+    return "test_batch cannot be read (TypeError: list"
 
 
 def nameless(folder):
     write(folder / "batches.meta", {"label_names": []})
-    return "batches.meta has no class names"
+    return "batches.meta cannot be read (ValueError: no class names)"
 
 
 def float_pixels(folder):
     write(folder / "test_batch", {"data": np.zeros((2, 3072)), "labels": [0, 1]})
-    return "test_batch has no uint8 pixels"
+    return "test_batch cannot be read (SettingError: images is torch.float64"
 
 
 def no_images(folder):
     write(folder / "test_batch", {"data": np.zeros((0, 3072), np.uint8), "labels": []})
-    return "test_batch has no uint8 pixels"
+    return "test_batch cannot be read (SettingError: labels is torch.float32 of shape (0,)"
 
 
 def too_few_labels(folder):
     write(folder / "test_batch", {"data": np.zeros((2, 3072), np.uint8), "labels": [0]})
-    return "test_batch has no labels for its 2 images"
+    return "test_batch cannot be read (SettingError: labels is torch.int64 of shape (1,)"
 
 
 def an_eleventh_class(folder):
     write(folder / "test_batch", {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]})
-    return r"test_batch has labels outside [0, 10)"
+    return r"test_batch cannot be read (ValueError: no images, or labels outside [0, 10))"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,9 @@ def test_a_file_that_cannot_be_read_is_one_line(spoil, cifar10_root, tmp_path):
         np.savez(path, train_images=np.array([{}], dtype=object))
     data = CIFAR10LTDataModule(path)
     data.prepare_data()
-    with pytest.raises(SettingError, match=r"data\.root='.*' cannot be read \(.*\): make the file again") as caught:
+    with pytest.raises(
+        SettingError, match=r"data\.root is .*, which cannot be read \(.*\): make the file again"
+    ) as caught:
         data.setup()
     assert "\n" not in str(caught.value)
 
@@ -95,5 +97,5 @@ def test_a_file_that_cannot_be_read_is_one_line(spoil, cifar10_root, tmp_path):
 def test_a_file_of_another_data_set(cifar10_root, tmp_path):
     path = tmp_path / "cifar10_lt.npz"
     packed(cifar10_root, path, ratio=5)
-    with pytest.raises(SettingError, match="has 10 classes and CIFAR100 100: it is packed from another data set"):
+    with pytest.raises(SettingError, match="has 10 classes, and CIFAR100 has 100: give a file packed from CIFAR100"):
         CIFAR100LTDataModule(path).setup()

@@ -47,9 +47,9 @@ def test_jitter_changes_colours():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("trivial", 16, 0), "augment='trivial' .* none, standard, randaugment, autoaugment"),
+        (("trivial", 16, 0), "augment is 'trivial': .* none, standard, randaugment, autoaugment"),
         (("standard", 0, 0), "image_size is 0: give"),
-        (("standard", 16, 1.5), r"color_jitter=1.5 is outside \[0, 1\]"),
+        (("standard", 16, 1.5), r"color_jitter is 1.5: give a number in \[0, 1\]"),
     ],
 )
 def test_wrong_settings_are_refused(args, message):

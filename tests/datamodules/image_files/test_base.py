@@ -119,7 +119,7 @@ def test_prediction_names_the_files(image_folder_root, damaged_root):
     ]
     assert batches[8][0].shape == (0, 3, 8, 8)
     (image_folder_root / "empty").mkdir(exist_ok=True)
-    with pytest.raises(SettingError, match=r"data.predict is .*empty: there is no image"):
+    with pytest.raises(SettingError, match=r"data.predict is .*empty, which has no images"):
         ready(image_folder_root, predict=image_folder_root / "empty").predict_dataloader()
 
 
@@ -163,7 +163,7 @@ def test_images_in_two_parts_are_warned_of(image_list, tmp_path):
     table.write_text("\n".join([*lines, test.replace(",test", ",train")]) + "\n")
     data = ImageListLTDataModule(table, split_column="split", **SMALL)
     with pytest.warns(
-        UserWarning, match=f"1 images are in .* and in .*, such as {test.split(',')[0]}: results on images"
+        UserWarning, match=f"1 images are in .* and in .*, such as {test.split(',')[0]}: the model is evaluated"
     ):
         data.prepare_data()
     with warnings.catch_warnings():

@@ -41,7 +41,7 @@ def test_subsampled_to_a_ratio(image_folder_root):
 
 def test_its_own_validation_folder_takes_no_share(image_folder_root):
     with pytest.raises(
-        SettingError, match=r"val_share=0\.1: ImageFolderLTDataModule has validation samples of its own"
+        SettingError, match=r"val_share is 0\.1, but ImageFolderLTDataModule has validation samples of its own"
     ):
         ImageFolderLTDataModule(image_folder_root, val_share=0.1)
 
@@ -79,12 +79,12 @@ def no_class(root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (empty_class, r"train has classes without an image \(.jpg, .*\): cat\. Fill or remove them"),
+        (empty_class, r"train has classes without an image \(.jpg, .*\): cat: fill or remove them"),
         (unknown_class, r"test has classes that .*train does not have: cat"),
-        (loop, r"train/ant/again is a link to a folder that it lies in: remove that link"),
-        (no_train, r"has test, but no folder train"),
+        (loop, r"train/ant/again is a link to a folder that it lies in: remove the link"),
+        (no_train, r"which has test but no train"),
         (no_class, r"train has no folders: make one for each class"),
-        (shutil.rmtree, r"root='.*' is no folder"),
+        (shutil.rmtree, r"data.root is .*, which is no folder"),
     ],
 )
 def test_what_is_wrong_is_one_line(root, change, message):

@@ -15,7 +15,9 @@ def test_a_column_tells_the_parts_apart(image_list):
     assert (data.class_names, data.class_counts.tolist()) == (["ant", "bee", "cat", "dog"], [120, 30, 5, 3])
     assert [len(part) for part in (data._train, data._val, data._test)] == [158, 8, 12]
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 8
-    with pytest.raises(SettingError, match=r"val_share=0\.1: ImageListLTDataModule has validation samples of its own"):
+    with pytest.raises(
+        SettingError, match=r"val_share is 0\.1, but ImageListLTDataModule has validation samples of its own"
+    ):
         ImageListLTDataModule(image_list, split_column="split", val_share=0.1).prepare_data()
 
 
@@ -60,7 +62,7 @@ def test_parquet(tmp_path, labels):
     splits = ImageListLTDataModule(path, test_path=path).splits
     assert (splits.class_names, splits.train.labels.tolist()) == ([str(v) for v in labels[:2]], [0, 1, 1])
     path.write_bytes(b"PAR1")
-    with pytest.raises(SettingError, match=r"list.parquet is no Parquet file"):
+    with pytest.raises(SettingError, match=r"list.parquet, which is no table"):
         assert ImageListLTDataModule(path, test_path=path).splits
 
 
@@ -82,7 +84,7 @@ def test_what_is_wrong_is_one_line(tmp_path, rows, header, message):
 
 def test_wrong_parts_and_files(tmp_path):
     path = table(tmp_path / "list.csv", [("a.jpg", "x", "train"), ("b.jpg", "y", "dev")], ("path", "label", "split"))
-    with pytest.raises(SettingError, match="split_column=split has dev: write train, val or test"):
+    with pytest.raises(SettingError, match="split_column is split, which has dev: write train, val or test"):
         ImageListLTDataModule(path, split_column="split").prepare_data()
     test = table(tmp_path / "test.csv", [("c.jpg", "z")])
     with pytest.raises(SettingError, match=r"test.csv \(test\) has classes without a training image: z"):
@@ -91,7 +93,7 @@ def test_wrong_parts_and_files(tmp_path):
         ImageListLTDataModule(path, test_path=path).prepare_data()
     with pytest.raises(SettingError, match="there is no such file"):
         ImageListLTDataModule(tmp_path / "none.csv").prepare_data()
-    with pytest.raises(SettingError, match=r"give a file that ends in \.csv, \.tsv or \.parquet"):
+    with pytest.raises(SettingError, match=r"give a file that ends in \.csv, \.tsv, \.parquet"):
         ImageListLTDataModule(table(tmp_path / "list.txt", [])).prepare_data()
 
 
@@ -104,5 +106,7 @@ def test_numbers_with_leading_zeros_are_names(tmp_path):
 def test_two_lists_of_test_images(tmp_path):
     path = table(tmp_path / "list.csv", [("a.jpg", "x", "train"), ("b.jpg", "x", "test")], ("path", "label", "split"))
     test = table(tmp_path / "test.csv", [("c.jpg", "x")])
-    with pytest.raises(SettingError, match=r"split_column=split has images of test, and test_path=.*test.csv lists"):
+    with pytest.raises(
+        SettingError, match=r"split_column is split, which has test images, and data.test_path=.*test.csv lists"
+    ):
         ImageListLTDataModule(path, split_column="split", test_path=test).prepare_data()

@@ -48,7 +48,7 @@ def test_full_lists_are_those_of_the_papers():
 @pytest.mark.filterwarnings("ignore:.*not the published ones")
 def test_its_own_validation_list_takes_no_share(case):
     kind, root, _ = case
-    with pytest.raises(SettingError, match=rf"val_share=0.1: {kind.__name__} has validation samples of its own"):
+    with pytest.raises(SettingError, match=rf"val_share is 0.1, but {kind.__name__} has validation samples of its own"):
         kind(root, val_share=0.1)
 
 

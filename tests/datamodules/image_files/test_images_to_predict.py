@@ -45,7 +45,7 @@ def test_paths_as_they_are_named(folder, given, root, paths):
         ("nowhere", "data.predict is nowhere: there is no such file or folder"),
         ("nowhere.txt", "data.predict is nowhere.txt: there is no such file or folder"),
         (["new", "nowhere"], "data.predict is nowhere: there is no such file or folder"),
-        ("empty", "data.predict is empty: there is no image"),
+        ("empty", "data.predict is empty, which has no images"),
         (
             "list.txt",
             "1 of the 2 images in list.txt are not in .: nowhere.png. Paths in a list are relative to its folder",
@@ -68,5 +68,5 @@ def test_nothing_else_is_read(image_folder_root):
     loader = data.predict_dataloader()
     assert loader.num_workers == 0  # a single batch is not worth starting processes for
     assert sum(len(paths) for _, _, paths in loader) == 12
-    with pytest.raises(SettingError, match="root='gone' is no folder"):
+    with pytest.raises(SettingError, match=r"data\.root is gone, which is no folder"):
         data.setup("fit")

@@ -74,7 +74,7 @@ def test_processes_share_the_draws_of_one(replicas):
 
 
 def test_a_repeated_sample_is_augmented_anew_and_an_epoch_can_be_entered_anywhere():
-    data = DigitsLTDataModule(sampler="class_balanced", batch_size=16)
+    data = DigitsLTDataModule(sampling="class_balanced", batch_size=16)
     data.setup()
     loader = data.train_dataloader()
     batches = list(loader)
@@ -95,15 +95,16 @@ def test_workers_draw_the_same():
     dataset = torch.utils.data.TensorDataset(torch.arange(SIZE))
     order = ClassSampling(SHUFFLED, "square_root")
     with_workers, without = (
-        torch.cat([rows for (rows,) in train_loader(dataset, 32, num_workers=n, seed=0, order=order)]) for n in (2, 0)
+        torch.cat([indices for (indices,) in train_loader(dataset, 32, num_workers=n, seed=0, order=order)])
+        for n in (2, 0)
     )
     assert torch.equal(with_workers, without)
 
 
-def test_errors_name_the_setting_and_the_mend():
-    with pytest.raises(SettingError, match="sampler='balanced' is unknown: choose one of instance_balanced, class_bal"):
-        DigitsLTDataModule(sampler="balanced")
-    data = DigitsLTDataModule(sampler="progressively_balanced")
+def test_errors_name_the_setting_and_the_fix():
+    with pytest.raises(SettingError, match="sampling is 'balanced': choose one of instance_balanced, class_bal"):
+        DigitsLTDataModule(sampling="balanced")
+    data = DigitsLTDataModule(sampling="progressively_balanced")
     data.setup()
     with pytest.raises(SettingError, match=r"the number of epochs is None: set trainer\.max_epochs"):
         data.train_dataloader()

@@ -12,14 +12,14 @@ from imbsam import SettingError
 
 
 def joint_batches(size, batch_size, replicas, epoch=0, seed=0):
-    """The sets of rows that `replicas` processes see together, batch by batch."""
+    """The sets of samples that `replicas` processes see together, batch by batch."""
     batches = []
     for rank in range(replicas):
         sampler = TrainSampler(range(size), batch_size, seed, replicas, rank)
         sampler.set_epoch(epoch)
-        rows = [index for _, index in sampler]
-        assert len(rows) == len(sampler)
-        batches.append([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)])
+        indices = [index for _, index in sampler]
+        assert len(indices) == len(sampler)
+        batches.append([indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
     return [[row for part in parts for row in part] for parts in zip(*batches, strict=True)]
 
 
@@ -89,7 +89,7 @@ def test_per_sample_transforms_depend_on_seed_epoch_and_index_alone():
     assert_same_images(by_index(parts[0]) | by_index(parts[1]), first)
 
 
-def rows(data, replicas=1, num_workers=0, epoch=0):
+def indices(data, replicas=1, num_workers=0, epoch=0):
     data.setup()
     found = []
     for rank in range(replicas):
@@ -103,12 +103,12 @@ def rows(data, replicas=1, num_workers=0, epoch=0):
 
 def test_augmented_digits_are_the_same_for_any_workers_and_processes():
     data = DigitsLTDataModule()
-    wanted = rows(data, epoch=4)
-    assert rows(data, replicas=2, epoch=4) == wanted
-    assert rows(data, replicas=4, epoch=4) == wanted
-    assert rows(data, num_workers=2, epoch=4) == wanted
+    wanted = indices(data, epoch=4)
+    assert indices(data, replicas=2, epoch=4) == wanted
+    assert indices(data, replicas=4, epoch=4) == wanted
+    assert indices(data, num_workers=2, epoch=4) == wanted
     gc.collect()
-    assert rows(data, epoch=5) != wanted
+    assert indices(data, epoch=5) != wanted
 
 
 def random_collate(samples):

@@ -77,5 +77,5 @@ def test_evaluation_is_not_mixed():
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 @pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
 def test_wrong_alpha(name, alpha):
-    with pytest.raises(SettingError, match=f"{name}={alpha} is no alpha of a Beta distribution: pass a number above 0"):
+    with pytest.raises(SettingError, match=rf"{name} is {alpha}: give a number in \[0, inf\)"):
         DigitsLTDataModule(**{name: alpha})

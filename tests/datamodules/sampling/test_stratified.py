@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from datamodules.sampling.stratified import subsample, validation_mask
+from datamodules.sampling.stratified import held_out_mask, subsample
 from imbsam.errors import SettingError
 
 
@@ -44,29 +44,29 @@ def test_validation_keeps_a_sample_of_every_class_on_both_sides():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for share in (0.001, 0.1, 0.5, 0.999):
-            held_out = torch.bincount(labels[validation_mask(labels, "abcde", share, generator())], minlength=5)
+            held_out = torch.bincount(labels[held_out_mask(labels, "abcde", generator(), val_share=share)], minlength=5)
             assert held_out.min() >= 1
             assert (counts - held_out).min() >= 1
-    tenth = validation_mask(labels, "abcde", 0.1, generator())
+    tenth = held_out_mask(labels, "abcde", generator(), val_share=0.1)
     assert torch.bincount(labels[tenth]).tolist() == [10, 3, 1, 1, 1]
-    assert torch.equal(tenth, validation_mask(labels, "abcde", 0.1, generator()))
-    assert not torch.equal(tenth, validation_mask(labels, "abcde", 0.1, generator(1)))
+    assert torch.equal(tenth, held_out_mask(labels, "abcde", generator(), val_share=0.1))
+    assert not torch.equal(tenth, held_out_mask(labels, "abcde", generator(1), val_share=0.1))
 
 
 def test_a_single_sample_stays_in_training_and_its_class_is_named():
     labels = torch.tensor([0, 0, 1, 2, 2, 2])
-    with pytest.warns(UserWarning, match=r"single training sample: yak\.$"):
-        held_out = validation_mask(labels, ["ant", "yak", "emu"], 0.5, generator())
+    with pytest.warns(UserWarning, match=r"classes with a single sample: yak\.$"):
+        held_out = held_out_mask(labels, ["ant", "yak", "emu"], generator(), val_share=0.5)
     assert torch.bincount(labels[held_out], minlength=3).tolist() == [1, 0, 2]
 
 
 def test_no_share_holds_out_nothing_and_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not validation_mask(torch.tensor([0, 1]), "ab", 0.0, generator()).any()
+        assert not held_out_mask(torch.tensor([0, 1]), "ab", generator(), val_share=0.0).any()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
 def test_a_share_outside_its_range_is_refused(share):
-    with pytest.raises(SettingError, match=f"val_share={share} is outside"):
-        validation_mask(torch.tensor([0, 1]), "ab", share, generator())
+    with pytest.raises(SettingError, match=f"val_share is {share}: give a number in"):
+        held_out_mask(torch.tensor([0, 1]), "ab", generator(), val_share=share)

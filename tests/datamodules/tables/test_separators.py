@@ -77,4 +77,4 @@ def test_dates_are_refused_with_the_fix(tmp_path, day):
     with pytest.raises(SettingError) as error:
         AnomalyDataModule(tmp_path / "mine.csv", label="fraud").setup("fit")
     assert f"column day holds dates ({day}): make numbers of them, such as days since" in str(error.value)
-    assert str(error.value).endswith("--data.drop_columns '[day]'")
+    assert str(error.value).endswith("--data.drop_columns '[\"day\"]'")

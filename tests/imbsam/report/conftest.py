@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules import LongTailedClassifier
-from lightning_modules.callbacks.evaluation_files import write_evaluation
+from lightning_modules.callbacks.evaluation_files import _errors, write_evaluation
 from lightning_modules.cli.run import main as train
 from tests.pieces import anomaly
 
@@ -23,10 +23,12 @@ CLASSES = {"sgd": "Plain", "sam": "SAM", "imbsam": "ImbSAM", "focal_sam": "Focal
 SETTINGS = {"sgd": (), "sam": ("rho",), "imbsam": ("rho", "eta"), "focal_sam": ("rho",)}
 
 
-def sam(method: str, rho: float, eta: float) -> dict[str, object]:
+def sam(method: str, rho: float, eta: float, tail_weight: float) -> dict[str, object]:
     """The object of a method as LightningCLI writes it into config.yaml."""
     given = {"rho": rho, "eta": eta}
     init_args = {name: given[name] for name in SETTINGS[method]}
+    if tail_weight != 1:
+        init_args["tail_weight"] = tail_weight
     return {"class_path": f"imbsam.sam.{CLASSES[method]}", "init_args": init_args}
 
 
@@ -46,6 +48,7 @@ def write_run() -> Callable[..., Path]:
         method: str = "sgd",
         rho: float = 0.05,
         eta: float = 20,
+        tail_weight: float = 1,
         data: dict[str, object] | None = None,
         **settings: object,
     ) -> Path:
@@ -63,9 +66,10 @@ def write_run() -> Callable[..., Path]:
             logger.log_metrics({"train/loss_step": 1.0, "train/tail_rows": 2.0, "lr": 0.1, "epoch": epoch}, 2 * epoch)
             loss = (2.0 + seed) / (1 + epoch)
             logger.log_metrics({"train/loss_epoch": loss, "train/seconds": 1.5, "epoch": epoch}, 2 * epoch + 1)
-        logger.log_metrics(
-            {f"test/{g}": v.item() for g, v in accuracy.compute().items()} | {"epoch": epochs}, 2 * epochs
-        )
+        results = {f"test/{g}": v.item() for g, v in accuracy.compute().items()}
+        if files:
+            results |= {f"test/ece_{g}": e.item() for g, e in _errors(model, target, predicted, confidence)}
+        logger.log_metrics({**results, "epoch": epochs}, 2 * epochs)
         logger.log_hyperparams({"device": "CPU", "processes": 1})
         logger.save()
         run = Path(logger.log_dir)
@@ -74,7 +78,7 @@ def write_run() -> Callable[..., Path]:
             "trainer": {"accelerator": "auto", "max_epochs": epochs},
             "model": {
                 "class_path": "lightning_modules.LongTailedClassifier",
-                "init_args": {"sam": sam(method, rho, eta), "many": 50, "few": 10, **settings},
+                "init_args": {"sam": sam(method, rho, eta, tail_weight), "many": 50, "few": 10, **settings},
             },
             "data": {
                 "class_path": "datamodules.DigitsLTDataModule",

@@ -153,7 +153,7 @@ def test_a_phone_scrolls_tables_in_their_box_and_not_the_page(browser, show):
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_a_table_that_goes_on_says_so(browser, show, width):
+def test_a_table_wider_than_the_screen_says_so(browser, show, width):
     show(width=width)
     wide, told = browser.execute_script(
         "return [[...document.querySelectorAll('.scroll')].map((b) => b.scrollWidth > b.clientWidth), "

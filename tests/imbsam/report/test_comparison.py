@@ -9,10 +9,10 @@ import pytest
 from imbsam.report.comparison import (
     Group,
     baseline_first,
+    data_difference,
     difference,
     group_runs,
     mean_and_deviation,
-    other_data,
 )
 from imbsam.report.method import Method, method_of
 from imbsam.report.runs import Run, read_runs
@@ -60,7 +60,6 @@ def test_groups_are_named_after_their_folder_and_what_differs_in_it(tmp_path, wr
 
 
 def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
-    """As LightningCLI writes `model.sam`; and the spelling of before."""
     runs = {
         name: read_runs([write_run(tmp_path, name, method=name, rho=0.1, eta=30)])[0][0]
         for name in ("sgd", "sam", "imbsam", "focal_sam")
@@ -74,9 +73,10 @@ def test_the_method_is_read_from_the_object_in_the_config(tmp_path, write_run):
         "focal_sam": Method("Focal-SAM", 0.1),
     }
     assert method_of({"sam": "MySAM", "sam.rho": 0.2, "sam.eta": 5}) == Method("MySAM", 0.2, 5)
+    assert method_of({"sam": "CCSAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("CC-SAM", 0.2)
+    assert method_of({"sam": "GSAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("GSAM", 0.2)
+    assert method_of({"sam": "SSESAM", "sam.rho": 0.2, "sam.eta": 20}) == Method("SSE-SAM", 0.2, 20)
     assert method_of({"sam": "ImbSAM", "sam.rho": 0.0, "sam.eta": 5}) == Method("plain training")
-    assert method_of({"method": "imbsam", "rho": 0.05, "eta": 20}) == Method("ImbSAM", 0.05, 20)
-    assert method_of({"method": "sgd", "rho": 0.05, "eta": 20}) == Method("plain training")
 
 
 def test_the_baseline_is_plain_training_and_not_the_first_of_the_alphabet(tmp_path, write_run):
@@ -96,7 +96,7 @@ def test_the_baseline_is_plain_training_and_not_the_first_of_the_alphabet(tmp_pa
         baseline_first(groups, "x")
 
 
-def test_other_data_is_seen_in_the_settings_or_in_the_test_samples(tmp_path, write_run):
+def test_data_difference_is_seen_in_the_settings_or_in_the_test_samples(tmp_path, write_run):
     names = ["car", "bus", "van", "bike", "tram", "ship"]
     for name, settings in {
         "first": {},
@@ -108,7 +108,7 @@ def test_other_data_is_seen_in_the_settings_or_in_the_test_samples(tmp_path, wri
         write_run(tmp_path, f"d/{name}", **settings)
     write_run(tmp_path, "d/seed", seed=5)
     groups = {group.name: group for group in group_runs(read_runs([tmp_path])[0])}
-    reasons = {name: other_data(group, groups["d/first"]) for name, group in groups.items()}
+    reasons = {name: data_difference(group, groups["d/first"]) for name, group in groups.items()}
     assert reasons == {
         "d/first": "",
         "d/loader": "",

@@ -13,7 +13,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
-from imbsam.report.classes import by_class_count, calibration, tail_confusion
+from imbsam.report.classes import by_class_count, calibration_bins, tail_confusion
 from imbsam.report.command import main
 from imbsam.report.comparison import baseline_first, group_runs
 from imbsam.report.figures import class_figure, curve_figures, sharpness_figures
@@ -135,28 +135,25 @@ def test_confusion_counts_every_test_sample_of_a_tail_class(groups):
     assert [sum(row) for row in most.cells] == [40, 40]
 
 
-def test_the_calibration_error_is_torchmetrics(groups, write_run, tmp_path):
-    import torch
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    from imbsam.report.classes import _expected_error
-    from lightning_modules.callbacks.evaluation_files import calibration_bins
-
-    random = torch.Generator().manual_seed(0)
-    confidence, correct = torch.rand(500, generator=random), torch.rand(500, generator=random) < 0.4
-    bins = [row[1:] for row in calibration_bins(confidence, correct)]
-    expected = binary_calibration_error(confidence, correct.long(), n_bins=15)
-    assert _expected_error(bins) == pytest.approx(float(expected), abs=1e-5)
-    found = calibration(groups[0])
-    assert set(found) == {"many", "medium", "few", "all"}
-    assert len(found["all"].errors) == 2
-    assert sum(n for n, _, _ in found["all"].bins) == 240
+def test_the_calibration_error_is_that_of_the_log_and_of_the_bins(html, groups):
+    bins = calibration_bins(groups[0])
+    assert set(bins) == {"many", "medium", "few", "all"}
+    assert sum(n for n, _, _ in bins["all"]) == 240
+    table = next(table for table in Tables(html).tables if table[0] == ["run", "many", "medium", "few", "all"])
+    for group, row in zip(groups, table[1:], strict=True):
+        errors = [
+            sum(r["samples"] * abs(r["accuracy"] - r["confidence"]) for r in run.calibration if r["group"] == "few")
+            / 40
+            for run in group.runs
+        ]
+        assert row[0] == group.name
+        assert row[3].split(" ± ")[0] == f"{100 * sum(errors) / 2:.1f}"
 
 
 def test_one_run_and_runs_without_files(tmp_path, write_run):
     run = write_run(tmp_path, "a/sgd", files=False)
     html = page(group_runs(read_runs([run])[0]), {})
-    assert "Without per_class.csv, so not shown" in html
+    assert "Not shown, without per_class.csv: " in html
     assert len(figures(html)) == 1
     assert "± " not in re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
 
@@ -176,7 +173,7 @@ def test_runs_of_other_classes_stay_out_of_the_figures_of_classes(tmp_path, writ
     write_run(tmp_path, "data/other", names=["car", "bus", "van", "bike", "tram", "ship"])
     groups = group_runs(read_runs([tmp_path])[0])
     text = page(groups, {})
-    assert "Of other classes, so not shown: data/other." in text
+    assert "Not shown, since the classes differ: data/other." in text
     assert "car (" not in text
     assert "ship (" not in text
 
@@ -214,7 +211,7 @@ def test_exports(three_groups, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["nowhere"], "there is no run to report"),
+        (["nowhere"], "no run to report"),
         (["RUNS", "--output", "report.pdf"], "output is report.pdf: end it with .html, .md, .csv or .png"),
         (["RUNS", "--format", "html"], "format is html: name the file with --output report.html"),
         (["RUNS", "--output", "no/such/folder.md"], "output is no/such/folder.md: No such file or directory"),
@@ -236,6 +233,24 @@ def test_a_missing_library_is_named(three_groups, tmp_path, capsys, monkeypatch)
             main([str(three_groups), "--output", str(tmp_path / f"r.{form}")])
         name = library.partition(".")[0]
         assert f"{form} needs {name}: pip install {name}\n" in capsys.readouterr().err
+
+
+def test_on_a_narrow_terminal_no_name_is_cut(three_groups, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    main([str(three_groups)])
+    out = capsys.readouterr().out
+    names = "".join(line.strip().split("  ")[0] for line in out.splitlines()).replace(" ", "")
+    assert "digits/sgd(2runs)" in names
+    assert "digits/imbsam(2runs)" in names
+    assert max(map(len, out.splitlines())) <= 60
+    assert "…" not in out
+
+
+def test_a_tie_has_no_winner(tmp_path, write_run):
+    for name, method in (("plain", "sgd"), ("imbsam", "imbsam")):
+        write_run(tmp_path, f"d/{name}", method=method)
+    text = visible(page(baseline_first(group_runs(read_runs([tmp_path])[0])), {}))
+    assert re.search(r"On the few-shot classes d/plain reaches \d+\.\d %, like the others\.", text)
 
 
 def test_fifty_runs_of_200_epochs_in_under_10_seconds(tmp_path, write_run):
@@ -357,8 +372,10 @@ def test_runs_of_other_data_are_marked_and_not_compared(tmp_path, write_run, cap
     reason = "ratio 10.0, not 50.0"
     main([str(tmp_path), "--format", "md"])
     out, err = capsys.readouterr()
-    assert f"d/other is of other data than d/plain, so not compared: {reason}." in out
-    assert f"not compared: d/other is of other data than d/plain: {reason}" in err
+    assert f"d/other has other data than d/plain, so it is not compared: {reason}." in out
+    assert err == ""
+    main([str(tmp_path), "--format", "csv"])
+    assert f"d/other has other data than d/plain, so it is not compared: {reason}." in capsys.readouterr().err
     differences = out.split("difference to d/plain")[1]
     assert "| d/same |" in differences
     assert "| d/other |" not in differences
@@ -367,7 +384,7 @@ def test_runs_of_other_data_are_marked_and_not_compared(tmp_path, write_run, cap
     assert rows["d/other"][0].endswith("1 run, other data")
     assert "\n" not in rows["d/other"][1]
     assert "\n" in rows["d/same"][1]
-    assert f"d/other is of other data, so not compared: {reason}." in visible(html)
+    assert f"d/other has other data than d/plain, so it is not compared: {reason}." in visible(html)
 
 
 def test_anomaly_detectors_are_compared_by_their_rankings(detectors, tmp_path, capsys):
@@ -375,11 +392,11 @@ def test_anomaly_detectors_are_compared_by_their_rankings(detectors, tmp_path, c
     out = capsys.readouterr().out
     head = "average precision | AUROC | precision of the alarms | recall of the alarms | F1 at the threshold"
     assert f"| run | {head} | training loss |" in out
-    assert "| difference to anomaly/devnet_sgd |" in out
-    runs, skipped = read_runs([detectors / "anomaly/devnet_sgd"])
+    assert "| difference to anomaly_table/devnet_sgd |" in out
+    runs, skipped = read_runs([detectors / "anomaly_table/devnet_sgd"])
     assert skipped == {}
     mean = sum(100 * run.final["test/average_precision"] for run in runs) / 2
-    assert f"| anomaly/devnet_sgd (2 runs) | {mean:.1f} ± " in out
+    assert f"| anomaly_table/devnet_sgd (2 runs) | {mean:.1f} ± " in out
     for kind in ("html", "png", "csv"):
         main([str(detectors), "--output", str(tmp_path / f"r.{kind}")])
     html = (tmp_path / "r.html").read_text()
@@ -395,4 +412,4 @@ def test_classifiers_and_detectors_are_reported_apart(detectors, three_groups, c
     with pytest.raises(SystemExit) as stop:
         main([str(three_groups), str(detectors)])
     assert stop.value.code == 2
-    assert "report them apart" in capsys.readouterr().err.splitlines()[-1]
+    assert "report them separately" in capsys.readouterr().err.splitlines()[-1]

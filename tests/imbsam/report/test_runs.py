@@ -28,8 +28,8 @@ def test_what_cannot_be_reported_is_skipped_by_name(tmp_path, write_run):
     (spoil(7, "it has no config.yaml") / "config.yaml").unlink()
     tested = spoil(8, "a test, a prediction") / "metrics.csv"
     tested.write_text("epoch,step,test/all\n0,0,0.9\n")
-    (spoil(9, "no column accuracy: written by an older version") / "per_class.csv").write_text("class,count\n0,5\n")
-    words = spoil(10, "its log cannot be read") / "metrics.csv"
+    (spoil(9, "its per_class.csv has no column accuracy") / "per_class.csv").write_text("class,count\n0,5\n")
+    words = spoil(10, "its metrics.csv has 'zero' as lr") / "metrics.csv"
     words.write_text(words.read_text().replace("0.1,", "zero,"))
     older = spoil(11, "its log has no test/medium") / "metrics.csv"
     older.write_text(older.read_text().replace("test/medium", "test/middle"))
@@ -70,7 +70,7 @@ def test_an_evaluation_beside_a_run_is_no_run(tmp_path, write_run):
 def test_folders_without_runs_are_named(tmp_path):
     runs, skipped = read_runs([tmp_path, tmp_path / "nowhere"])
     assert runs == []
-    assert list(skipped.values()) == ["there is no run in it", "there is no such folder"]
+    assert list(skipped.values()) == ["there is no run in it", "no such folder"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_folders_without_runs_are_named(tmp_path):
             b"class,class_name,training_samples,group,tail,test_samples,accuracy\n0,a,x,many,0,1,1\n",
             "'x' as",
         ),
-        ("metrics.csv", b"epoch,test/average_precision\n1,0.5\n", "its log has no train/loss: a test"),
+        ("metrics.csv", b"epoch,test/average_precision\n1,0.5\n", "its log has no training loss: a test"),
     ],
 )
 def test_a_damaged_run_is_skipped_by_name(tmp_path, write_run, file, content, reason):

@@ -19,16 +19,18 @@ def model(counts, **settings):
     return made
 
 
-def test_rows_are_sorted_and_have_group_and_tail():
-    rows = class_rows(model(COUNTS, sam=partial(ImbSAM, eta=20), many=100, few=20))
-    assert [(row.name, row.samples, row.group, row.tail) for row in rows] == [
-        ("class 1", 500, "many", False),
-        ("class 5", 101, "many", False),
-        ("class 3", 100, "medium", False),
-        ("class 2", 20, "medium", False),
-        ("class 4", 19, "few", True),
-        ("class 0", 3, "few", True),
+def test_rows_have_group_and_tail_and_are_shown_by_training_samples(capsys):
+    made = model(COUNTS, sam=partial(ImbSAM, eta=20), many=100, few=20)
+    assert [(row.index, row.name, row.samples, row.group, row.tail) for row in class_rows(made)] == [
+        (0, "class 0", 3, "few", True),
+        (1, "class 1", 500, "many", False),
+        (2, "class 2", 20, "medium", False),
+        (3, "class 3", 100, "medium", False),
+        (4, "class 4", 19, "few", True),
+        (5, "class 5", 101, "many", False),
     ]
+    print_class_table(made)
+    assert re.findall(r"class (\d)", capsys.readouterr().out) == list("153240")
     named = class_rows(model(COUNTS, sam=partial(ImbSAM, tail_classes=[1])))
     assert [row.name for row in named if row.tail] == ["class 1"]
 

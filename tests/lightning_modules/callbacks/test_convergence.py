@@ -43,7 +43,7 @@ def test_the_line_is_of_the_logged_losses_over_an_interruption_too(imbsam, tmp_p
         losses = [float(row["train/loss_epoch"]) for row in csv.DictReader(file) if row["train/loss_epoch"]]
     assert len(losses) == 4
     assert code == 0
-    assert str(loss_trend(losses)) in out
+    assert loss_trend(losses).text in out
     assert ["training samples of 10 classes" in text for text in (first, out)] == [
         True,
         False,

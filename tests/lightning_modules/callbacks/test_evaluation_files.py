@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 from torchmetrics.functional.classification import binary_calibration_error
 
 from imbsam.metrics import ClassGroupAccuracy
-from lightning_modules.callbacks.evaluation_files import calibration_bins, calibration_error, write_evaluation
+from lightning_modules.callbacks.evaluation_files import _errors, calibration_bins, write_evaluation
 from lightning_modules.cli.run import main
 
 
@@ -89,14 +89,24 @@ def test_confusion_is_scikit_learns_and_a_class_without_test_samples_has_no_accu
     assert (last["test_samples"], last["accuracy"]) == ("0", "")
 
 
-def test_calibration_is_torchmetrics():
+def test_calibration_bins_are_those_of_torchmetrics():
     random = torch.Generator().manual_seed(1)
     confidence, correct = torch.rand(400, generator=random), torch.rand(400, generator=random) < 0.7
     confidence[0] = 1.0
-    error = calibration_error(calibration_bins(confidence, correct))
+    bins = calibration_bins(confidence, correct)
+    error = sum(n * abs(accuracy - mean) for _, n, mean, accuracy in bins) / 400
     assert error == pytest.approx(float(binary_calibration_error(confidence, correct.long(), n_bins=15)), abs=1e-6)
     assert calibration_bins(torch.tensor([float("nan")]), torch.tensor([True])) == []
-    assert math.isnan(calibration_error([]))
+
+
+def test_a_group_without_test_samples_has_no_calibration_error():
+    model = fake_model(torch.tensor([200, 50, 3]))
+    target, predicted = torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 0])
+    errors = dict(_errors(model, target, predicted, torch.tensor([0.5, 0.5, math.nan, 0.75])))
+    assert math.isnan(errors["medium"])
+    assert {group: float(error) for group, error in errors.items() if group != "medium"} == pytest.approx(
+        {"many": 0, "few": 0.75, "all": 0.25}
+    )
 
 
 def test_eight_thousand_classes_are_quick_and_small(tmp_path):

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from datamodules import DigitsLTDataModule
-from imbsam import ImbSAM, Plain, SettingError
+from imbsam import SSESAM, ImbSAM, Plain, SettingError
 from imbsam.class_weights import effective_number_weights
 from imbsam.losses import LDAM, CrossEntropy, Focal, LogitAdjusted, VectorScaling
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import CosineClassifier, SmallCNN
-from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
+from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule, TailStage
 from lightning_modules.resuming.csv_logger import ResumableCSVLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,6 +28,16 @@ class Engine(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seen.append((trainer.current_epoch, pl_module.sam.rho, pl_module.sam.class_weight))
+
+
+class Radii(Callback):
+    """The length of both of SSE-SAM's perturbations at every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[float]]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append((trainer.current_epoch, (pl_module.sam.rho * pl_module.sam.radius).tolist()))
 
 
 class StopAfter(Callback):
@@ -105,7 +115,7 @@ def test_the_logged_loss_is_the_weighted_one(tmp_path):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("steps", [4, 8])  # amid epoch 1, amid epoch 2, the first with the weights
+@pytest.mark.parametrize("steps", [4, 8])  # mid-epoch 1, mid-epoch 2, the first with the weights
 def test_a_resumed_run_switches_at_the_same_step(tmp_path, steps):
     """See test_resume.py for checkpoints at the end of an epoch."""
 
@@ -163,10 +173,26 @@ def test_only_every_third_step_is_perturbed(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("cut", [None, 4, 8])  # mid-epoch in the first stage, and in the second
+def test_sse_sam_perturbs_the_tail_alone_from_its_epoch_on(tmp_path, cut):
+    sam, radii = partial(SSESAM, rho=0.5, head_rho=0.2), Radii()
+    if cut is None:
+        fit(tmp_path, (TailStage(0.5), radii), sam=sam)
+    else:
+        whole, _ = fit(tmp_path / "whole", (TailStage(0.5),), sam=sam)
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(tmp_path / "cut", (TailStage(0.5), StopAfter(cut, tmp_path / "cut.ckpt")), sam=sam)
+        resumed, _ = fit(tmp_path / "cut", (TailStage(0.5), radii), resume=tmp_path / "cut.ckpt", sam=sam)
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    wanted = [(epoch, [0.2, 0.5] if epoch < 2 else [0.0, 0.5]) for epoch in range(4) for _ in range(3)]
+    assert radii.seen == wanted[cut or 0 :]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: DeferredReweighting(1.0), r"beta=1.0 is outside \[0, 1\)"),
+        (lambda: TailStage(1.1), r"start is 1.1: give a number in \[0, 1\]"),
+        (lambda: DeferredReweighting(1.0), r"beta is 1.0: give a number in \[0, 1\)"),
         (lambda: DeferredReweighting(0.9, start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(start_epoch=-1), "start_epoch is -1"),
         (lambda: RhoSchedule(shape="step"), "shape is 'step'"),
@@ -186,7 +212,12 @@ def test_schedules_that_cannot_work(settings, message):
             {"callbacks": (RhoSchedule(end=0.1),), "trainer": {"max_epochs": -1, "max_steps": 3}},
             "trainer.max_epochs -1",
         ),
-        ({"loss": partial(Focal, gamma=-1)}, "gamma=-1"),
+        ({"callbacks": (TailStage(),)}, "TailStage is the second stage of SSESAM and model.sam is ImbSAM"),
+        (
+            {"callbacks": (TailStage(),), "sam": SSESAM, "trainer": {"max_epochs": -1, "max_steps": 3}},
+            "TailStage's start is 0.7 and trainer.max_epochs -1",
+        ),
+        ({"loss": partial(Focal, gamma=-1)}, "gamma is -1"),
         ({"loss": partial(Focal, tau=1)}, "loss is Focal: .*tau"),
     ],
 )

@@ -82,7 +82,7 @@ def test_callback_writes_and_logs(run):
 
 
 def test_callback_does_not_change_the_run(run, tmp_path):
-    """Nor the generators, though a loader draws from them: the run goes on for an epoch after the first measurement."""
+    """Nor the generators, though a loader draws from them: the run lasts an epoch longer than the first measurement."""
     plain = fit(tmp_path, "plain")
     expected, found = (torch.load(f / "checkpoints/last.ckpt")["state_dict"] for f in (plain, run[0]))
     assert found.keys() == expected.keys()

@@ -81,7 +81,7 @@ def test_name_group_and_settings(first):
     settings = {
         "model": "LongTailedClassifier",
         "model.sam.rho": 0.05,
-        "model.backbone.init_args.width": 16,
+        "model.backbone.width": 16,
         "model.optimizer.lr": 0.05,
         "data": "DigitsLTDataModule",
         "data.ratio": 50,

@@ -33,7 +33,7 @@ def test_every_file_that_cannot_be_read_is_named(imbsam, tmp_path, image_folder_
         assert code == 2
         assert "ant" in out  # the table all the same
         assert f"{bad[0]}: the file is empty" in out
-        assert f"{bad[1]}: the file is no image" in out
+        assert f"{bad[1]}: the file is not an image" in out
         assert f"{bad[2]}: " in out
         assert err.splitlines()[-1].startswith("imbsam: error: 3 files cannot be read: ")
 
@@ -47,4 +47,4 @@ def test_tables_of_anomalies_too(imbsam):
 
 def test_what_a_training_would_refuse_is_one_line(imbsam, tmp_path):
     code, _, err = imbsam("check", "--config=configs/data/image_folder.yaml", "--data.root=nowhere")
-    assert (code, "root='nowhere' is no folder" in err) == (2, True)
+    assert (code, "data.root is nowhere, which is no folder" in err) == (2, True)

@@ -294,7 +294,7 @@ def test_missing_data_and_no_network(imbsam, tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     code, _, err = imbsam("fit", "--config", "configs/data/cifar100_lt.yaml", "--data.root=nowhere")
     assert code == 2
-    assert err.splitlines()[-1].startswith("imbsam: error: data.root='nowhere' has no folder cifar-100-python")
+    assert err.splitlines()[-1].startswith("imbsam: error: data.root is nowhere, which has no folder cifar-100-python")
     assert not list(tmp_path.rglob("version_*"))
 
 

@@ -206,7 +206,7 @@ def test_a_table_is_tested_by_the_names_of_its_columns_and_labels(run_imbsam, wo
         "\n".join(lines).replace("yes", "?").replace("no", "yes").replace("?", "no") + "\n"
     )
     line = refused(run_imbsam(work, *args))
-    assert "the checkpoint's anomalies are marked by yes, and in frauds.csv no is the rarer value" in line
+    assert "anomalies have fraud = yes in the checkpoint, and no is the rarer value in frauds.csv: set it" in line
 
 
 def state_dict(checkpoint, path):
