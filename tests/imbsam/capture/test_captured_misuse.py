@@ -1,13 +1,11 @@
 """What cannot be captured, and what a captured step cannot take, is refused in one line."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imbsam import SAM, ImbSAM, SettingError
+from imbsam import CCSAM, GSAM, SAM, ImbSAM, SettingError
 from tests.imbsam.capture.nets import BATCH, COUNTS, batches, captured, losses_of
 
 
@@ -17,13 +15,6 @@ def net() -> nn.Module:
 
 
 X, Y = batches(1)[0][0].float(), batches(1)[0][1]
-
-
-class Surprising(ImbSAM):
-    """A method with a step of its own, as several perturbations a step are."""
-
-    def _plan(self, *args: Any, **settings: Any) -> Any:
-        return super()._plan(*args, **settings)
 
 
 class Named(ImbSAM):
@@ -54,8 +45,12 @@ def test_a_method_that_only_chooses_weights_is_captured():
         (lambda m, f: SAM(m).capture(f, X, capture="auto"), "example is a Tensor: give the tensors of one batch"),
         (lambda m, f: SAM(m).capture(f, (X, Y[:3]), capture="auto"), r"example has tensors of \[24, 3\] rows"),
         (
-            lambda m, f: captured(Surprising(m, COUNTS), f, (X, Y)),
-            r"cannot be captured: Surprising has a step of its own \(_plan\); set capture=False",
+            lambda m, f: captured(GSAM(m, COUNTS), f, (X, Y)),
+            r"cannot be captured: GSAM has a step of its own \(_plan, _reduction\); set capture=False",
+        ),
+        (
+            lambda m, f: captured(CCSAM(m, COUNTS), f, (X, Y)),
+            r"cannot be captured: PartitionedSAM has a step of its own \(_plan\); set capture=False",
         ),
         (lambda m, f: captured(SAM(m), f, (X, Y), pass_sizes=[0]), "pass_sizes is .0.: give whole numbers from 1"),
     ],
