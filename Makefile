@@ -21,7 +21,7 @@ run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of
 test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: install  ## torch.compile, SIGTERM to two processes
+test-slow: install  ## torch.compile, SIGTERM to two processes, Ctrl-C at every line for every method
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py
 
 test-gpu: install  ## what only a GPU can show: CUDA graphs, no host synchronisation
