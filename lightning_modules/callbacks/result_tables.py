@@ -12,7 +12,12 @@ from rich.table import Table
 
 from imbsam.group_names import CLASS_MEASURES, GROUPS, TEST_RATIOS
 
-GROUP_ROWS = {"accuracy": "", "top-5 accuracy": "top5_", "calibration error": "ece_"}
+GROUP_ROWS = {
+    "accuracy": "",
+    "accuracy, not averaged": "plain_",
+    "top-5 accuracy": "top5_",
+    "calibration error": "ece_",
+}
 """Rows that have a number for every group, and what its name in the log begins with."""
 
 ALL_ROWS = {title: name for name, title in CLASS_MEASURES.items()} | {
@@ -47,7 +52,7 @@ class AccuracyTable(Callback):
             return
         masks: Any = pl_module.test_accuracy.masks  # type: ignore[union-attr]
         method = ", ".join(filter(None, (pl_module.hparams.get("stage"), getattr(pl_module, "method", None))))
-        table = Table(title=f"{method}: test accuracy in %, the mean over each group's classes")
+        table = Table(title=f"{method}: test accuracy in %, mean of the group's classes")
         table.add_column()
         for group in GROUPS:
             table.add_column(group, justify="right")

@@ -15,6 +15,7 @@ from lightning_modules.callbacks.convergence import Convergence
 from lightning_modules.callbacks.epoch_timer import EpochTimer
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.callbacks.network_summary import NetworkSummary
+from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.callbacks.refused_run import DiscardRefusedRun
 from lightning_modules.callbacks.result_tables import AccuracyTable, AnomalyTable
 from lightning_modules.callbacks.weights_and_biases import WandbResults
@@ -84,6 +85,7 @@ def run() -> None:
                     AccuracyTable(),
                     AnomalyTable(),
                     EvaluationFiles(),
+                    PlainWeights(),
                     EpochTimer(),
                     WandbResults(),
                     DiscardRefusedRun(),
