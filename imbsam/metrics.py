@@ -1,7 +1,7 @@
 """Accuracy per class group, as a torchmetrics metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,9 +122,10 @@ class ClassGroupAccuracy(Metric):
         self.own_groups = torch.equal(deciding, counts)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.validate_args = validate_args
-        self.register_buffer("class_counts", counts, persistent=False)
+        # no buffers: an average of a model's weights takes the mean of its buffers too, which fails for bool
+        self.class_counts = counts
         everything = torch.ones_like(counts, dtype=torch.bool)
-        self.register_buffer("groups", torch.stack([*masks.values(), everything]), persistent=False)
+        self.groups = torch.stack([*masks.values(), everything])
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("outside", torch.tensor(0), dist_reduce_fx="sum")
@@ -220,6 +221,11 @@ class ClassGroupAccuracy(Metric):
                 "the labels, or ignore them with validate_args=False"
             )
         return self.correct / self.total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ClassGroupAccuracy":
+        super()._apply(fn, *args, **kwargs)
+        self.class_counts, self.groups = fn(self.class_counts), fn(self.groups)
+        return self
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "ClassGroupAccuracy":
         """Change nothing: the states are counts, which a floating type would round."""

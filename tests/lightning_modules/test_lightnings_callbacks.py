@@ -43,8 +43,8 @@ def trainer(tmp_path, *callbacks, **settings):
 
 @pytest.mark.parametrize(
     "average",
-    [partial(EMAWeightAveraging, decay=0.5), partial(WeightAveraging, use_buffers=False)],
-    ids=["ema", "mean"],
+    [partial(EMAWeightAveraging, decay=0.5), WeightAveraging, partial(WeightAveraging, use_buffers=False)],
+    ids=["ema", "mean", "mean, without buffers"],
 )
 def test_averaged_weights_are_those_of_the_steps(tmp_path, average):
     steps = []
