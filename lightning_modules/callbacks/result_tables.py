@@ -65,7 +65,10 @@ class AccuracyTable(Callback):
             if f"test/{name}" in metrics:
                 table.add_row(title, "", "", "", _percent(metrics[f"test/{name}"]))
         best = None if trainer.ckpt_path else _best(trainer, log_dir)
-        _print(table, trainer, log_dir, {"weights": self._weights(trainer, pl_module), "best on validation": best})
+        weights = self._weights(trainer, pl_module)
+        if weights and "test/plain_all" in metrics:
+            weights += ", averaged"
+        _print(table, trainer, log_dir, {"weights": weights, "best on validation": best})
 
     def _weights(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Which weights were tested, in words."""
