@@ -334,7 +334,7 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0, 3.0, -1.0]), "class_weight holds -1"),
     ],
 )
-def test_errors_say_what_is_wrong_and_the_mend(call, message):
+def test_errors_name_the_setting_and_the_fix(call, message):
     model, x, y = make("mlp")
     sam = ImbSAM(model, COUNTS, context_rows="batch")
     with pytest.raises(SettingError, match=message) as caught:
@@ -384,7 +384,7 @@ def test_settings_that_cannot_work(settings, message):
             lambda m: PartitionedSAM(m, partition=[0, 1], sharpness_weight=[1.0] * 3),
             "partition has 2 entries for 3 classes",
         ),
-        (lambda m: PartitionedSAM(m, partition=[0.5, 1.0]), r"partition is \[0.5, 1.0\]: give the number of its group"),
+        (lambda m: PartitionedSAM(m, partition=[0.5, 1.0]), r"partition is \[0.5, 1.0\]: give each class the number"),
         (lambda m: PartitionedSAM(m, partition=[0, -1]), r"partition is \[0, -1\]"),
         (
             lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0]),
@@ -404,9 +404,12 @@ def test_settings_of_the_family_that_cannot_work(build, message):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [(CCSAM, "sharpness_weight= goes by row"), (GSAM, "sharpness_weight= makes some rows less sharp")],
+    [
+        (CCSAM, "sharpness_weight= is per row, and this method"),
+        (GSAM, "sharpness_weight= is per row, and GSAM's gap"),
+    ],
 )
-def test_methods_that_do_not_go_with_the_rows_own_sharpness(method, message):
+def test_methods_that_do_not_take_a_sharpness_weight_per_row(method, message):
     model, x, y = make("mlp")
     with pytest.raises(SettingError, match=message):
         method(model, COUNTS).backward(cross_entropies(model, x, y), y, sharpness_weight=torch.ones(BATCH))

@@ -81,7 +81,7 @@ def test_all_settings_are_one_flag_away(command):
 def test_an_unknown_command_is_one_line(command):
     code, out, err = command("tests")
     assert (code, out) == (2, "")
-    assert err == "imbsam: error: there is no command tests: did you mean test?\n"
+    assert err == "imbsam: error: unknown command tests: did you mean test?\n"
 
 
 def test_a_command_without_settings_is_one_line(command):

@@ -46,7 +46,7 @@ def grads(model: nn.Module) -> Tensor:
             r"tail_classes is a mask of shape \(2,\)",
         ),
         (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False: give class indices"),
-        (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 and class_counts None"),
+        (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 but class_counts is None"),
         (lambda: ClassAwareSAM(net(), sharpness_weight="all"), "sharpness_weight is 'all': give one number"),
     ],
 )
@@ -69,7 +69,7 @@ def of_copy(model: nn.Module) -> Callable[[Tensor], Tensor]:
             lambda sam, m: sam.backward(losses_of(m), torch.eye(4)[Y] + torch.eye(4)[3]),
             "row that sums to 2: .*sharpness_weight=",
         ),
-        (lambda sam, m: sam.backward(losses_of(m), "labels"), "targets is a str that is no tensor"),
+        (lambda sam, m: sam.backward(losses_of(m), "labels"), "targets is a str, which is not a tensor"),
     ],
 )
 def test_call(call, message):
