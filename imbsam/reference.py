@@ -1,7 +1,7 @@
 """The method in thirty plain lines, to be read with the paper: whole batch, all gradients, no shortcuts.
 
-The engine (:mod:`imbsam.step`) computes the same gradient at a lower cost; its tests and benchmarks compare it with this.
-Start reading here.
+The engine (:mod:`imbsam.step`) computes the same gradient at a lower cost; tests and benchmarks compare the two. Start
+reading here.
 """
 
 from collections.abc import Callable, Sequence

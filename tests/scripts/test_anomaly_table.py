@@ -106,7 +106,7 @@ def test_auroc_of_labelled_leaves_out_hidden_anomalies(script):
 
 
 def test_grid_is_seed_major_and_whole(script):
-    variants = script.variants_of(["classifier", "devnet"])
+    variants = script.detector_variants(["classifier", "devnet"])
     assert variants == [("devnet", "own"), ("classifier", "own"), ("classifier", "natural")]
     fits = list(script.grid_fits(["a", "b"], range(2), variants, {}))
     assert len(fits) == len({fit.key() for fit in fits}) == 2 * 2 * 3 * 3
@@ -157,17 +157,17 @@ def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
     assert " | 20 / 20 / 20 | 1 / 1 / 1 of 1 |" in without
 
 
-def test_short_looks_and_other_rhos_stay_out_of_the_table(script):
+def test_short_trials_and_other_rhos_stay_out_of_the_table(script):
     rows = [
         row(script, "a", "devnet", "own", "imbsam", 0, 0.1, rho, max_epochs=n) for rho in (0.05, 0.2) for n in (5, 200)
     ]
     rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.1)]
-    kept = script.of_rhos(script.of_recipe(rows), {("devnet", "own", "imbsam"): 0.05})
+    kept = script.select_rhos(script.select_max_epochs(rows), {("devnet", "own", "imbsam"): 0.05})
     assert [(r["method"], r["rho"], r["max_epochs"]) for r in kept] == [
         ("imbsam", "0.05", "200"),
         ("sgd", "0.0", "200"),
     ]
-    assert len(script.of_recipe(rows, 5)) == 2
+    assert len(script.select_max_epochs(rows, 5)) == 2
     one, other = (script.Fit("a", "devnet", "own", "sgd", 0.0, 0, n).key() for n in (5, 200))
     assert one != other
 
@@ -230,7 +230,7 @@ def test_command_line_says_what_is_missing(script, adbench, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="run --tune first"):
         script.main([str(adbench), *out])
-    with pytest.raises(SystemExit, match="lacks what rho is tuned on: CV_by_ResNet18/CIFAR10_0"):
+    with pytest.raises(SystemExit, match="lacks data sets to tune rho on: CV_by_ResNet18/CIFAR10_0"):
         script.main([str(adbench), *out, "--tune"])
     with pytest.raises(SystemExit, match="no npz file"):
         script.main([str(tmp_path / "none"), *out])
