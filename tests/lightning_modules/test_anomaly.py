@@ -211,7 +211,7 @@ def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detec
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DevNet, "natural"), (PReNet, "pairs")])
-def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
+def test_stopped_mid_epoch_and_resumed_it_ends_bit_identically(detector, sampling, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (trainer.current_epoch, batch_idx) == (1, 1):

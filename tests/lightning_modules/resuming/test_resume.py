@@ -156,7 +156,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_goes_on_as_if_nothing_had_happened(tmp_path, case):
+def test_resumes_as_if_nothing_had_happened(tmp_path, case):
     """Killed in the middle of an epoch, after its last batch, after the first of the next."""
     settings = CASES[case]
     watch = Watch()
@@ -266,7 +266,7 @@ def test_the_newest_run_with_a_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "version_10/checkpoints" / PREVIOUS
 
 
-def test_the_log_is_cut_and_goes_on(tmp_path):
+def test_the_log_is_truncated_and_continued(tmp_path):
     logger = ResumableCSVLogger(tmp_path, version=0)
     logger.log_metrics({"a": 1.0}, step=0)
     assert logger.experiment.sync() == 1
