@@ -13,6 +13,9 @@ PACKAGES = ("imbsam", "lightning_modules", "datamodules")
 ENGINE = (
     "sam",
     "class_aware_sam",
+    "partitioned_sam",
+    "partition",
+    "surrogate_gap",
     "step",
     "batch",
     "extra_passes",
@@ -47,7 +50,7 @@ def module_imports(root: Path) -> Graph:
 def folders(imports: Graph) -> Graph:
     """The imports between folders; the engine counts as a folder."""
 
-    def room(module: str) -> str:
+    def folder_of(module: str) -> str:
         parts = module.split(".")
         if parts[0] == "imbsam":
             if len(parts) == 1 or parts[1] in ENGINE:
@@ -57,8 +60,8 @@ def folders(imports: Graph) -> Graph:
 
     found: Graph = {}
     for module, targets in imports.items():
-        into = found.setdefault(room(module), set())
-        into |= {room(target) for target in targets} - {room(module)}
+        into = found.setdefault(folder_of(module), set())
+        into |= {folder_of(target) for target in targets} - {folder_of(module)}
     return found
 
 
@@ -93,7 +96,7 @@ def draw(graph: Mapping[str, Iterable[str]], path: Path) -> None:
 
 
 def _layers(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """From what nothing imports down; two that import each other share a layer."""
+    """Layers from what nothing imports downwards; modules that import each other share a layer."""
     depth: dict[str, int] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> int:

@@ -26,7 +26,7 @@ LIGHTNING_FOLDERS = {
     "detectors": {"detectors"},
     "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
 }
-"""The folders of lightning_modules/ that are independent of the models and the command line, and what each may import."""
+"""The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}
 TORCH_FREE = {"imbsam.group_names", "imbsam.messages"}
 """What the report shares with the rest of imbsam/."""
@@ -95,22 +95,22 @@ def test_what_the_report_shares_imports_nothing(name):
     assert imported((REPOSITORY / f"{name.replace('.', '/')}.py").read_text()) == set()
 
 
-def refused_in_room(room: str, source: str) -> set[str]:
+def refused_in_folder(folder: str, source: str) -> set[str]:
     """Imports of a file in a folder of datamodules/ that are not allowed."""
-    allowed = {f"datamodules.{name}" for name in FOLDERS[: FOLDERS.index(room) + 1]}
+    allowed = {f"datamodules.{name}" for name in FOLDERS[: FOLDERS.index(folder) + 1]}
     ours = {n for n in imported(source) if n.split(".")[0] in ("datamodules", "lightning_modules")}
     return {n for n in ours if ".".join(n.split(".")[:2]) not in allowed}
 
 
-@pytest.mark.parametrize("room", FOLDERS)
-def test_imports_within_datamodules_point_down(room):
-    files = sorted((REPOSITORY / "datamodules" / room).rglob("*.py"))
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_within_datamodules_point_down(folder):
+    files = sorted((REPOSITORY / "datamodules" / folder).rglob("*.py"))
     assert files
-    assert {p.name: names for p in files if (names := refused_in_room(room, p.read_text()))} == {}
+    assert {p.name: names for p in files if (names := refused_in_folder(folder, p.read_text()))} == {}
 
 
 @pytest.mark.parametrize(
-    ("room", "statement"),
+    ("folder", "statement"),
     [
         ("sampling", "from datamodules.base.long_tail import Profile"),
         ("tables", "from datamodules.image_files.lists import ListedImages"),
@@ -118,21 +118,21 @@ def test_imports_within_datamodules_point_down(room):
         ("base", "from datamodules import DigitsLTDataModule"),
     ],
 )
-def test_a_wrong_import_within_datamodules_is_found(room, statement):
-    assert refused_in_room(room, statement)
+def test_a_wrong_import_within_datamodules_is_found(folder, statement):
+    assert refused_in_folder(folder, statement)
 
 
 def test_every_folder_of_datamodules_is_checked():
     assert {p.parent.name for p in (REPOSITORY / "datamodules").rglob("*.py")} == {"datamodules", *FOLDERS}
 
 
-@pytest.mark.parametrize("room", LIGHTNING_FOLDERS)
-def test_imports_within_lightning_modules_point_down(room):
+@pytest.mark.parametrize("folder", LIGHTNING_FOLDERS)
+def test_imports_within_lightning_modules_point_down(folder):
     found = {
         f"{path.name}: {name}"
-        for path in (REPOSITORY / "lightning_modules" / room).rglob("*.py")
+        for path in (REPOSITORY / "lightning_modules" / folder).rglob("*.py")
         for name in imported(path.read_text())
-        if name.startswith("lightning_modules") and name.split(".")[1] not in LIGHTNING_FOLDERS[room]
+        if name.startswith("lightning_modules") and name.split(".")[1] not in LIGHTNING_FOLDERS[folder]
     }
     assert found == set()
 
