@@ -342,7 +342,7 @@ def test_broadcast_buffers_copies_rank_0(two):
     [
         ("comm hook", "module has a DDP communication hook"),
         ("hook", "0.weight has a hook on its accumulated gradient"),
-        ("per_rank under fsdp", 'perturbation is "per_rank" and module is sharded by FSDP2'),
+        ("per_rank under fsdp", 'perturbation is "per_rank", but module is sharded by FSDP2'),
         ("no gradient sync", "module has set_requires_gradient_sync(False)"),
         ("static graph", "static_graph=True"),
         ("join", "module is under DistributedDataParallel.join()"),
