@@ -148,11 +148,23 @@ def check_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         SettingError: one of those that say what the weights are of differs.
     """
     for name in NETWORK_SETTINGS:
-        if name in saved and name in given and (saved[name] or None) != (given[name] or None):
+        if name in saved and name in given and (difference := _difference(name, saved[name], given[name])):
+            key, theirs, ours = difference
             raise SettingError(
-                f"model.{name} is {given[name]}, and the checkpoint's is {saved[name]}: use the config.yaml in the "
-                "checkpoint's run, or leave --config out where nothing is trained"
+                f"model.{key} is {ours}, and the checkpoint's is {theirs}: use the config.yaml in the checkpoint's "
+                "run, or leave --config out where nothing is trained"
             )
+
+
+def _difference(key: str, saved: Any, given: Any) -> tuple[str, Any, Any] | None:
+    """The first setting in which two choices differ, with both values."""
+    if not isinstance(saved, Mapping) or not isinstance(given, Mapping) or saved["class_path"] != given["class_path"]:
+        theirs, ours = (c["class_path"].rpartition(".")[2] if isinstance(c, Mapping) else c for c in (saved, given))
+        return (key, theirs, ours) if saved != given else None
+    settings = (
+        (saved["init_args"].get(n), given["init_args"].get(n), n) for n in {**saved["init_args"], **given["init_args"]}
+    )
+    return next(((f"{key}.{n}", theirs, ours) for theirs, ours, n in settings if theirs != ours), None)
 
 
 def check_weights(model: LightningModule, checkpoint: Mapping[str, Any]) -> None:
