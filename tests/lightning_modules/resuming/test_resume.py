@@ -1,4 +1,4 @@
-"""A run that was interrupted and goes on ends bit-identically to one that was not."""
+"""An interrupted and resumed run ends bit-identically to an uninterrupted one."""
 
 import gc
 import os
@@ -140,7 +140,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"lr_scheduler": lambda o: CosineAnnealingLR(o, 11), "lr_interval": "step"},
     },
     "accumulate": {"model": {"accumulate_grad_batches": 3}, "data": {"batch_size": 32}},
-    "validation amid the epoch": {"val_check_interval": 0.5},
+    "validation mid-epoch": {"val_check_interval": 0.5},
     "no validation, momentum of Adam": {
         "data": {"val_share": 0.0},
         "model": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)},
@@ -151,7 +151,7 @@ CASES: dict[str, dict[str, Any]] = {
             RhoSchedule(start_epoch=1, end=0.2, every_n_steps=2),
         ]
     },
-    "max_steps, validation amid the epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
+    "max_steps, validation mid-epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
 }
 
 
