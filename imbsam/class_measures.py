@@ -39,7 +39,7 @@ class ClassMeasures(ClassGroupAccuracy):
         kwargs: the other arguments of :class:`~imbsam.metrics.ClassGroupAccuracy`.
 
     Raises:
-        SettingError: as there, and in ``update`` for class indices in place of scores.
+        SettingError: as there, and in ``update`` for class indices instead of scores.
 
     Source:
         Lowest recall, harmonic and geometric mean: Du and Wu, *No One Left Behind: Improving the Worst Categories in

@@ -66,7 +66,7 @@ class ClassGroupAccuracy(Metric):
         class_names: names of the C classes for the figure, in the order of the class indices.
         validate_args: whether ``compute`` raises for targets outside 0..C-1. With False, for data whose ignored
             samples have such a label, they are left out silently.
-        group_counts: counts that decide the groups in place of ``class_counts``, C integers: the literature's groups of
+        group_counts: counts that decide the groups instead of ``class_counts``, C integers: the literature's groups of
             CIFAR-100-LT at ratio 50 and 10 are those of ratio 100.
         kwargs: further arguments of :class:`torchmetrics.Metric`.
 

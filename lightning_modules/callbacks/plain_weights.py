@@ -58,7 +58,8 @@ class PlainWeights(Callback):
         if hasattr(pl_module, "test_accuracy"):
             network = {name: value for name, value in self._plain.items() if name.startswith("backbone.")}
             self._tested = {name: value.to(pl_module.device) for name, value in network.items()}
-            self._measures = pl_module.test_accuracy.clone()  # type: ignore[operator, union-attr]
+            accuracy: Any = pl_module.test_accuracy
+            self._measures = accuracy.clone()
             self._measures.reset()
 
     def on_test_batch_end(
