@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imbsam import SettingError
 from imbsam.sharpness import SharpnessMeasures
+from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
@@ -108,7 +109,8 @@ class CommandTrainer(Trainer):
         model.trainer = self
         datamodule.prepare_data()
         datamodule.setup("fit")
-        model.setup("fit")
+        assert isinstance(model, SharpnessAwareModule)
+        model.learn_from_data("fit")
         if hasattr(model, "test_accuracy"):
             print_class_table(model)
         else:

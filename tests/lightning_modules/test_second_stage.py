@@ -234,7 +234,7 @@ def test_sampling_that_does_not_balance_warns(tmp_path, first):
     [
         ({"stage": "ncm"}, "stage is 'ncm': choose one of crt"),
         ({"stage": "tau_norm", "tau": -1.0}, "tau is -1.0"),
-        ({"stage": "crt", "tau": 1.0}, "tau is tau_norm's"),
+        ({"stage": "crt", "tau": 1.0}, "tau belongs to tau_norm"),
         ({"stage": "weight_balancing", "max_norm_threshold": -1.0}, "threshold is -1.0"),
     ],
 )

@@ -101,7 +101,7 @@ def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
     assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
     code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3")
     assert code == 2
-    assert "version_0 was trained with model.init_args.sam.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
+    assert "version_0 was trained with model.sam.rho 0.05, not 0.3" in err.splitlines()[-1]
     other = "--trainer.logger.init_args.version=other"
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3", other)
     assert (code, "starting a new run" in out) == (0, True)
