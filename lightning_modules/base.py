@@ -122,8 +122,8 @@ class SharpnessAwareModule(LightningModule):
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise SettingError(
-                "the strategy has a ddp_comm_hook, which would see no gradient: the engine averages the gradients itself, "
-                "in at most two all-reduces; remove the hook"
+                "the strategy has a ddp_comm_hook, which would see no gradient: the engine averages the gradients, in "
+                "at most two all-reduces; remove the hook"
             )
         if self.trainer.world_size > 1:
             self.sam.no_sync = strategy.block_backward_sync

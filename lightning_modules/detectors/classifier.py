@@ -12,17 +12,17 @@ from lightning_modules.detectors.detector import Detector, features_of, mlp
 
 
 class WeightedClassifier(Detector):
-    r"""Logistic loss of labelled anomalies against unlabelled rows, the anomalies' share of it raised.
+    r"""Logistic loss of labelled anomalies against unlabelled samples, with a larger weight for the anomalies.
 
     .. math::
         L = (1 - y)\, w_0 \log(1 + e^{\phi(x)}) + y\, w_1 \log(1 + e^{-\phi(x)})
 
-    with inverse-frequency weights w_c = n / (2 n_c) of the n training rows (mean 1), or w = 1.
+    with inverse-frequency weights w_c = n / (2 n_c) of the n training samples (mean 1), or w = 1.
 
     Args:
         input_shape: (d,).
         hidden: sizes of the hidden layers.
-        weighted: inverse-frequency weights; else 1. For sampling that is balanced already, set it to false.
+        weighted: use inverse-frequency weights; set it to false for balanced sampling.
     """
 
     sampling = "natural"
@@ -41,7 +41,7 @@ class WeightedClassifier(Detector):
             return
         counts = labels.bincount(minlength=2)
         if not counts.all():
-            raise SettingError("classifier has no labelled anomaly in the training part: raise data.labelled_share")
+            raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
         self.weight.copy_(len(labels) / (2 * counts))
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:

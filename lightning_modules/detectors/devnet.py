@@ -18,13 +18,13 @@ class DevNet(Detector):
         dev(x) = \frac{\phi(x) - \mu_R}{\sigma_R}, \qquad
         L = (1 - y)\,|dev(x)| + y \max(0,\, a - dev(x)), \qquad a = 5
 
-    The network has one hidden layer; half of the rows of every batch are labelled anomalies.
+    The network has one hidden layer; half of every batch are labelled anomalies.
 
     Args:
         input_shape: (d,).
         hidden: sizes of the hidden layers (the paper's DevNet has one of 20).
         margin: a.
-        reference_draws: l. They are drawn once, when the net is built.
+        reference_draws: l, drawn once when the network is built.
     """
 
     sampling = "balanced"

@@ -14,7 +14,7 @@ SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
     ("args", "line"),
     [
         (["--model.optimizer=torch.optim.LBFGS"], "optimizer is LBFGS, which evaluates the loss itself: choose one"),
-        (["--model.optimizer=torch.optim.SparseAdam"], "optimizer is SparseAdam, which takes sparse gradients alone"),
+        (["--model.optimizer=torch.optim.SparseAdam"], "optimizer is SparseAdam, which takes only sparse gradients"),
         (
             [
                 "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping",

@@ -236,9 +236,9 @@ def others_model(checkpoint, path):
 
 
 FOREIGN = {
-    "state_dict": (state_dict, "it holds weights alone (a state_dict), not a checkpoint of a run; to start a training"),
-    "zip": (other_zip, "other.ckpt: it is a file of something else, not a checkpoint"),
-    "TorchScript": (script, "other.ckpt: it is a file of something else, not a checkpoint"),
+    "state_dict": (state_dict, "it holds only weights (a state_dict), not a checkpoint of a run; to start a training"),
+    "zip": (other_zip, "other.ckpt: it is cut off, or not a file of torch.save"),
+    "TorchScript": (script, "other.ckpt: it is cut off, or not a file of torch.save"),
     "torch": (other_torch_file, "it was not written by Lightning; name a run's checkpoints/last.ckpt"),
     "pickle": (with_code, "it holds types.SimpleNamespace beside tensors and plain data: reading that could run code"),
 }
@@ -259,7 +259,7 @@ def test_what_is_no_checkpoint_is_one_line(trained, tmp_path, case):
     [
         ("test", with_code, FOREIGN["pickle"][1]),
         ("fit", with_code, FOREIGN["pickle"][1]),
-        ("fit", others_model, "that was not written by imbsam: a LongTailedClassifier cannot take its weights"),
+        ("fit", others_model, "that was not written by imbsam: a LongTailedClassifier cannot load its weights"),
     ],
 )
 def test_the_command_reads_no_other_files(run_imbsam, trained, tmp_path, command, make, message):
@@ -396,7 +396,7 @@ def test_data_of_the_users_own(imbsam, tmp_path, monkeypatch):
 
 def test_best_without_validation_is_one_line(run_imbsam, work):
     line = refused(run_imbsam(work, "test", *DIGITS, "--ckpt_path=best"))
-    assert "ckpt_path is best: logs/digits_lt/imbsam/version_0 has no best.ckpt, which a training keeps where" in line
+    assert "ckpt_path is best: logs/digits_lt/imbsam/version_0 has no best.ckpt, which a training keeps only" in line
     checkpoints = Path(work / last("digits_lt/imbsam")).parent
     shutil.copy(checkpoints / "last.ckpt", checkpoints / "best.ckpt")
     answer = run_imbsam(work, "test", *DIGITS, "--ckpt_path=best")
