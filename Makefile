@@ -1,4 +1,4 @@
-.PHONY: install run test test-slow test-kill test-slurm test-browser lint docs bench picture
+.PHONY: install run test test-slow test-gpu test-kill test-slurm test-browser lint docs bench picture
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,8 +21,11 @@ run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of
 test: install  ## what every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: install  ## torch.compile, SIGTERM to two processes
+test-slow: install  ## torch.compile, SIGTERM to two processes, Ctrl-C at every line for every method
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py
+
+test-gpu: install  ## what only a GPU can show: CUDA graphs, no host synchronisation
+	$(BIN)/python -m pytest -q -rs -m gpu
 
 test-kill: install  ## 20 runs killed and resumed; ends with their table
 	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/resuming/test_kill.py

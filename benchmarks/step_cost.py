@@ -4,6 +4,9 @@
     python benchmarks/step_cost.py --short            # about a minute; `make bench`
     python benchmarks/step_cost.py --models resnet32_batchnorm --batches 128 256 --etas 20 --json cost.json
 
+Where there is a GPU it prints the table of `gpu_step_cost.py` instead (`--sizes`, `--modes`, `--rounds`, `--json`),
+unless CUDA_VISIBLE_DEVICES is empty.
+
 The methods take turns on the same batch, step by step, so that a busy machine slows all of them alike; a ratio is a
 method's step over SGD's in the same round, and the table gives its median and quartiles. With one thread on the CPU
 (the default) a step's time is the process's CPU time, to which other programs do not add; otherwise it is the clock's.
@@ -26,11 +29,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_step_cost
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,11 +79,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 class Passes:
     """The forward and backward passes of a step, and the time that they take."""
 
-    def __init__(self, model: nn.Module, autocast: AbstractContextManager[Any], clock: Callable[[], float]) -> None:
+    def __init__(self, model: nn.Module, clock: Callable[[], float]) -> None:
         self.model = model
         self.seconds = 0.0
         self.rows = 0
-        self._autocast = autocast
         self._clock = clock
 
     @contextmanager
@@ -92,7 +95,7 @@ class Passes:
 
     def losses(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
         """Per-sample losses of `rows`, shape (R,), or of all rows without indexing."""
-        with self.timed(graph_alive=True), self._autocast:
+        with self.timed(graph_alive=True):
             if rows is not None:
                 x, y = x[rows], y[rows]
             self.rows = len(x)
@@ -105,20 +108,19 @@ class Passes:
 
 
 Step = Callable[[Passes, Tensor, Tensor], None]
-"""Leaves the gradient of images (B, 3, 32, 32) with labels (B,), which lie on the host too, in `.grad`."""
+"""Leaves the gradient of images (B, 3, 32, 32) with labels (B,) in `.grad`."""
 
 
 def plain(passes: Passes, x: Tensor, y: Tensor) -> None:
     """A step of SGD."""
-    passes.backward(passes.losses(x, y.to(x.device)).mean())
+    passes.backward(passes.losses(x, y).mean())
 
 
 def engine(sam: ClassAwareSAM) -> Step:
     """A step of this library."""
 
     def step(passes: Passes, x: Tensor, y: Tensor) -> None:
-        labels = y.to(x.device)
-        sam.backward(lambda rows: passes.losses(x, labels, rows), y, backward=passes.backward)
+        sam.backward(lambda rows: passes.losses(x, y, rows), y, backward=passes.backward)
 
     return step
 
@@ -130,8 +132,7 @@ def by_hand(tail: Tensor) -> Step:
         if not tail[y].any():
             plain(passes, x, y)
             return
-        labels, c = y.to(x.device), tail[y].float().to(x.device)
-        reference.backward(lambda: passes.losses(x, labels), list(passes.model.parameters()), c, rho=RHO)
+        reference.backward(lambda: passes.losses(x, y), list(passes.model.parameters()), tail[y].float(), rho=RHO)
 
     return step
 
@@ -181,16 +182,6 @@ def host_memory(step: Callable[[], object]) -> tuple[int, int]:
     return peak, between
 
 
-def device_memory(step: Callable[[], object]) -> tuple[int, int]:
-    """Peak of the bytes that a step allocates on the GPU; its passes cannot be told apart there."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, 0
-
-
 def measure(
     model: nn.Module, steps: dict[str, Step], batch: int, rounds: int, seed: int = 0
 ) -> tuple[dict[str, Cost], list[Tensor]]:
@@ -199,10 +190,7 @@ def measure(
     Returns:
         The cost of each method, and the labels of each round.
     """
-    device = next(model.parameters()).device
-    cuda = device.type == "cuda"
-    one_thread = not cuda and torch.get_num_threads() == 1
-    clock = time.process_time if one_thread else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(seed)
     shares = torch.tensor(COUNTS, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -210,20 +198,17 @@ def measure(
     drawn: list[Tensor] = []
 
     def run(name: str, x: Tensor, y: Tensor) -> tuple[Passes, float, float]:
-        passes = Passes(model, torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext(), clock)
+        passes = Passes(model, clock)
         start = clock()
         steps[name](passes, x, y)
         outside = clock() - start - passes.seconds
         optimizer.step()
         optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
         return passes, clock() - start, outside
 
     def draw() -> tuple[Tensor, Tensor]:
         y = torch.multinomial(shares, batch, replacement=True, generator=generator)
-        x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
-        return x.to(memory_format=torch.channels_last) if cuda else x, y
+        return torch.randn(batch, 3, 32, 32, generator=generator), y
 
     names = list(steps)
     for round_ in range(-1, rounds):
@@ -242,7 +227,7 @@ def measure(
     y[19 * batch // 100 :] = 0
     for name, cost in costs.items():
         step = functools.partial(run, name, x, y)
-        cost.peak, cost.peak_between = device_memory(step) if cuda else host_memory(step)
+        cost.peak, cost.peak_between = host_memory(step)
     return costs, drawn
 
 
@@ -316,43 +301,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--short", action="store_true", help="about a minute: one batch of each model, few methods")
     parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--sizes", nargs="+", choices=list(gpu_step_cost.SIZES), default=list(gpu_step_cost.SIZES))
+    parser.add_argument("--modes", nargs="+", choices=gpu_step_cost.MODES, default=gpu_step_cost.MODES, help="on a GPU")
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        rows = gpu_step_cost.table(arguments.sizes, arguments.modes, arguments.rounds, torch.device("cuda", 0))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+        return
     if arguments.short:
         arguments.batches, arguments.etas, arguments.context_rows, arguments.rounds = [64], [20], [], 3
         arguments.methods = arguments.methods or ["ImbSAM", "by hand"]
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes on standard error
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {arguments.threads} thread(s)"
+    device = f"CPU, {arguments.threads} thread(s)"
     table: list[dict[str, Any]] = []
     for name in arguments.models:
-        for compiled in (False, True) if cuda else (False,):
-            for batch in arguments.batches:
-                torch.manual_seed(0)
-                model = MODELS[name]().to("cuda" if cuda else "cpu")
-                if cuda:
-                    model = model.to(memory_format=torch.channels_last)
-                if compiled:
-                    model.compile()
-                steps = methods(model, arguments.etas, arguments.context_rows)
-                if arguments.methods:
-                    wanted = ("SGD", *arguments.methods)
-                    steps = {k: v for k, v in steps.items() if any(part in k for part in wanted)}
-                costs, drawn = measure(model, steps, batch, arguments.rounds)
-                setting = {
-                    "model": name + (", compiled" if compiled else ""),
-                    "batch": batch,
-                    "device": device,
-                    "rounds": arguments.rounds,
-                    "sgd_seconds": statistics.median(costs["SGD"].seconds),
-                    "sgd_peak_mb": costs["SGD"].peak / 1e6,
-                    "parameters_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
-                }
-                new = rows_of_table(setting, model, costs, drawn)
-                print(markdown(new) + "\n", flush=True)
-                table += new
-                if arguments.json:
-                    arguments.json.write_text(json.dumps(table, indent=1))
+        for batch in arguments.batches:
+            torch.manual_seed(0)
+            model = MODELS[name]()
+            steps = methods(model, arguments.etas, arguments.context_rows)
+            if arguments.methods:
+                wanted = ("SGD", *arguments.methods)
+                steps = {k: v for k, v in steps.items() if any(part in k for part in wanted)}
+            costs, drawn = measure(model, steps, batch, arguments.rounds)
+            setting = {
+                "model": name,
+                "batch": batch,
+                "device": device,
+                "rounds": arguments.rounds,
+                "sgd_seconds": statistics.median(costs["SGD"].seconds),
+                "sgd_peak_mb": costs["SGD"].peak / 1e6,
+                "parameters_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+            }
+            new = rows_of_table(setting, model, costs, drawn)
+            print(markdown(new) + "\n", flush=True)
+            table += new
+            if arguments.json:
+                arguments.json.write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ ENGINE = (
     "perturbation",
     "gradients",
     "snapshot",
+    "reduce_overhead",
     "row_weights",
     "reference",
 )
@@ -50,7 +51,7 @@ def folders(imports: Graph) -> Graph:
     def room(module: str) -> str:
         parts = module.split(".")
         if parts[0] == "imbsam":
-            if len(parts) == 1 or parts[1] in ENGINE:
+            if len(parts) == 1 or parts[1] in (*ENGINE, "capture"):
                 return "imbsam: the engine"
             return BESIDE.get(parts[1], "imbsam: losses, metrics, sharpness")
         return ".".join(parts[:2]) if len(parts) > 2 else parts[0]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from imbsam.batch import Losses, Plan
+from imbsam.capture.captured_step import Capturable
 from imbsam.class_groups import class_counts_tensor
 from imbsam.class_weights import with_tail_weight
 from imbsam.distributed import (
@@ -25,7 +26,7 @@ from imbsam.row_weights import class_vector
 from imbsam.step import Step
 
 
-class ClassAwareSAM:
+class ClassAwareSAM(Capturable):
     r"""Sharpness-aware minimization with a sharpness weight for every class, as a backward pass.
 
     With per-sample losses :math:`l_i(w)`, sharpness weights :math:`c_i \ge 0` and loss weights :math:`a_i \ge 0` that

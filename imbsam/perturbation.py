@@ -12,13 +12,13 @@ from imbsam.gradients import clones, copy_, local_shards
 
 
 @torch.no_grad()
-def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+def perturbation(g: Sequence[Tensor], rho: float | Tensor, *, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
     r"""The perturbation :math:`e = \rho\, g / \|g\|` (SAM, Foret et al., ICLR 2021, equation 2).
 
     Args:
         g: the gradient to ascend, one tensor for each parameter; one norm is taken over all of them. Where any element
             is not finite, e is 0, and so it is where g is 0 or so small that rho / ||g|| overflows.
-        rho: length of e.
+        rho: length of e; in a captured step a scalar on the device.
         weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); `g` is
             overwritten then.
 
@@ -34,7 +34,7 @@ def perturbation(g: Sequence[Tensor], rho: float, *, weights: Sequence[Tensor] |
         torch._foreach_mul_(local, sizes)
         norm = norm_of(g)
         torch._foreach_mul_(local, sizes)
-    scale = rho / norm
+    scale = norm.reciprocal() * (rho.to(norm.dtype) if isinstance(rho, Tensor) else rho)
     # no Python branch on the norm: that would wait for the GPU
     return _scaled(local, scale, ~((scale > 0) & (scale < math.inf)))
 

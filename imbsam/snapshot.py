@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import pickle
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -99,6 +100,15 @@ class RandomState:
     def now(self) -> "RandomState":
         """The states at this moment."""
         return RandomState(self._devices, self)
+
+    def host_moved(self) -> bool:
+        """Whether the generators of torch's CPU, Python or NumPy have drawn since."""
+        now = pickle.dumps(np.random.get_state())  # noqa: NPY002
+        return (
+            not torch.equal(self._cpu, torch.get_rng_state())
+            or self._python != random.getstate()
+            or pickle.dumps(self._numpy._state) != now
+        )
 
     def restore(self) -> None:
         """Put every generator back to where it stood."""

@@ -12,6 +12,7 @@ from imbsam.distributed import Reduction
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients, clones, copy_, local_shards
 from imbsam.perturbation import Ascent, perturbation
+from imbsam.reduce_overhead import begin_pass, outlive_pass
 from imbsam.snapshot import Buffers, RandomState
 
 
@@ -170,6 +171,7 @@ class Step:
         return self._gradient(batch.sharp(losses) / self._total, add_to)
 
     def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
+        begin_pass(self._params[0].device)
         losses = batch.losses(to_device(rows, self._params[0].device))
         if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -193,7 +195,7 @@ class Step:
             )
         for p in self._params:
             p.grad = None  # or it would keep g_s alive through the pass at w + e
-        return gradients
+        return outlive_pass(gradients, self._params[0].device) if add_to is None else gradients
 
     def _retained_gradient(self, loss: Tensor) -> Gradients | None:
         """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""

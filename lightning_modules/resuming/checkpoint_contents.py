@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from imbsam import SettingError
+from imbsam.report.runs import flatten
 from lightning_modules.backbones.weights import mismatch, read_file
 
 NETWORK_SETTINGS = ("backbone", "head", "detector", "stage")
@@ -92,10 +93,12 @@ def check_model(model: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     if "model" in (saved := saved_classes(checkpoint)):
         check_class(saved["model"]["class_path"], [cls.__name__ for cls in type(model).__mro__])
     settings, own = checkpoint.get("hyper_parameters", {}), model.hparams
-    for name in NETWORK_SETTINGS:
-        if name in settings and name in own and (settings[name] or None) != (own[name] or None):
+    names = [name for name in NETWORK_SETTINGS if name in settings and name in own]
+    theirs, ours = (flatten({name: choices[name] for name in names}, "model") for choices in (settings, own))
+    for key in {**theirs, **ours}:
+        if theirs.get(key) != ours.get(key):
             raise SettingError(
-                f"model.{name} is {own[name]}, and the checkpoint's is {settings[name]}: use the config.yaml in the "
+                f"{key} is {ours.get(key)}, and the checkpoint's is {theirs.get(key)}: use the config.yaml in the "
                 "checkpoint's run, or leave --config out if nothing is trained"
             )
 

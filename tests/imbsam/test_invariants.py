@@ -228,7 +228,10 @@ def tracing(tracer: Any) -> Iterator[None]:
         sys.settrace(old)
 
 
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "sse_sam 4"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sam", "imbsam batch", "sse_sam 4")]
+
+
+@pytest.mark.parametrize("method", ["imbsam 4", *SLOW])
 def test_ctrl_c_at_any_line_leaves_everything_as_it_was(method):
     interrupted = 0
     for n in range(1, 10_000):

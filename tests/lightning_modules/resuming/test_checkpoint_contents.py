@@ -178,7 +178,7 @@ def test_what_cannot_be_predicted_is_one_line(run_imbsam, work):
 
 def test_a_new_table_is_scored_from_the_checkpoint_alone(run_imbsam, work):
     """Columns by their names, whatever separates them and in whatever order; the rows are numbered from 1."""
-    args = ["predict", "--ckpt_path", last("anomaly/devnet_sgd"), "--predictions.path=p.csv"]
+    args = ["predict", "--ckpt_path", last("anomaly_table/devnet_sgd"), "--predictions.path=p.csv"]
     assert run_imbsam(work, *args, "--data.predict=frauds.csv")["codes"] == [0]
     scores = rows(work / "p.csv")
     (work / "frauds.csv").unlink()
@@ -193,7 +193,7 @@ def test_a_new_table_is_scored_from_the_checkpoint_alone(run_imbsam, work):
 
 
 def test_a_table_is_tested_by_the_names_of_its_columns_and_labels(run_imbsam, work):
-    args = ["test", "--ckpt_path", last("anomaly/devnet_sgd")]
+    args = ["test", "--ckpt_path", last("anomaly_table/devnet_sgd")]
     wanted = run_imbsam(work, *args)
     lines = (work / "frauds.csv").read_text().splitlines()
     more = [",".join([*line.split(","), str(i % 5) if i else "note"]) for i, line in enumerate(lines)]
@@ -283,26 +283,36 @@ def test_a_folder_is_no_checkpoint(run_imbsam, work):
             "fit",
             [*DIGITS, "--model.backbone.width=8"],
             "digits_lt/imbsam",
-            "model.backbone_args is {'width': 8}, and the checkpoint's is {'width': 16}",
+            "model.backbone.width is 8, and the checkpoint's is 16",
         ),
-        ("test", [DEVNET], "anomaly/classifier_sgd", "model.detector is devnet, and the checkpoint's is classifier"),
-        ("fit", [DEVNET], "anomaly/classifier_sgd", "model.detector is devnet, and the checkpoint's is classifier"),
         (
             "test",
-            [DEVNET],
+            DEVNET,
+            "anomaly_table/classifier_sgd",
+            "model.detector is DevNet, and the checkpoint's is WeightedClassifier",
+        ),
+        (
+            "fit",
+            DEVNET,
+            "anomaly_table/classifier_sgd",
+            "model.detector is DevNet, and the checkpoint's is WeightedClassifier",
+        ),
+        (
+            "test",
+            DEVNET,
             "digits_lt/imbsam",
             "ckpt_path is a checkpoint of LongTailedClassifier, and the model is AnomalyDetector",
         ),
         (
             "fit",
             DIGITS,
-            "anomaly/devnet_sgd",
+            "anomaly_table/devnet_sgd",
             "ckpt_path is a checkpoint of AnomalyDetector, and the model is LongTailedClassifier",
         ),
     ],
 )
 def test_the_checkpoint_of_another_model_is_one_line(run_imbsam, work, command, args, name, message):
-    if args == [DEVNET]:
+    if args == DEVNET:
         args = [*args, "--data.path=frauds.csv", "--data.label=fraud", *TABLES, "--trainer.max_epochs=2"]
     assert message in refused(run_imbsam(work, command, *args, "--ckpt_path", last(name)))
 
@@ -325,7 +335,7 @@ def test_settings_of_an_evaluation_on_the_command_line_win(run_imbsam, work):
     assert [int(n) for n in re.findall(r"\((\d+) classes\)", out)] == [3, 3, 4, 10]
     out = run_imbsam(work, *args, "--model.many=30", "--model.few=5")["out"][0]
     assert [int(n) for n in re.findall(r"\((\d+) classes\)", out)] == [4, 4, 2, 10]
-    args = ["test", "--ckpt_path", last("anomaly/devnet_sgd")]
+    args = ["test", "--ckpt_path", last("anomaly_table/devnet_sgd")]
     assert "as many alarms as anomalies" in run_imbsam(work, *args)["out"][0]
     assert "alarms for 3 rows" in run_imbsam(work, *args, "--model.budget=3")["out"][0]
 

@@ -1,0 +1,240 @@
+"""The passes of a step on static tensors: nothing in them depends on the host once they have been captured."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imbsam.batch import SharpGradient
+from imbsam.capture.philox import Generators, Moment
+from imbsam.capture.scratch_buffers import ScratchBuffers, Start
+from imbsam.capture.static_tensors import Results, Slot, weighted_sum
+from imbsam.errors import SettingError
+from imbsam.gradients import Gradients
+from imbsam.perturbation import Ascent, perturbation
+
+
+class StaticPasses:
+    """The passes of :class:`imbsam.step.Step`, in its order, for one shape; which rows and weights is data.
+
+    Args:
+        params: the trained parameters.
+        losses_of: from the tensors of a batch to its losses (R,), or to these and a tensor to keep of the first pass.
+        slots: the micro-batches.
+        source: where g_s(w) comes from, for all of them alike.
+        rows: number of rows of an extra pass.
+        rho: length of e, a float64 scalar.
+        scale: of the loss, a GradScaler's; None for none.
+        adaptive: ASAM's e.
+        buffers: the module's.
+        results: where loss and gradients go.
+        split: into what runs before and after the all-reduce of g_s(w).
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        losses_of: Callable[..., Any],
+        slots: Sequence[Slot],
+        source: SharpGradient,
+        rows: int,
+        *,
+        rho: Tensor,
+        scale: Tensor | None,
+        adaptive: bool,
+        buffers: ScratchBuffers,
+        results: Results,
+        split: bool,
+    ) -> None:
+        self.params = params
+        self.buffers = buffers
+        self.source = source
+        self.generators: Generators | None = None
+        self.branch: torch.cuda.Stream | None = None
+        """Where g_s(w) is computed beside g_all(w); None for one after the other."""
+        self.ascent: Ascent | None = None
+        self.g_reached: list[bool] = []
+        self.g_s_reached: list[bool] = []
+        self._losses_of = losses_of
+        self._slots = slots
+        self._total = sum(slot.size for slot in slots)
+        self._rows = rows
+        self._rho = rho
+        self._scale = scale
+        self._adaptive = adaptive
+        self._results = results
+        self._starts: list[tuple[Start, Moment]] = []
+        self._after: Moment | None = None
+        self.programs = [self._at_w, self._at_w_plus_e] if split and self.perturbs else [self._whole]
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether it has extra passes."""
+        return self.source is not SharpGradient.NONE
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether g_s(w) takes a pass that depends on no other: several micro-batches follow one another."""
+        return self.source is SharpGradient.OWN_FORWARD and len(self._slots) == 1
+
+    def _whole(self) -> None:
+        g_rest, g_s = self._gradients_at_w()
+        if self.perturbs:
+            g_rest = self._ascended_gradient(g_rest, g_s)
+        self.g_reached = self._results.keep("g", g_rest)
+
+    def _at_w(self) -> None:
+        g_rest, g_s = self._gradients_at_w()
+        self.g_s_reached = self._results.keep("g_s", g_s)
+        self.g_reached = self._results.keep("g", g_rest)
+        self._end()
+
+    def _at_w_plus_e(self) -> None:
+        """Along the mean g_s of all ranks, which the all-reduce has brought into the same tensors."""
+        g_rest = self._results.kept("g", self.g_reached)
+        g_s = self._results.kept("g_s", [True] * len(self.params))
+        self.g_reached = self._results.keep("g", self._ascended_gradient(g_rest, g_s))
+
+    def _gradients_at_w(self) -> tuple[Gradients, Gradients]:
+        """g_rest and g_s; what follows writes to scratch buffers, until :meth:`_end`."""
+        assert self.generators is not None
+        self._starts = []
+        fork = None
+        if self.branch is not None:
+            fork = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            fork.record()
+        g_rest, g_s = self._first_passes()
+        self._after = self.generators.now()
+        if self.source is SharpGradient.OWN_FORWARD:
+            for i, slot in enumerate(self._slots):
+                with self._on_branch(fork):
+                    found = self._own_forward(i, slot)
+                g_rest -= found
+                g_s += found
+        if not self.perturbs:
+            self._end()
+        return g_rest, g_s
+
+    def _first_passes(self) -> tuple[Gradients, Gradients]:
+        assert self.generators is not None
+        loss = torch.zeros((), device=self.params[0].device)
+        g_rest, g_s = self._no_gradient(), self._no_gradient()
+        for i, slot in enumerate(self._slots):
+            self.buffers.put_back()
+            if self.perturbs:
+                self._starts.append((self.buffers.start(first=i == 0), self.generators.now()))
+            losses = self._losses(slot.inputs, slot.size, keep=i)
+            self.buffers.settle()
+            objective = weighted_sum(losses, slot.a) / self._total
+            loss = loss + objective.detach()
+            if self.source is SharpGradient.EVERY_ROW:
+                g_s = self._gradient(objective, g_s)
+                continue
+            if self.source is SharpGradient.SAME_GRAPH:
+                found = self._retained_gradient(weighted_sum(losses, slot.a * slot.c) / self._total)
+                if found is not None:
+                    g_s += found
+                    self.buffers.set_aside()  # activation checkpointing moves them again in the second backward
+                    g_rest = self._gradient(weighted_sum(losses, slot.a * (1 - slot.c)) / self._total, g_rest)
+                    continue
+                self.source = SharpGradient.OWN_FORWARD
+            g_rest = self._gradient(objective, g_rest)
+        self._results.keep_loss(loss)
+        if all(g is None for g in (*g_rest.tensors, *g_s.tensors)):
+            raise SettingError("no parameter of module got a gradient: losses_of(x, y) must run the module itself")
+        return g_rest, g_s
+
+    def _own_forward(self, i: int, slot: Slot) -> Gradients:
+        """g_s(w) of one micro-batch by a forward on the sharp rows and their context."""
+        assert self.generators is not None
+        start, _ = self._starts[i]
+        self._starts[i] = (start, self.generators.now())
+        return self._sharp_gradient(slot, start)
+
+    @contextlib.contextmanager
+    def _on_branch(self, fork: "torch.cuda.Event | None") -> Iterator[None]:
+        """Inside, work goes to the branch, which waits for what was before the first pass and not for the pass."""
+        if self.branch is None or fork is None:
+            yield
+            return
+        with torch.cuda.stream(self.branch):
+            self.branch.wait_event(fork)
+            yield
+        torch.cuda.current_stream().wait_stream(self.branch)
+
+    def _ascended_gradient(self, g_rest: Gradients, g_s: Gradients) -> Gradients:
+        """The gradient of L: g_rest(w) + g_s(w + e)."""
+        reached = [(p, g) for p, g in zip(self.params, g_s.tensors, strict=True) if g is not None]
+        g_s.tensors = []
+        params, along = zip(*reached, strict=True)
+        del reached
+        self.ascent = Ascent(params)
+        e = perturbation(along, self._rho, weights=params if self._adaptive else None)
+        del along
+        self.ascent.ascend(e)
+        del e
+        try:
+            for slot, (start, moment) in zip(self._slots, self._starts, strict=True):
+                moment.restore()
+                g_rest = self._sharp_gradient(slot, start, add_to=g_rest)
+        finally:
+            self.ascent.restore()
+        self._end()
+        return g_rest
+
+    def _end(self) -> None:
+        """Buffers and generators are where one ordinary pass leaves them."""
+        self.buffers.put_back()
+        if self.perturbs and self._after is not None:
+            self._after.restore()
+
+    def _sharp_gradient(self, slot: Slot, start: Start, add_to: Gradients | None = None) -> Gradients:
+        """g_s of one micro-batch at the weights as they are."""
+        start.restore()
+        if self._rows == slot.size:
+            losses, a, c = self._losses(slot.inputs, slot.size), slot.a, slot.c
+        else:
+            rows = slot.rows(self._rows)
+            losses, a, c = self._losses(slot.taken(rows), self._rows), slot.a[rows], slot.c[rows]
+        return self._gradient(weighted_sum(losses, a * c) / self._total, add_to)
+
+    def _losses(self, inputs: tuple[Tensor, ...], size: int, keep: int | None = None) -> Tensor:
+        losses = self._losses_of(*inputs)
+        if isinstance(losses, tuple) and len(losses) == 2:
+            losses, outputs = losses
+            if keep is not None:
+                self._results.keep_outputs(keep, outputs)
+        if not isinstance(losses, Tensor) or losses.shape != (size,):
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise SettingError(
+                f"losses_of(x, y) returned {found} for {size} rows: return one loss for each row, shape ({size},), "
+                'for example with reduction="none"'
+            )
+        return losses
+
+    def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
+        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
+        into = self._no_gradient() if add_to is None else add_to
+        for p, grad in zip(self.params, into.tensors, strict=True):
+            p.grad = grad
+        torch.autograd.backward(loss if self._scale is None else loss * self._scale, **options)
+        gradients = Gradients(p.grad for p in self.params)
+        if any(grad is not None and grad.is_sparse for grad in gradients.tensors):
+            raise SettingError("module has a sparse gradient, which cannot be perturbed: build it with sparse=False")
+        for p in self.params:
+            p.grad = None
+        return gradients
+
+    def _retained_gradient(self, loss: Tensor) -> Gradients | None:
+        """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
+        try:
+            return self._gradient(loss, retain_graph=True)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            return None
+
+    def _no_gradient(self) -> Gradients:
+        return Gradients([None] * len(self.params))

@@ -1,0 +1,207 @@
+"""One call of a captured step: bring the batch in, run the graphs of its shape, hand the gradient out."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imbsam.batch import Batch, Plan, SharpGradient
+from imbsam.capture.checks import check_module
+from imbsam.capture.graphs import Graphs, Recording
+from imbsam.capture.scratch_buffers import ScratchBuffers
+from imbsam.capture.static_passes import StaticPasses
+from imbsam.capture.static_tensors import Results, Slot
+from imbsam.distributed import Reduction, reduction_over
+from imbsam.extra_passes import extra_pass_rows
+from imbsam.gradients import Gradients, clones, copy_
+
+if TYPE_CHECKING:
+    from imbsam.class_aware_sam import ClassAwareSAM
+
+Shape = tuple[Any, ...]
+"""Number of micro-batches, where g_s(w) comes from, rows of an extra pass, and what else a graph holds fast."""
+
+
+class StaticStep:
+    """The static tensors of a step, and a recording for each shape, made when it is first met.
+
+    Args:
+        sam: the engine whose settings it follows.
+        losses_of: from the tensors of a batch to its losses.
+        example: a full batch, on any device; shapes, dtypes and memory formats count.
+        params: the trained parameters.
+        graphs: what records the passes.
+        scaler: a GradScaler, or None.
+        sizes: the numbers of rows that an extra pass may have, ascending up to the whole batch.
+    """
+
+    def __init__(
+        self,
+        sam: "ClassAwareSAM",
+        losses_of: Callable[..., Any],
+        example: Sequence[Tensor],
+        params: Sequence[nn.Parameter],
+        graphs: Graphs,
+        scaler: Any,
+        sizes: Sequence[int],
+    ) -> None:
+        self._sam = sam
+        self._losses_of = losses_of
+        self._example = example
+        self._params = params
+        self._device = params[0].device
+        self._graphs = graphs
+        self._scaler = scaler
+        self._sizes = sizes
+        self._buffers = ScratchBuffers(list(sam.module.modules()))
+        self._results = Results(params)
+        self._slots: list[Slot] = []
+        self._rho = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._one = torch.ones((), device=self._device)
+        self._scale = None if scaler is None else torch.ones((), device=self._device)
+        self._recordings: dict[Shape, Recording] = {}
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What `losses_of` returned beside the losses of the first pass, of each micro-batch."""
+        return [self._results.outputs[i] for i in sorted(self._results.outputs)]
+
+    def run(self, modules: Sequence[nn.Module], plan: Plan, micro: Sequence[Any], decided: Sequence[Batch]) -> Tensor:
+        """Add the gradient to `.grad`, or leave everything as it was.
+
+        Args:
+            modules: the module's submodules.
+            plan: what is decided from the settings.
+            micro: the tensors of each micro-batch.
+            decided: the loss and sharpness weights of each.
+
+        Returns:
+            1/B * sum_i a_i l_i(w), detached.
+
+        Raises:
+            CaptureError: where the passes cannot be captured.
+        """
+        grad_mode, cached_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+        grads = [p.grad for p in self._params]
+        present = [grad for grad in grads if grad is not None]
+        before: list[Tensor] = []
+        kept = False
+        undo_passes: Callable[[], None] | None = None
+
+        def undo() -> None:
+            for p, grad in zip(self._params, grads, strict=True):
+                p.grad = grad
+            if before:
+                copy_(present, before)
+            if undo_passes is not None:
+                undo_passes()
+            if kept:
+                self._buffers.undo()
+            torch.set_grad_enabled(grad_mode)  # an interruption may come where a block that sets them begins or ends
+            torch.set_autocast_cache_enabled(cached_casts)
+
+        try:
+            before = clones(present)
+            self._buffers.keep()
+            kept = True
+            source, rows = self._passes_of(plan, decided)
+            self._fill(micro, decided, rows)
+            with self._sam.no_sync():
+                reduction = reduction_over(self._sam.process_group, self._params, self._sam.perturbation, plan.perturbs)
+                recording = self._recording(modules, len(micro), source, rows, split=type(reduction) is not Reduction)
+                undo_passes = recording.begin()
+                gradients = self._replay(recording, reduction)
+                recording.end()
+            self._add_to_grad(grads, before, gradients)
+            assert self._results.loss is not None
+            return self._results.loss.clone()
+        except BaseException:
+            try:
+                undo()
+            except BaseException:  # a second Ctrl-C
+                undo()
+                raise
+            raise
+
+    def _replay(self, recording: Recording, reduction: Reduction) -> Gradients:
+        """The graphs; they are split where the ranks average g_s, and no all-reduce is part of one.
+
+        Ranks meet their shapes at different steps, so that one would capture, and warm up, while the others replay.
+        """
+        passes = recording.passes
+        recording.replay(0)
+        if len(passes.programs) > 1 or reduction.waits:
+            reached = passes.g_s_reached if passes.perturbs else [False] * len(self._params)
+            g_s = reduction.mean_g_s(self._results.kept("g_s", reached))
+            if passes.perturbs:
+                self._results.keep("g_s", g_s)
+                recording.replay(1)
+        return reduction.mean(self._results.kept("g", passes.g_reached))
+
+    @torch.no_grad()
+    def _add_to_grad(self, grads: Sequence[Tensor | None], before: Sequence[Tensor], gradients: Gradients) -> None:
+        """As `backward()` does; an entry may be the very tensor that the passes have just overwritten."""
+        earlier = iter(before)
+        into: list[Tensor] = []
+        increments: list[Tensor] = []
+        for p, entry, g in zip(self._params, grads, gradients.tensors, strict=True):
+            p.grad = g if entry is None else entry
+            if entry is not None:
+                old = next(earlier)
+                if g is not None:
+                    into.append(entry)
+                    increments.append(old if entry is g else g)
+        if into:
+            torch._foreach_add_(into, increments)
+
+    def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int]:
+        """Where g_s(w) comes from, and the number of rows of an extra pass; alike for all micro-batches."""
+        size = decided[0].size
+        if all(batch.source is SharpGradient.NONE for batch in decided):
+            return SharpGradient.NONE, 0
+        if all(batch.source is SharpGradient.EVERY_ROW for batch in decided):
+            return SharpGradient.EVERY_ROW, size
+        if plan.context_rows is None:
+            return SharpGradient.SAME_GRAPH, size
+        sharp = max(np.count_nonzero(batch.c.numpy()) for batch in decided)
+        rows = next(n for n in self._sizes if n >= min(size, sharp + plan.context_rows))
+        return (SharpGradient.SAME_GRAPH if rows == size else SharpGradient.OWN_FORWARD), rows
+
+    def _fill(self, micro: Sequence[Any], decided: Sequence[Batch], rows: int) -> None:
+        while len(self._slots) < len(micro):
+            self._slots.append(Slot(self._example, self._device))
+        for slot, inputs, batch in zip(self._slots, micro, decided, strict=False):
+            taken: Sequence[int] = range(rows)
+            if rows < batch.size:
+                sharp = np.flatnonzero(batch.c.numpy()).tolist() if rows else []
+                taken = extra_pass_rows(sharp, batch.size, rows - len(sharp)) if rows else []
+            slot.fill(inputs, batch.a, batch.c, taken)
+        self._rho.fill_(self._sam.rho)
+        if self._scale is not None:
+            self._scale.copy_(self._scaler.scale(self._one))
+
+    def _recording(
+        self, modules: Sequence[nn.Module], micro: int, source: SharpGradient, rows: int, *, split: bool
+    ) -> Recording:
+        device, adaptive = self._device.type, self._sam.adaptive
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        shape = micro, source, rows, split, adaptive, autocast, tuple(m.training for m in modules)
+        if shape not in self._recordings:
+            check_module(self._sam, modules, self._params)
+            passes = StaticPasses(
+                self._params,
+                self._losses_of,
+                self._slots[:micro],
+                source,
+                rows,
+                rho=self._rho,
+                scale=self._scale,
+                adaptive=adaptive,
+                buffers=self._buffers,
+                results=self._results,
+                split=split,
+            )
+            self._recordings[shape] = self._graphs.record(passes)
+        return self._recordings[shape]

@@ -1,0 +1,124 @@
+"""The tensors of a captured step that keep their addresses: what it reads, and what it leaves."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imbsam.gradients import Gradients, copy_
+
+
+class Slot:
+    """One micro-batch: its tensors, and what varies with it from step to step.
+
+    Args:
+        example: tensors of B rows, whose shapes, dtypes and memory formats count.
+        device: where they go.
+    """
+
+    def __init__(self, example: Sequence[Tensor], device: torch.device) -> None:
+        self.inputs = tuple(torch.zeros_like(t, device=device, requires_grad=False) for t in example)
+        self.numbers = torch.zeros(3, len(example[0]), dtype=torch.float64, device=device)
+        """a, c, and the rows of the extra passes; one tensor, so that one copy brings all of them."""
+
+    def fill(self, inputs: Sequence[Tensor], a: Tensor | None, c: Tensor, rows: Sequence[int]) -> None:
+        """Bring in a micro-batch, without waiting for the device.
+
+        Args:
+            inputs: its tensors, on any device.
+            a: loss weight of each row, float64 (B,) on the CPU; None where all are 1.
+            c: sharpness weight of each row, float64 (B,) on the CPU.
+            rows: rows of the extra passes, the sharp ones first.
+        """
+        for static, t in zip(self.inputs, inputs, strict=True):
+            static.copy_(_pinned(t, static.device), non_blocking=True)
+        numbers = torch.zeros(self.numbers.shape, dtype=torch.float64, device="cpu")
+        numbers[0] = 1 if a is None else a
+        numbers[1] = c
+        numbers[2, : len(rows)] = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        self.numbers.copy_(_pinned(numbers, self.numbers.device), non_blocking=True)
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.numbers.shape[1]
+
+    @property
+    def a(self) -> Tensor:
+        """Loss weight of each row, (B,)."""
+        return self.numbers[0]
+
+    @property
+    def c(self) -> Tensor:
+        """Sharpness weight of each row, (B,)."""
+        return self.numbers[1]
+
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows of the extra passes, int64."""
+        return self.numbers[2, :count].long()
+
+    def taken(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Those rows of the inputs, in the inputs' memory format."""
+        return tuple(_like(t[rows], t) for t in self.inputs)
+
+
+class Results:
+    """What a captured step leaves, whichever of its graphs ran: graphs share memory, these tensors lie outside of it.
+
+    Args:
+        params: the trained parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+        self.loss: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+        """What `losses_of` returned beside the losses of the first pass, for each micro-batch."""
+        self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    def keep_loss(self, loss: Tensor) -> None:
+        """Copy the loss in."""
+        if self.loss is None:
+            self.loss = torch.empty_like(loss)
+        self.loss.copy_(loss)
+
+    def keep_outputs(self, slot: int, outputs: Tensor) -> None:
+        """Copy the outputs of a micro-batch in."""
+        outputs = outputs.detach()
+        if slot not in self.outputs:
+            self.outputs[slot] = torch.empty_like(outputs)
+        self.outputs[slot].copy_(outputs)
+
+    def keep(self, kind: str, gradients: Gradients) -> list[bool]:
+        """Copy gradients in, and say which parameters have one."""
+        reached = [g is not None for g in gradients.tensors]
+        pairs = [(self._tensor(kind, i), g) for i, g in enumerate(gradients.tensors) if g is not None]
+        if pairs:
+            into, values = zip(*pairs, strict=True)
+            copy_(into, values)
+        return reached
+
+    def kept(self, kind: str, reached: Sequence[bool]) -> Gradients:
+        """The gradients at their fixed addresses, None for a parameter without one."""
+        return Gradients(self._tensor(kind, i) if r else None for i, r in enumerate(reached))
+
+    def _tensor(self, kind: str, i: int) -> Tensor:
+        """Made when first met, in a pass that is run and not captured."""
+        if (kind, i) not in self._tensors:
+            self._tensors[kind, i] = torch.zeros_like(self._params[i], requires_grad=False)
+        return self._tensors[kind, i]
+
+
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """Sum of w_i l_i. A loss of weight 0 has the gradient 0, also an infinite one: as if its row were taken out."""
+    return (losses * weights.to(losses.dtype)).sum()
+
+
+def _pinned(t: Tensor, device: torch.device) -> Tensor:
+    return t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" and not t.is_pinned() else t
+
+
+def _like(taken: Tensor, whole: Tensor) -> Tensor:
+    if whole.dim() == 4 and whole.is_contiguous(memory_format=torch.channels_last) and not whole.is_contiguous():
+        return taken.contiguous(memory_format=torch.channels_last)
+    return taken
