@@ -1,4 +1,4 @@
-"""The command line's Trainer: Lightning's, with `imbsam sharpness` and `imbsam check`."""
+"""The Trainer of the command line: Lightning's, with `imbsam sharpness` and `imbsam check`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,6 @@ from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
-
-SHOWN = 20
-"""Unreadable files that are named."""
 
 
 class CommandTrainer(Trainer):
@@ -41,7 +38,7 @@ class CommandTrainer(Trainer):
     ) -> Results:
         """Measure the sharpness of the class groups at a checkpoint.
 
-        The samples must be those that the model was trained on: on the command line the checkpoint says which they are.
+        The samples must be those that the model was trained on: on the command line the checkpoint sets the data.
         Prints a table and appends to ``sharpness.csv``.
 
         Args:
@@ -49,17 +46,17 @@ class CommandTrainer(Trainer):
             datamodule: the data.
             ckpt_path: the checkpoint.
             weights_only: as in torch.load; default true.
-            folder: where the files go; default: the folder of the checkpoint's run.
+            folder: where the files are written; default: the folder of the checkpoint's run.
             split: the training samples (without augmentation), or the test set.
             samples: at most this many samples of a group, drawn with the seed.
-            chunk_size: samples of one backward pass; lower it where memory is short. It does not change the numbers.
+            chunk_size: samples in one backward pass; lower it to save memory. It does not change the results.
             slices: also write one- and two-dimensional loss slices: loss_slices.npz, and loss_slices.png.
             span: the slices go from -span to span, in units of each filter's length.
-            points: points of a slice in each dimension.
+            points: points of a slice along each dimension.
             **settings: those of :class:`imbsam.sharpness.SharpnessMeasures`.
 
         Returns:
-            The estimates by group, by measure.
+            The estimates by group and measure.
 
         Raises:
             SettingError: a setting cannot work, or the data are not those that the checkpoint was trained with.
@@ -92,13 +89,13 @@ class CommandTrainer(Trainer):
         return results
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Load the data, print the classes and what a batch looks like, and look for files that cannot be read.
+        """Load the data, print the classes and the shape of a batch, and find files that cannot be read.
 
-        Training, validation and test samples are read once, those that are left out of a long tail are not. Nothing is
-        trained and nothing is written.
+        Training, validation and test samples are read once, except those left out of a long tail. Nothing is trained
+        and nothing is written.
 
         Args:
-            model: the model, which says what is many, medium, few and tail; its network is not built.
+            model: the model, which defines many, medium, few and tail; its network is not built.
             datamodule: the data.
 
         Raises:
@@ -119,10 +116,10 @@ class CommandTrainer(Trainer):
             _say("training samples: " + ", ".join(f"{count:,} {name}" for name, count in counts))
         find_unreadable = getattr(datamodule, "unreadable_files", None)
         unreadable: dict[str, str] = find_unreadable() if find_unreadable else {}
-        for path, reason in list(unreadable.items())[:SHOWN]:
+        for path, reason in list(unreadable.items())[:20]:
             _say(f"{path}: {reason}")
-        if len(unreadable) > SHOWN:
-            _say(f"… and {len(unreadable) - SHOWN:,} more")
+        if len(unreadable) > 20:
+            _say(f"… and {len(unreadable) - 20:,} more")
         if unreadable:
             files = "1 file" if len(unreadable) == 1 else f"{len(unreadable):,} files"
             raise SettingError(f"{files} cannot be read: fix or remove them, or set data.corrupt_images to skip")
@@ -144,7 +141,7 @@ def _check_data(datamodule: LightningDataModule, trained: Any) -> None:
 
 
 def _describe(loader: Any, read_all: bool) -> str:
-    """Number of batches and what the first one holds."""
+    """The number of batches, and the dtypes and shapes of the first one."""
     batches = iter(loader)
     first = next(batches, None)
     for _ in batches if read_all else ():

@@ -34,7 +34,7 @@ def rows(path):
 
 @pytest.mark.parametrize(("name", "detector"), [("deep_sad", "DeepSAD"), ("prenet", "PReNet")])
 def test_fit_test_predict(name, detector, imbsam, tmp_path):
-    """Both carry something from the training rows: a centre, references."""
+    """Both keep something of the training samples: a centre, references."""
     config = [*anomaly(name, "imbsam"), *SHORT]
     schedule = ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.end=0.1"]
     code, out, _ = imbsam("fit", *config, "--model.sam.rho=0.05", *schedule)
@@ -76,7 +76,7 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
 
 
 def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
-    """The threshold's precision would be that of the rows of rank 0."""
+    """The precision of the threshold would be that of the samples of rank 0."""
     config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]
     assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
     more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -113,7 +113,7 @@ def test_wrong_setting_is_one_line(detector, settings, message, imbsam):
 
 
 def attached(detector, method, rho, **settings):
-    """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
+    """A detector as if Lightning had set it up, without the loop of a Trainer, and its training samples."""
     torch.manual_seed(0)
     x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
     module = AnomalyDetector(detector, sam=partial(ImbSAM, rho=rho, **settings))
@@ -152,10 +152,10 @@ def test_gradient_is_that_of_the_objective(detector, tail_weight, monkeypatch):
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
-    head, climb = gradient(1 - sharp), gradient(sharp)
-    length = sum(g.square().sum() for g in climb).sqrt()
+    head, ascent = gradient(1 - sharp), gradient(sharp)
+    length = sum(g.square().sum() for g in ascent).sqrt()
     with torch.no_grad():
-        for p, g in zip(params, climb, strict=True):
+        for p, g in zip(params, ascent, strict=True):
             p += 0.3 * g / length
     expected = [a + b for a, b in zip(head, gradient(sharp), strict=True)]
     for a, b in zip(found, expected, strict=True):
@@ -167,7 +167,7 @@ def test_gradient_is_that_of_the_objective(detector, tail_weight, monkeypatch):
     [({}, False), ({}, True), ({"check_val_every_n_epoch": 50}, False), ({"val_check_interval": 0.5}, False)],
 )
 def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
-    """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
+    """Not that of the sanity check nor of a validation during the training; and it is in the last checkpoint."""
     data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
     module = AnomalyDetector(DevNet, sam=Plain)
     trainer = Trainer(
@@ -194,7 +194,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DeepSAD, "natural"), (PReNet, "pairs")])
-def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
+def test_the_validation_loss_is_the_objective_on_the_known_labels(detector, sampling):
     data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
     module = AnomalyDetector(detector, sam=partial(Plain, tail_weight=3.0))
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -211,7 +211,7 @@ def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detec
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DevNet, "natural"), (PReNet, "pairs")])
-def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
+def test_resumed_mid_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (trainer.current_epoch, batch_idx) == (1, 1):

@@ -80,7 +80,7 @@ def test_only_the_classifier_is_trained(tmp_path, first, stage, trained, method)
         assert name not in before or not torch.equal(after[name], before[name])
 
 
-def test_the_engine_perturbs_what_is_trained_and_takes_rows_as_independent(tmp_path, first):
+def test_only_trained_weights_are_perturbed_and_samples_are_independent(tmp_path, first):
     plain, _ = second(tmp_path, first, stage="crt")
     model, _ = second(tmp_path, first, stage="crt", sam=partial(ImbSAM, rho=0.5))
     assert (model.backbone.fc.weight - plain.backbone.fc.weight).norm() > 1e-3
@@ -96,7 +96,7 @@ def test_fine_tuning_trains_all(tmp_path, first):
     assert any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
 
 
-def test_crt_starts_anew_and_weight_balancing_does_not(tmp_path, first):
+def test_crt_reinitializes_and_weight_balancing_does_not(tmp_path, first):
     start = state(first[0])["fc.weight"]
     still = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
     crt = state(second(tmp_path, first, stage="crt", **still)[0])["fc.weight"]
@@ -205,7 +205,7 @@ def test_a_cosine_head(tmp_path):
             second(tmp_path, (None, tmp_path / "cosine.ckpt"), stage=stage)
 
 
-def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
+def test_unsuitable_checkpoints_and_data_are_refused(tmp_path, first):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SettingError, match="not one of LongTailedClassifier"):
         second(tmp_path, (None, tmp_path / "other.ckpt"))

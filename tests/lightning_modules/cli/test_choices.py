@@ -12,7 +12,7 @@ CONFIG = str(Path(__file__).resolve().parents[3] / "configs/data/digits_lt.yaml"
 SHORT = [f"--config={CONFIG}", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
 
-def test_a_method_and_a_loss_of_ones_own_are_class_paths(imbsam, tmp_path, monkeypatch):
+def test_a_custom_method_and_loss_are_class_paths(imbsam, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from imbsam import ClassAwareSAM\n"
@@ -41,7 +41,7 @@ def test_a_method_and_a_loss_of_ones_own_are_class_paths(imbsam, tmp_path, monke
     assert torch.isfinite(model(torch.zeros(2, 1, 8, 8))).all()
 
 
-def test_a_choice_has_its_own_defaults_and_not_those_of_ours(imbsam, tmp_path, monkeypatch):
+def test_a_custom_class_keeps_its_own_defaults(imbsam, tmp_path, monkeypatch):
     (tmp_path / "mine2.py").write_text(
         "from imbsam import ImbSAM\n"
         "from imbsam.losses import CrossEntropy\n"

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment: the run goes on with `--ckpt_path last` and ends bit-identically."""
+"""`kill -9` at any moment: the run resumes with `--ckpt_path last` and ends bit-identically."""
 
 import csv
 import random
@@ -63,7 +63,7 @@ def kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number):
     return finished, lines
 
 
-@pytest.mark.parametrize(("kind", "number"), [("at w + e", 13), ("amid the file", 8)])
+@pytest.mark.parametrize(("kind", "number"), [("at w + e", 13), ("mid-write", 8)])
 def test_killed(run_imbsam, tmp_path, uninterrupted, kind, number):
     finished, lines = kill_and_go_on(run_imbsam, tmp_path, uninterrupted, kind, number)
     assert not finished
@@ -77,7 +77,7 @@ def test_killed_twenty_times(run_imbsam, tmp_path, uninterrupted, capsys):
     draw = random.Random(0)
     kills = [("any moment", draw.uniform(2, STEPS - 2)) for _ in range(8)]
     kills += [("at w + e", draw.randint(1, 20)) for _ in range(6)]
-    kills += [("amid the file", draw.randint(2, STEPS)) for _ in range(3)]
+    kills += [("mid-write", draw.randint(2, STEPS)) for _ in range(3)]
     kills += [("between the renames", draw.randint(2, STEPS)) for _ in range(3)]
     table = ["| kill -9 | at | went on | bit-identical |", "| --- | --- | --- | --- |"]
     killed = 0
