@@ -18,7 +18,6 @@ from imbsam import ClassAwareSAM, ImbSAM, SettingError
 from imbsam.checks import check_numbers
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
-from lightning_modules.perturbed_fraction import PerturbedFraction
 
 SAMCallable = Callable[[nn.Module, Tensor], ClassAwareSAM]
 """A method's class, or a partial of one, which takes a module and its class counts."""
@@ -148,7 +147,7 @@ class SharpnessAwareModule(LightningModule):
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
         closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is closure.empty):
+        if closure is not None and closure.default is closure.empty:
             raise SettingError(
                 f"optimizer is {type(optimizer).__name__}, which evaluates the loss itself: choose one that needs only "
                 ".grad, such as torch.optim.SGD or torch.optim.AdamW"
@@ -218,10 +217,6 @@ class SharpnessAwareModule(LightningModule):
     def on_train_end(self) -> None:
         """Test the same buffers on all ranks."""
         self.sam.broadcast_buffers()
-
-    def perturbed_fraction(self, module: nn.Module) -> PerturbedFraction | None:
-        """Measures how many weights the perturbation changes; None unless weights are in half precision."""
-        return PerturbedFraction(module) if self._half is not None and self.sam.rho > 0 else None
 
     @property
     def _scaler(self) -> Any:

@@ -26,6 +26,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
@@ -241,7 +242,8 @@ class LongTailedClassifier(SharpnessAwareModule):
             return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
-        perturbed = self.perturbed_fraction(self.backbone)
+        # in half precision rounding may remove the perturbation
+        perturbed = PerturbedFraction(self.backbone) if self._half is not None and self.sam.rho > 0 else None
         if perturbed is not None:
             micro_batches = [(perturbed.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)

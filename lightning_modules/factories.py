@@ -4,10 +4,12 @@ A factory is a class, a partial of one (from the command line, if it has setting
 of a dataclass.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,7 +64,10 @@ def describe(factory: Factory | None) -> Any:
         return path
     parameters = inspect.signature(target).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not None}
-    plain = {name: _plain(value) for name, value in {**defaults, **settings}.items() if _is_plain(value)}
+    plain: dict[str, Any] = {}
+    for name, value in {**defaults, **settings}.items():
+        with contextlib.suppress(TypeError):  # not plain data
+            plain[name] = json.loads(json.dumps(value))
     return {"class_path": path, "init_args": plain}
 
 
@@ -84,18 +89,3 @@ def restore(choice: Any) -> Any:
     if dataclasses.is_dataclass(target) and isinstance(target, type):
         return target(**settings)
     return functools.partial(target, **settings) if settings else target
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, which a config file does not have."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
-from lightning_modules.detectors.detector import Detector, features_of, mlp
+from lightning_modules.detectors.detector import ScoreNetwork
 
 
-class WeightedClassifier(Detector):
+class WeightedClassifier(ScoreNetwork):
     r"""Logistic loss of labelled anomalies against unlabelled samples, with a larger weight for the anomalies.
 
     .. math::
@@ -29,9 +28,7 @@ class WeightedClassifier(Detector):
     weight: Tensor
 
     def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (20,), weighted: bool = True) -> None:
-        super().__init__()
-        check_whole_numbers(hidden=hidden)
-        self.net: nn.Sequential = mlp([features_of("WeightedClassifier", input_shape), *hidden, 1])
+        super().__init__(input_shape, hidden)
         self.weighted = weighted
         self.register_buffer("weight", torch.ones(2))
 
@@ -48,8 +45,3 @@ class WeightedClassifier(Detector):
         """Weighted binary cross-entropy."""
         losses = F.binary_cross_entropy_with_logits(self.scores(x), labels.to(x.dtype), reduction="none")
         return self.weight[labels] * losses
-
-    def scores(self, x: Tensor) -> Tensor:
-        """The logit phi(x)."""
-        scores: Tensor = self.net(x).squeeze(1)
-        return scores

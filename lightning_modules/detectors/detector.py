@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
@@ -43,6 +44,25 @@ class Detector(nn.Module, ABC):
             x: all training samples (N, d) or images (N, channels, H, W).
             labels: int64 (N,).
         """
+
+
+class ScoreNetwork(Detector):
+    """A detector of tables whose score phi(x) is the output of a multilayer perceptron, ``net``.
+
+    Args:
+        input_shape: (d,).
+        hidden: sizes of the hidden layers.
+    """
+
+    def __init__(self, input_shape: Sequence[int], hidden: Sequence[int]) -> None:
+        super().__init__()
+        check_whole_numbers(hidden=hidden)
+        self.net: nn.Sequential = mlp([features_of(type(self).__name__, input_shape), *hidden, 1])
+
+    def scores(self, x: Tensor) -> Tensor:
+        """phi(x)."""
+        scores: Tensor = self.net(x).squeeze(1)
+        return scores
 
 
 def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
