@@ -74,7 +74,8 @@ class Torchvision(LibraryNetwork):
     """
 
     def _names(self) -> list[str]:
-        return torchvision.models.list_models(module=torchvision.models)
+        names: list[str] = torchvision.models.list_models(module=torchvision.models)
+        return names
 
     def _build(self, num_classes: int) -> nn.Module:
         if self.settings.get("weights") is not None:

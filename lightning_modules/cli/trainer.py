@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 
 from imbsam import SettingError
@@ -85,7 +84,7 @@ class CommandTrainer(Trainer):
             arrays: dict[str, Any] = data.slices(span, points, measures.seed, show)
             np.savez_compressed(out / "loss_slices.npz", **arrays)
             plot_slices(arrays, out / "loss_slices.png")
-            Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)
+            print(f"slices: {out / 'loss_slices.npz'} and .png")
         return results
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -106,27 +105,29 @@ class CommandTrainer(Trainer):
         model.trainer = self
         datamodule.prepare_data()
         datamodule.setup("fit")
-        assert isinstance(model, SharpnessAwareModule)
-        model.learn_from_data("fit")
+        if isinstance(model, SharpnessAwareModule):
+            model.learn_from_data("fit")
+        else:
+            model.setup("fit")
         if hasattr(model, "test_accuracy"):
             print_class_table(model)
         else:
             data: Any = datamodule
             counts = zip(data.class_names, torch.as_tensor(data.class_counts).tolist(), strict=True)
-            _say("training samples: " + ", ".join(f"{count:,} {name}" for name, count in counts))
+            print("training samples: " + ", ".join(f"{count:,} {name}" for name, count in counts))
         find_unreadable = getattr(datamodule, "unreadable_files", None)
         unreadable: dict[str, str] = find_unreadable() if find_unreadable else {}
         for path, reason in list(unreadable.items())[:20]:
-            _say(f"{path}: {reason}")
+            print(f"{path}: {reason}")
         if len(unreadable) > 20:
-            _say(f"… and {len(unreadable) - 20:,} more")
+            print(f"… and {len(unreadable) - 20:,} more")
         if unreadable:
             files = "1 file" if len(unreadable) == 1 else f"{len(unreadable):,} files"
             raise SettingError(f"{files} cannot be read: fix or remove them, or set data.corrupt_images to skip")
         for part, name in (("training", "train"), ("validation", "val"), ("test", "test")):
             loader = getattr(datamodule, f"{name}_dataloader")()
-            _say(f"{part}: {_describe(loader, read_all=find_unreadable is None)}")
-        _say("the data can be read")
+            print(f"{part}: {_describe(loader, read_all=find_unreadable is None)}")
+        print("the data can be read")
 
 
 def _check_data(datamodule: LightningDataModule, trained: Any) -> None:
@@ -152,7 +153,3 @@ def _describe(loader: Any, read_all: bool) -> str:
     kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors if isinstance(t, Tensor)]
     number = f"{len(loader):,} batches, " if hasattr(loader, "__len__") else ""
     return f"{number}the first one {', '.join(kinds)}"
-
-
-def _say(line: str) -> None:
-    Console().print(line, soft_wrap=True, highlight=False, markup=False)

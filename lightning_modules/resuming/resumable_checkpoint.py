@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
-from imbsam.checks import check_numbers, check_whole_numbers
+from imbsam import SettingError
 from lightning_modules.resuming.checkpoint_files import LAST, AtomicCheckpointIO
 from lightning_modules.resuming.csv_logger import ResumableCSVLogger
 from lightning_modules.resuming.signals import Interrupted, StopSignals
@@ -84,9 +84,10 @@ class ResumableCheckpoint(ModelCheckpoint):
         save_top_k: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_numbers(finite=False, **{"checkpoint.every_seconds": every_seconds})
-        if every_n_steps is not None:
-            check_whole_numbers(**{"checkpoint.every_n_steps": every_n_steps})
+        if not every_seconds >= 0:
+            raise SettingError(f"checkpoint.every_seconds is {every_seconds}: give a number from 0")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise SettingError(f"checkpoint.every_n_steps is {every_n_steps}: give a whole number from 1, or null")
         self._monitor_from_model = save_top_k is None and kwargs.get("monitor") is None
         if save_top_k is None:
             save_top_k = 0 if self._monitor_from_model else 1
