@@ -100,7 +100,7 @@ class SharpnessAwareModule(LightningModule):
 
     @abstractmethod
     def learn_from_data(self, stage: str) -> None:
-        """Take class counts and shapes from the DataModule, in the place of ``setup``.
+        """Take class counts and shapes from the DataModule, instead of ``setup``.
 
         Args:
             stage: fit, validate, test or predict.

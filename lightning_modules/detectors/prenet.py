@@ -62,12 +62,12 @@ class PReNet(Detector):
     def prepare(self, x: Tensor, labels: Tensor) -> None:
         """Draw the samples that scores are relative to, with replacement."""
         for label, references in ((1, self.anomalous_references), (0, self.unlabelled_references)):
-            rows = (labels == label).nonzero().squeeze(1)
-            if not len(rows):
+            candidates = (labels == label).nonzero().squeeze(1)
+            if not len(candidates):
                 raise SettingError(
                     f"PReNet has no training sample with label {label}: it needs labelled anomalies and unlabelled ones"
                 )
-            references.copy_(x[rows[torch.randint(len(rows), (len(references),), device=x.device)]])
+            references.copy_(x[candidates[torch.randint(len(candidates), (len(references),), device=x.device)]])
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """Absolute error of the pairs' relations: equation (4) of the paper."""
