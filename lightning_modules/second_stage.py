@@ -14,11 +14,11 @@ from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name
 from lightning_modules.backbones.network import create_network
-from lightning_modules.backbones.weights import read_file
 from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.factories import restore
+from lightning_modules.weight_files import read_file
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
 

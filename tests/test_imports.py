@@ -21,8 +21,8 @@ BESIDE = {
 ROOMS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
 """The rooms of datamodules/: each may import those before it."""
 LIGHTNING_ROOMS = {
-    "resuming": {"resuming"},
-    "backbones": {"backbones"},
+    "resuming": {"resuming", "weight_files"},
+    "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
     "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imbsam import SettingError
 from imbsam.report.runs import flatten
-from lightning_modules.backbones.weights import mismatch, read_file
+from lightning_modules.weight_files import mismatch, read_file
 
 NETWORK_SETTINGS = ("backbone", "head", "detector", "stage")
 """The models' settings that decide which weights there are."""
