@@ -86,7 +86,9 @@ class AnomalyDetector(SharpnessAwareModule):
     def learn_from_data(self, stage: str) -> None:
         """Learn class counts and shape of the data; for prediction a checkpoint knows them."""
         if self.trainer.world_size > 1:
-            raise SettingError(f"trainer.devices is {self.trainer.world_size}: tables are small, set it to 1")
+            raise SettingError(
+                f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
+            )
         counts, features = getattr(self.data, "class_counts", None), getattr(self.data, "train_features", None)
         if counts is not None and features is not None:
             shape = tuple(features.shape[1:])

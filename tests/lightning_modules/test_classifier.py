@@ -359,7 +359,7 @@ def test_model_of_other_classes(tmp_path):
         ({"sam": partial(ImbSAM, rho=-1.0)}, "rho is -1.0"),
         ({"sam": partial(ImbSAM, rho=float("nan"))}, "rho is nan"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0"),
-        ({"backbone": torch.nn.Linear(3, 4)}, "backbone is a Linear that is built already"),
+        ({"backbone": torch.nn.Linear(3, 4)}, "backbone is a Linear that is already built"),
         ({"backbone": partial(SmallCNN, wdth=3)}, "backbone or head: .*wdth=3"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, "Invalid learning rate"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
