@@ -23,7 +23,7 @@ def load_weights(network: nn.Module, path: str | Path) -> list[str]:
             ``DataParallel`` is removed.
 
     Returns:
-        the tensors of the classifier that keep their initialization: all of them if the file's do not fit (another
+        the tensors of the classifier that keep their initialisation: all of them if the file's do not fit (another
         number of classes, another head, or none).
 
     Raises:
@@ -41,7 +41,7 @@ def load_weights(network: nn.Module, path: str | Path) -> list[str]:
     if wrong := mismatch(weights, {n: t for n, t in own.items() if n not in kept and n not in optional}):
         raise SettingError(f"backbone_weights is {path}, which does not fit {type(network).__name__}: {wrong}")
     network.load_state_dict(weights, strict=False)
-    stays = f"; as initialized: {', '.join(kept)}" if kept else ""
+    stays = f"; as initialised: {', '.join(kept)}" if kept else ""
     rank_zero_info(f"backbone_weights: {len(weights)} of {len(own)} tensors from {path}{stays}")
     return list(kept)
 
