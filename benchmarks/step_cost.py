@@ -107,6 +107,14 @@ class Passes:
             torch.autograd.backward(loss, **options)
 
 
+CHEAPER: dict[str, dict[str, Any]] = {
+    "split": {"first_pass": "split"},
+    "norm": {"perturb": "norm"},
+    "classifier": {"perturb": "classifier"},
+    "split, norm": {"first_pass": "split", "perturb": "norm"},
+    "split, classifier": {"first_pass": "split", "perturb": "classifier"},
+}
+
 Step = Callable[[Passes, Tensor, Tensor], None]
 """Leaves the gradient of images (B, 3, 32, 32) with labels (B,) in `.grad`."""
 
@@ -147,6 +155,8 @@ def methods(model: nn.Module, etas: list[int], context_rows: list[int]) -> dict[
         steps[f"eta {eta}: published, by hand"] = by_hand(tail_mask(torch.tensor(COUNTS), eta))
         for k in ("batch", "auto", *(context_rows if batch_norm else [])):
             steps[f"eta {eta}: ImbSAM, {k}"] = engine(ImbSAM(model, COUNTS, eta=eta, rho=RHO, context_rows=k))
+        for name, settings in CHEAPER.items():
+            steps[f"eta {eta}: ImbSAM, {name}"] = engine(ImbSAM(model, COUNTS, eta=eta, rho=RHO, **settings))
     return steps
 
 

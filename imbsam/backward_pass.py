@@ -9,6 +9,11 @@ from imbsam.errors import SettingError
 from imbsam.gradients import Gradients
 from imbsam.reduce_overhead import outlive_pass
 
+_REENTRANT = (
+    "module has activation checkpoints with use_reentrant=True, which compute no gradient of some parameters alone: "
+    'set use_reentrant=False there, or perturb to "all"'
+)
+
 
 class BackwardPass:
     """Runs backward passes by way of `.grad`, as every scaler and strategy does.
@@ -25,11 +30,25 @@ class BackwardPass:
         self._run = run
 
     def gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
-        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
+        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards.
+
+        Args:
+            loss: a scalar.
+            add_to: earlier gradients, used up.
+            **options: of ``Tensor.backward``, where they are not None.
+        """
         into = (Gradients.none(len(self._params)) if add_to is None else add_to).tensors
         for p, grad in zip(self._params, into, strict=True):
             p.grad = grad
-        self._run_with(loss, {name: value for name, value in options.items() if value is not None})
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            self._run_with(loss, options)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error) or "inputs" not in options:
+                raise
+            raise SettingError(_REENTRANT) from error
+        if any(p.grad is None for p in options.get("inputs", ())) and _holds_checkpoint(loss):
+            raise SettingError(_REENTRANT)
         gradients = Gradients(p.grad for p in self._params)
         if any(grad is not None and grad.is_sparse for grad in gradients.tensors):
             sparse = (n for n, p in self._module.named_parameters() if p.grad is not None and p.grad.is_sparse)
@@ -60,10 +79,17 @@ class BackwardPass:
                 f"backward= does not take {refused}: pass keyword arguments on, "
                 "as in lambda loss, **kw: scaler.scale(loss).backward(**kw)"
             ) from error
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error) or "inputs" not in options:
-                raise
-            raise SettingError(
-                "module has activation checkpoints with use_reentrant=True, which compute no gradient of some "
-                'parameters alone: set use_reentrant=False there, or perturb to "all"'
-            ) from error
+
+
+def _holds_checkpoint(loss: Tensor) -> bool:
+    """Whether its graph has an activation checkpoint of the reentrant kind, which hides the parameters inside it."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        nodes += [above for above, _ in node.next_functions]
+    return False

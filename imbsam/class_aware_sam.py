@@ -21,7 +21,13 @@ from imbsam.distributed import (
     reduction_over,
 )
 from imbsam.errors import SettingError
-from imbsam.extra_passes import AUTO_CONTEXT_ROWS, ContextRows, check_context_rows, normalises_over_rows
+from imbsam.extra_passes import (
+    AUTO_CONTEXT_ROWS,
+    ContextRows,
+    averages_over_rows,
+    check_context_rows,
+    normalises_over_rows,
+)
 from imbsam.parameters import Perturb, check_perturb, perturbed_parameters, trained_parameters
 from imbsam.row_weights import class_vector
 from imbsam.scheduled import Scheduled
@@ -231,8 +237,7 @@ class ClassAwareSAM(Scheduled, Capturable):
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
         context_rows = self.context_rows
-        looks = perturbs and (context_rows == "auto" or self.first_pass == "split" or self.perturb != "all")
-        over_rows = looks and any(map(normalises_over_rows, modules))
+        over_rows = perturbs and context_rows in ("auto", 0) and any(map(normalises_over_rows, modules))
         if context_rows == "auto":
             context_rows = AUTO_CONTEXT_ROWS if over_rows else 0
         waits = forward_communicates(modules)
@@ -245,6 +250,6 @@ class ClassAwareSAM(Scheduled, Capturable):
             in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
             may_be_empty=group is not None and not waits and context_rows != "batch",
             rho=self.rho,
-            splits=apart and self.first_pass == "split",
+            splits=apart and self.first_pass == "split" and not any(map(averages_over_rows, modules)),
             along_only=apart and self.perturb != "all",
         )

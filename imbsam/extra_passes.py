@@ -27,8 +27,15 @@ def normalises_over_rows(module: nn.Module) -> bool:
     name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
     if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
         return False
-    statistics = (buffer.startswith(("running_", "moving_")) for buffer in module._buffers.keys())  # noqa: SIM118
-    return isinstance(module, _BatchNorm) or "BatchNorm" in name or any(statistics)
+    return isinstance(module, _BatchNorm) or "BatchNorm" in name or averages_over_rows(module)
+
+
+def averages_over_rows(module: nn.Module) -> bool:
+    """Whether it keeps running statistics of the rows it sees, as InstanceNorm may."""
+    return module.training and any(
+        buffer.startswith(("running_", "moving_"))
+        for buffer in module._buffers.keys()  # noqa: SIM118
+    )
 
 
 def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:

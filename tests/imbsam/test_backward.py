@@ -331,6 +331,8 @@ def test_split_first_pass_costs_the_tail_once_and_is_whole_where_rows_see_each_o
     assert split_rows(norm) == [BATCH] * 2
     assert split_rows(norm, context_rows=0) == [BATCH, 8, 8]
     assert split_rows(norm.eval()) == [16, 8, 8]
+    statistics = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), *mlp()).double()
+    assert split_rows(statistics) == [BATCH, 8, 8]  # they are of all rows, as one ordinary pass leaves them
 
 
 @pytest.mark.parametrize("settings", [{}, {"context_rows": 4}, {"context_rows": "batch"}, {"rho": 0.0}], ids=str)
