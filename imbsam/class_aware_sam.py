@@ -21,13 +21,7 @@ from imbsam.distributed import (
     reduction_over,
 )
 from imbsam.errors import SettingError
-from imbsam.extra_passes import (
-    AUTO_CONTEXT_ROWS,
-    ContextRows,
-    averages_over_rows,
-    check_context_rows,
-    normalises_over_rows,
-)
+from imbsam.extra_passes import ContextRows, averages_over_rows, check_context_rows, context_of
 from imbsam.parameters import Perturb, check_perturb, perturbed_parameters, trained_parameters
 from imbsam.row_weights import class_vector
 from imbsam.scheduled import Scheduled
@@ -236,19 +230,16 @@ class ClassAwareSAM(Scheduled, Capturable):
 
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
-        context_rows = self.context_rows
-        over_rows = perturbs and context_rows in ("auto", 0) and any(map(normalises_over_rows, modules))
-        if context_rows == "auto":
-            context_rows = AUTO_CONTEXT_ROWS if over_rows else 0
+        context_rows, apart = context_of(self.context_rows, modules, perturbs)
         waits = forward_communicates(modules)
-        apart = perturbs and context_rows == 0 and not over_rows and not waits
+        apart = apart and not waits
         return Plan(
             sharpness_weight=self.sharpness_weight,
             class_weight=self.class_weight,
-            context_rows=None if context_rows == "batch" else context_rows,
+            context_rows=context_rows,
             perturbs=perturbs,
-            in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
-            may_be_empty=group is not None and not waits and context_rows != "batch",
+            in_step=perturbs and (waits or (group is not None and context_rows is None)),
+            may_be_empty=group is not None and not waits and context_rows is not None,
             rho=self.rho,
             splits=apart and self.first_pass == "split" and not any(map(averages_over_rows, modules)),
             along_only=apart and self.perturb != "all",

@@ -22,6 +22,24 @@ def check_context_rows(context_rows: ContextRows) -> None:
         raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
 
 
+def context_of(context_rows: ContextRows, modules: Sequence[nn.Module], perturbs: bool) -> tuple[int | None, bool]:
+    """How many context rows the setting means for a module, and whether its rows are apart.
+
+    Args:
+        context_rows: the setting.
+        modules: the module's submodules.
+        perturbs: whether there may be extra passes; if not, nobody looks.
+
+    Returns:
+        The number, None for the whole batch; and whether no row of a pass sees another.
+    """
+    if context_rows == "batch":
+        return None, False
+    over_rows = perturbs and context_rows in ("auto", 0) and any(map(normalises_over_rows, modules))
+    rows = (AUTO_CONTEXT_ROWS if over_rows else 0) if context_rows == "auto" else context_rows
+    return rows, perturbs and rows == 0 and not over_rows
+
+
 def normalises_over_rows(module: nn.Module) -> bool:
     """Whether it is BatchNorm in training mode, also a hand-written, scripted or exported one, by its statistics."""
     name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
