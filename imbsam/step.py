@@ -125,6 +125,7 @@ class Step:
             buffers = None
             if batch.source is SharpGradient.EVERY_ROW:
                 g_s = self._gradient(objective, g_s, inputs=self._along_only)
+                del losses, objective  # of a graph that the backward pass has not gone through nothing is freed by it
                 continue
             if batch.source is SharpGradient.SAME_GRAPH:
                 found = self._retained_gradient(batch.sharp(losses) / self._total, inputs=self._along_only)
@@ -142,6 +143,7 @@ class Step:
                 objective = self._sharp_objective(batch)
                 loss = loss + objective.detach().to(loss.device)
                 g_s = self._gradient(objective, g_s, inputs=self._along_only)
+                del losses, objective
         self._check_reached(g_rest, g_s)
         return loss, g_rest, g_s, buffers
 
