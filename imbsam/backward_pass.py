@@ -60,7 +60,7 @@ class BackwardPass:
         return outlive_pass(gradients, self._params[0].device) if add_to is None else gradients
 
     def retained_gradient(self, loss: Tensor, **options: Any) -> Gradients | None:
-        """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
+        """The gradient of `loss` with its graph kept, or None if the graph does not allow that (torch.compile)."""
         try:
             return self.gradient(loss, retain_graph=True, **options)
         except RuntimeError as error:
@@ -76,7 +76,7 @@ class BackwardPass:
             if refused is None:
                 raise
             raise SettingError(
-                f"backward= does not take {refused}: pass keyword arguments on, "
+                f"backward= does not take {refused}: forward keyword arguments, "
                 "as in lambda loss, **kw: scaler.scale(loss).backward(**kw)"
             ) from error
 

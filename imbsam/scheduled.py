@@ -27,7 +27,7 @@ class Scheduled:
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Loss weight a for every class, float64 (C,) on the CPU; None where all are 1."""
+        """Loss weight a for every class, float64 (C,) on the CPU; None if all are 1."""
         return self._class_weight
 
     @class_weight.setter

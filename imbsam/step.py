@@ -1,4 +1,4 @@
-"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w); or a sum of such g_s, each at its own w + e."""
+"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w); or a sum of several g_s, each at its own w + e."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,22 +17,22 @@ from imbsam.snapshot import Buffers, RandomState
 
 
 class Step:
-    """The passes of one call of `backward`, and the way back to the start from anywhere inside them.
+    """The passes of one call of `backward`, which can be undone at any point.
 
         g_rest = grad of 1/B sum a_i (1 - c_i) l_i        g_s = grad of 1/B sum a_i c_i l_i
 
-    With several groups of classes c_i is a sum of one c_ik for each, and so g_s is one of g_k, each with its own e_k.
+    With several groups k of classes, c_i is the sum of their c_ik and g_s the sum of their g_k, each with its own e_k.
 
     Args:
         modules: the module's submodules, itself first.
         params: its trained parameters.
         perturbed: whether each of them is perturbed; e is 0 for the others.
         batches: the micro-batches, which count as one batch of B rows.
-        ascents: for each e its length, and the parts of the batches that its g_s is the gradient of (``Plan.ascents``).
+        ascents: for each e, its length and the parts of the batches that give its g_s (``Plan.ascents``).
         adaptive: ASAM's e.
         reduction: averages over the ranks.
         backward_pass: runs the backward passes.
-        along_only: of a g_s that is for the direction of e alone, compute these parameters' gradients; None for all.
+        along_only: the parameters whose g_s to compute where it only directs e; None for all.
         after_write: called after every change of the weights.
     """
 
@@ -88,7 +88,7 @@ class Step:
         return loss
 
     def undo(self) -> None:
-        """Put `.grad`, parameters, generators and buffers back to where they were at entry."""
+        """Restore `.grad`, parameters, generators and buffers to their state at entry."""
         for p, grad in zip(self._params, self._grads, strict=True):
             p.grad = grad
         if self._accumulated is not None:
@@ -103,8 +103,8 @@ class Step:
         """The ordinary forward of every micro-batch and what its graph gives.
 
         Returns:
-            The loss; g_rest, and g_s; of a batch whose g_s takes a forward of its own, g_rest + g_s and 0; the buffers
-            as one ordinary pass leaves them, where a second backward has moved them since.
+            The loss; g_rest and g_s, or g_rest + g_s and 0 for a batch whose g_s needs its own forward; the buffers
+            as one ordinary pass leaves them, if a second backward has changed them since.
         """
         loss = torch.zeros((), device=self._params[0].device)
         g_rest, g_s = self._no_gradient(), self._no_gradient()
@@ -128,10 +128,10 @@ class Step:
                 del losses, objective  # of a graph that the backward pass has not gone through nothing is freed by it
                 continue
             if batch.source is SharpGradient.SAME_GRAPH:
-                found = self._retained_gradient(batch.sharp(losses) / self._total, inputs=self._along_only)
-                if found is not None:
-                    g_s += found
-                    buffers = self._buffers.now()  # activation checkpointing moves them again in the second backward
+                increment = self._retained_gradient(batch.sharp(losses) / self._total, inputs=self._along_only)
+                if increment is not None:
+                    g_s += increment
+                    buffers = self._buffers.now()  # activation checkpointing updates them again in the second backward
                     g_rest = self._gradient(batch.rest(losses) / self._total, g_rest)
                     continue
                 batch.source = SharpGradient.OWN_FORWARD
@@ -152,15 +152,16 @@ class Step:
         for part in parts:
             if part.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION):
                 part.generators = self._generators.now()
-                direction_only = part.source is SharpGradient.DIRECTION
-                found = self._gradient(self._sharp_objective(part), inputs=self._along_only if direction_only else None)
-                if not direction_only:
-                    g_rest -= found
-                g_s += found
+                subtracted = part.source is SharpGradient.OWN_FORWARD
+                along = None if subtracted else self._along_only
+                increment = self._gradient(self._sharp_objective(part), inputs=along)
+                if subtracted:
+                    g_rest -= increment
+                g_s += increment
 
     @contextlib.contextmanager
     def _ascended(self, g_s: Gradients, rho: float) -> Iterator[None]:
-        """Inside, the weights are w + e. Uses up `g_s`, or its memory would be held through the passes at w + e."""
+        """Inside, the weights are w + e. Consumes `g_s`, or its memory would be held through the passes at w + e."""
         found = zip(self._params, g_s.tensors, self._perturbed, strict=True)
         reached = [(p, g) for p, g, perturbed in found if perturbed and g is not None]
         g_s.tensors = []
@@ -181,7 +182,7 @@ class Step:
             self._ascent.restore()
 
     def _sharp_objective(self, batch: Batch) -> Tensor:
-        """What g_s is the gradient of, at the weights as they are: w or w + e see the same rows, buffers and masks."""
+        """What g_s is the gradient of, at the current weights: w and w + e see the same rows, buffers and masks."""
         assert batch.buffers is not None
         assert batch.generators is not None
         batch.buffers.restore()
@@ -192,9 +193,9 @@ class Step:
         begin_pass(self._params[0].device)
         losses = batch.losses(to_device(rows, self._params[0].device))
         if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise SettingError(
-                f"losses(rows) returned {found} for {len(rows)} rows: return one loss for each row, "
+                f"losses(rows) returned {returned} for {len(rows)} rows: return one loss for each row, "
                 f'shape ({len(rows)},), for example with reduction="none"'
             )
         return losses
@@ -209,7 +210,7 @@ class Step:
 
     @torch.no_grad()
     def _add_to_grad(self, g: Gradients) -> None:
-        """As `backward()` does: in place where there is a gradient, which may be a view of a larger tensor."""
+        """As `backward()` does: in place if `.grad` is set, since it may be a view of a larger tensor."""
         pairs = zip(self._grads, g.tensors, strict=True)
         both = [(entry, grad) for entry, grad in pairs if entry is not None and grad is not None]
         self._accumulated = clones(self._entries())
