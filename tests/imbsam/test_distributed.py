@@ -68,6 +68,7 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
     "sse_sam batch": lambda m, **kw: SSESAM(m, COUNTS, eta=20, rho=0.3, head_rho=0.1, context_rows="batch", **kw),
     "imbsam split": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, first_pass="split", **kw),
     "imbsam norm": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, perturb="norm", **kw),
+    "gsam norm": lambda m, **kw: GSAM(m, rho=0.3, perturb="norm", **kw),
     "cc_sam classifier": lambda m, **kw: CCSAM(m, COUNTS, rho=0.3, perturb="classifier", **kw),
     "sgd": lambda m, **kw: Plain(m, **kw),
 }
