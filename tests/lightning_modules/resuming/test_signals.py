@@ -90,6 +90,7 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("imbsam: ")]
 
 
+@pytest.mark.processes
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     """To the whole group: two processes and their loaders' workers."""
     command = Command(tmp_path, "--trainer.devices=2", "--data.num_workers=1")
@@ -118,6 +119,7 @@ def test_sigterm_to_the_first_of_two_processes_ends_both(tmp_path):
     assert list(tmp_path.rglob("last.ckpt"))
 
 
+@pytest.mark.processes
 def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
     """The second process is stopped, so the first one waits in C code, where Python runs no handlers."""
     command = Command(tmp_path, "--trainer.devices=2")
@@ -150,6 +152,7 @@ store.wait(["what nobody sets"], timedelta(seconds=60))
 """
 
 
+@pytest.mark.processes
 def test_sigterm_ends_a_training_that_waits_for_another_process():
     """In C code, which a Python handler would wait for: two minutes, here one second."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -164,6 +167,7 @@ def test_sigterm_ends_a_training_that_waits_for_another_process():
         assert process.stderr.read().endswith(said)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", ["import torch", "meeting the other process"])
 def test_ctrl_c_during_start_up_is_one_line(tmp_path, moment):
     command = Command(tmp_path, "--trainer.devices=2")
@@ -177,6 +181,7 @@ def test_ctrl_c_during_start_up_is_one_line(tmp_path, moment):
     assert "by SIGINT" in (lines(out) + lines(err))[0]
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path):
     """No file may exceed 20 kB, and the checkpoint does; the second process must not wait for the first one."""
     command = Command(tmp_path, "--trainer.devices=2", "--checkpoint.every_seconds=0", file_size=20_000)
