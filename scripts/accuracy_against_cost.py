@@ -2,9 +2,10 @@
 
     python scripts/accuracy_against_cost.py logs/digits_lt --out docs/accuracy_against_cost.png
 
-Reads runs of `imbsam fit --config configs/data/digits_lt.yaml ...`; those that differ in the seed alone are a point,
-mean ± standard error. The cost is measured here, in CPU time, with the runs' network, batch size and class counts: the
-methods take turns on the same batch, and a step's time is divided by plain training's in the same round (median). Under
+Reads runs of `imbsam fit --config configs/data/digits_lt.yaml ...`, plain training (configs/method/sgd.yaml) among
+them. Those that differ only in the seed are one point: mean ± standard error, and that of the paired difference of
+"all" to SGD. The cost is measured here, in CPU time, with the runs' network, batch size and class counts: the methods
+take turns on the same batch, and a step's time is divided by plain training's in the same round (median). Under
 `RhoSchedule` it is the mean over the steps of the run, perturbed and plain.
 """
 
@@ -31,6 +32,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 PLAIN = "Plain"
+SGD = "SGD"
 MARKERS = "osD^vP*X"
 SETTINGS = ("rho", "perturb", "first_pass")
 """The settings of a method by which runs differ here."""
@@ -47,7 +49,7 @@ def name(run: Run) -> str:
     """What the run is called in the figure."""
     method = run.settings["sam"]
     if method == PLAIN:
-        return "SGD"
+        return SGD
     words = [f"{method}, rho {run.settings['sam.rho']:g}"]
     perturb = run.settings.get("sam.perturb", "all")
     if perturb != "all":
@@ -131,17 +133,21 @@ def main() -> None:
             methods[key_of(group[0])] = partial(getattr(sam, settings["sam"], ImbSAM), **chosen)
     first = runs[0].settings
     costs = step_costs(methods, first["backbone.width"], first["batch_size"], arguments.rounds)
-    points: list[tuple[float, str, int, tuple[float, float], tuple[float, float]]] = []
+    plain = {run.seeds: run.final["test/all"] for run in groups[SGD]}
+    points: list[tuple[float, str, int, tuple[float, float], tuple[float, float], str]] = []
     for label, group in groups.items():
         cost = 1 + perturbed_share(group[0]) * (costs[key_of(group[0])] - 1)
         few, all_ = (mean_and_error([run.final[f"test/{part}"] for run in group]) for part in ("few", "all"))
-        points.append((cost, label, len(group), few, all_))
+        over = [run.final["test/all"] - plain[run.seeds] for run in group if run.seeds in plain]
+        gain = "" if label == SGD or not over else "{:+.1f} ± {:.1f}".format(*mean_and_error(over))
+        points.append((cost, label, len(group), few, all_, gain))
     points.sort()
-    print("| run | time / SGD | few | all | seeds |\n| :-- | --: | --: | --: | --: |")
-    for cost, label, seeds, few, all_ in points:
-        print(f"| {label} | {cost:.2f} | {few[0]:.1f} ± {few[1]:.1f} | {all_[0]:.1f} ± {all_[1]:.1f} | {seeds} |")
+    print("| run | time / SGD | few | all | over SGD | seeds |\n| :-- | --: | --: | --: | --: | --: |")
+    for cost, label, seeds, few, all_, gain in points:
+        scores = f"{few[0]:.1f} ± {few[1]:.1f} | {all_[0]:.1f} ± {all_[1]:.1f} | {gain}"
+        print(f"| {label} | {cost:.2f} | {scores} | {seeds} |")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (cost, label, _, _, (mean, error)) in enumerate(points):
+    for i, (cost, label, _, _, (mean, error), _) in enumerate(points):
         axes.errorbar(
             cost, mean, error, fmt=MARKERS[i % len(MARKERS)], color=colour(i), capsize=2, markersize=6, label=label
         )
