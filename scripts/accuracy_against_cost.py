@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, Plain, sam
@@ -79,8 +80,10 @@ def perturbed_share(run: Run) -> float:
     return float((1 - settings.get("start_epoch", 0) / epochs) / settings.get("every_n_steps", 1))
 
 
-def step_costs(methods: dict[str, Callable[..., Any]], width: int, batch: int, rounds: int) -> dict[str, float]:
-    """Median CPU time of a step over plain training's, methods in turns, for networks without BatchNorm."""
+def step_costs(
+    methods: dict[str, Callable[..., Any]], width: int, batch: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Samples forward in a step, and its median CPU time, over plain training's; the methods take turns."""
     data = DigitsLTDataModule(batch_size=batch)
     data.setup("fit")
     counts = torch.as_tensor(data.class_counts)
@@ -89,20 +92,26 @@ def step_costs(methods: dict[str, Callable[..., Any]], width: int, batch: int, r
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     engines = {key: make(net, counts) for key, make in methods.items()}
     seconds: dict[str, list[float]] = {key: [] for key in engines}
+    samples = dict.fromkeys(engines, 0)
     for round_ in range(-5, rounds):
         y = torch.multinomial(counts.double(), batch, replacement=True)
         x = torch.rand(batch, 1, 8, 8)
         keys = list(engines)[round_ % len(engines) :] + list(engines)[: round_ % len(engines)]
         for key in keys:
             start = time.process_time()
-            losses: Any = lambda rows, x=x, y=y: F.cross_entropy(net(x[rows]), y[rows], reduction="none")  # noqa: E731
+
+            def losses(rows: Tensor, x: Tensor = x, y: Tensor = y, key: str = key) -> Tensor:
+                samples[key] += len(rows)
+                return F.cross_entropy(net(x[rows]), y[rows], reduction="none")
+
             engines[key].backward(losses, y)
             optimizer.step()
             optimizer.zero_grad()
             if round_ >= 0:  # the first ones warm up
                 seconds[key].append(time.process_time() - start)
     plain = seconds[PLAIN]
-    return {key: statistics.median(a / b for a, b in zip(of, plain, strict=True)) for key, of in seconds.items()}
+    times = {key: statistics.median(a / b for a, b in zip(of, plain, strict=True)) for key, of in seconds.items()}
+    return {key: (samples[key] / samples[PLAIN], times[key]) for key in engines}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -134,20 +143,20 @@ def main() -> None:
     first = runs[0].settings
     costs = step_costs(methods, first["backbone.width"], first["batch_size"], arguments.rounds)
     plain = {run.seeds: run.final["test/all"] for run in groups[SGD]}
-    points: list[tuple[float, str, int, tuple[float, float], tuple[float, float], str]] = []
+    points: list[tuple[float, float, str, int, tuple[float, float], tuple[float, float], str]] = []
     for label, group in groups.items():
-        cost = 1 + perturbed_share(group[0]) * (costs[key_of(group[0])] - 1)
+        samples, cost = (1 + perturbed_share(group[0]) * (of - 1) for of in costs[key_of(group[0])])
         few, all_ = (mean_and_error([run.final[f"test/{part}"] for run in group]) for part in ("few", "all"))
         over = [run.final["test/all"] - plain[run.seeds] for run in group if run.seeds in plain]
         gain = "" if label == SGD or not over else "{:+.1f} ± {:.1f}".format(*mean_and_error(over))
-        points.append((cost, label, len(group), few, all_, gain))
+        points.append((cost, samples, label, len(group), few, all_, gain))
     points.sort()
-    print("| run | time / SGD | few | all | over SGD | seeds |\n| :-- | --: | --: | --: | --: | --: |")
-    for cost, label, seeds, few, all_, gain in points:
+    print("| run | samples / SGD | time / SGD | few | all | over SGD | seeds |\n| :-- |" + " --: |" * 6)
+    for cost, samples, label, seeds, few, all_, gain in points:
         scores = f"{few[0]:.1f} ± {few[1]:.1f} | {all_[0]:.1f} ± {all_[1]:.1f} | {gain}"
-        print(f"| {label} | {cost:.2f} | {scores} | {seeds} |")
+        print(f"| {label} | {samples:.2f} | {cost:.2f} | {scores} | {seeds} |")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (cost, label, _, _, (mean, error), _) in enumerate(points):
+    for i, (cost, _, label, _, _, (mean, error), _) in enumerate(points):
         axes.errorbar(
             cost, mean, error, fmt=MARKERS[i % len(MARKERS)], color=colour(i), capsize=2, markersize=6, label=label
         )
