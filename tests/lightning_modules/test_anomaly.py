@@ -34,7 +34,7 @@ def rows(path):
 
 @pytest.mark.parametrize(("name", "detector"), [("deep_sad", "DeepSAD"), ("prenet", "PReNet")])
 def test_fit_test_predict(name, detector, imbsam, tmp_path):
-    """Both carry something from the training rows: a centre, references."""
+    """Both keep something of the training samples: a centre, references."""
     config = [*anomaly(name, "imbsam"), *SHORT]
     schedule = ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.end=0.1"]
     code, out, _ = imbsam("fit", *config, "--model.sam.rho=0.05", *schedule)
@@ -76,7 +76,7 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
 
 
 def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
-    """The threshold's precision would be that of the rows of rank 0."""
+    """The precision of the threshold would be that of the samples of rank 0."""
     config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]
     assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
     more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -113,7 +113,7 @@ def test_wrong_setting_is_one_line(detector, settings, message, imbsam):
 
 
 def attached(detector, method, rho, **settings):
-    """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
+    """A detector as if Lightning had set it up, without the loop of a Trainer, and its training samples."""
     torch.manual_seed(0)
     x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
     module = AnomalyDetector(detector, sam=partial(ImbSAM, rho=rho, **settings))
@@ -194,7 +194,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DeepSAD, "natural"), (PReNet, "pairs")])
-def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
+def test_the_validation_loss_is_the_objective_on_the_known_labels(detector, sampling):
     data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
     module = AnomalyDetector(detector, sam=partial(Plain, tail_weight=3.0))
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)

@@ -80,7 +80,7 @@ def test_only_the_classifier_is_trained(tmp_path, first, stage, trained, method)
         assert name not in before or not torch.equal(after[name], before[name])
 
 
-def test_the_engine_perturbs_what_is_trained_and_takes_rows_as_independent(tmp_path, first):
+def test_only_trained_weights_are_perturbed_and_samples_are_independent(tmp_path, first):
     plain, _ = second(tmp_path, first, stage="crt")
     model, _ = second(tmp_path, first, stage="crt", sam=partial(ImbSAM, rho=0.5))
     assert (model.backbone.fc.weight - plain.backbone.fc.weight).norm() > 1e-3
@@ -205,7 +205,7 @@ def test_a_cosine_head(tmp_path):
             second(tmp_path, (None, tmp_path / "cosine.ckpt"), stage=stage)
 
 
-def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
+def test_unsuitable_checkpoints_and_data_are_refused(tmp_path, first):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SettingError, match="not one of LongTailedClassifier"):
         second(tmp_path, (None, tmp_path / "other.ckpt"))
@@ -234,7 +234,7 @@ def test_sampling_that_does_not_balance_warns(tmp_path, first):
     [
         ({"stage": "ncm"}, "stage is 'ncm': choose one of crt"),
         ({"stage": "tau_norm", "tau": -1.0}, "tau is -1.0"),
-        ({"stage": "crt", "tau": 1.0}, "tau is tau_norm's"),
+        ({"stage": "crt", "tau": 1.0}, "tau belongs to tau_norm"),
         ({"stage": "weight_balancing", "max_norm_threshold": -1.0}, "threshold is -1.0"),
     ],
 )

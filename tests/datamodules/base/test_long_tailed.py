@@ -47,6 +47,25 @@ def epoch(loader):
     return numbers.tolist(), labels
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("profile", ["exponential", "step"])
+def test_counts_of_another_ratio_are_those_of_data_at_that_ratio(seed, profile):
+    """The classes are shuffled by the seed, and a validation split leaves the counts as they are."""
+    data, other = (
+        DigitsLTDataModule(ratio=r, seed=seed, profile=profile, val_share=v) for r, v in ((10, 0.2), (50, 0))
+    )
+    data.setup()
+    other.setup()
+    assert torch.equal(data.counts_of_ratio(50), other.class_counts)
+    assert len(data.kept_samples) == data.counts_of_ratio(10).sum() > data.class_counts.sum()
+
+
+def test_data_that_keep_every_sample_have_no_counts_of_a_ratio():
+    data = numbered(profile="none")
+    with pytest.raises(SettingError, match=r"^Numbered keeps every training sample .* has no ratio: leave it out$"):
+        data.counts_of_ratio(10)
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict", None])
 def test_class_counts_are_known_in_every_stage(stage):
     data = Numbered(ratio=4)

@@ -96,7 +96,8 @@ def test_name_group_and_settings(first):
 def test_metrics_are_those_of_the_run_folder(logs, first):
     logged = rows(logs / "digits_lt/imbsam/version_0/metrics.csv")
     summary = merged(first, "summary")
-    for name in ("test/many", "test/few", "test/all", "val/all", "train/loss_epoch", "train/tail_rows"):
+    measures = ("test/lowest_recall", "test/macro_f1", "test/top5_few", "test/ece_all", "test/backward_50")
+    for name in ("test/many", "test/few", "test/all", "val/all", "train/loss_epoch", "train/tail_rows", *measures):
         assert summary[name] == pytest.approx([float(row[name]) for row in logged if row[name]][-1], rel=1e-5), name
     steps = [record["item"]["train/tail_rows"] for record in first["history"] if "train/tail_rows" in record["item"]]
     assert steps == [float(row["train/tail_rows"]) for row in logged if row["train/tail_rows"]]
@@ -107,6 +108,9 @@ def test_tables_and_charts_are_those_of_the_run_folder(logs, wandb_runs, first):
     run, summary, folder = logs / "digits_lt/imbsam/version_0", merged(first, "summary"), wandb_runs[0]
     classes = table(folder, summary, "test/classes")
     expected = rows(run / "per_class.csv")
+    for row, wanted in zip(classes, expected, strict=True):
+        for name in ("precision", "f1"):
+            assert row.pop(name) == (float(wanted[name]) if wanted[name] else None)
     assert [{**row, "accuracy": f"{row['accuracy']:.4f}"} for row in classes] == [
         {
             **{key: int(row[key]) for key in ("class", "training_samples", "tail", "test_samples")},

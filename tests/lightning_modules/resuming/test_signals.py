@@ -37,7 +37,7 @@ class Command:
             )
 
     def wait_for(self, seen) -> None:
-        """Until it has come to the moment that `seen` sees."""
+        """Wait until `seen` is true."""
         end = time.monotonic() + 240
         while not seen():
             assert self.process.poll() is None, self.err.read_text()
@@ -45,15 +45,15 @@ class Command:
             time.sleep(0.05)
 
     def wait_for_training(self) -> None:
-        """Until something is in the log."""
+        """Wait until something is in the log."""
         self.wait_for(lambda: list(self.folder.rglob("metrics.csv")))
 
     def signal_all(self, number: int) -> None:
-        """As a terminal does."""
+        """Signal the whole process group, as a terminal does."""
         os.killpg(self.process.pid, number)
 
     def end(self, seconds: float = 120) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; nothing of it may live on."""
+        """Exit code, stdout and stderr; no process may be left."""
         try:
             code = self.process.wait(seconds)
             time.sleep(0.5)  # for a child to be gone
@@ -86,7 +86,7 @@ def has_torch(pid: int) -> bool:
 
 
 def lines(text: str) -> list[str]:
-    """What we say."""
+    """Our lines."""
     return [line for line in text.splitlines() if line.startswith("imbsam: ")]
 
 
@@ -133,7 +133,7 @@ def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
     code, out, err = command.end()
     assert code == 130
     assert time.monotonic() - start < 10
-    # the first is ended, or comes back from its wait once it has ended the second
+    # the first is ended, or returns from its wait once it has killed the second
     waited = "imbsam: ended by SIGINT, without saving: it was waiting for another process"
     assert lines(err)[1:] + lines(out) in ([waited], ["imbsam: interrupted by SIGINT again: nothing was saved"])
     assert "Traceback" not in err
