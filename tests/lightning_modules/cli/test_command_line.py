@@ -1,11 +1,12 @@
 """The `imbsam` command, run in this process on the digits."""
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from tests.training import csv_rows
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DIGITS = ["--config", "configs/data/digits_lt.yaml", "--trainer.enable_model_summary=false"]
@@ -17,11 +18,6 @@ SHORT = [
 ]
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_fit_test_validate_predict(imbsam, tmp_path):
     """From an empty folder: the config is looked up beside the installed packages."""
     code, out, _ = imbsam("fit", *SHORT)
@@ -29,7 +25,7 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
     for text in ("many", "medium", "few", "all", "ImbSAM", "checkpoint: logs/digits_lt/imbsam/version_0", "log: logs/"):
         assert text in out
-    logged = rows(run / "metrics.csv")
+    logged = csv_rows(run / "metrics.csv")
     accuracy = next(row["test/all"] for row in logged if row.get("test/all"))
     assert f"{100 * float(accuracy):.1f}" in out
     assert (
@@ -48,7 +44,7 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     code, out, _ = imbsam("predict", *SHORT, "--ckpt_path", last, "--predictions.path", "found.csv")
     assert code == 0
     assert "predictions: found.csv" in out
-    found = rows("found.csv")
+    found = csv_rows("found.csv")
     assert len(found) == 540
     assert list(found[0]) == ["row", "predicted", *"0123456789"]
     assert [row["row"] for row in found[:2]] == ["1", "2"]
@@ -69,7 +65,7 @@ def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
     assert (code, "weights: of the last epoch (1)" in out) == (0, True)
     assert "best on validation: epoch 1, val/all 0." in out
     code, out, _ = imbsam("fit", *validated, "--trainer.max_epochs=4", "--ckpt_path", run / "checkpoints/last.ckpt")
-    scores = [float(row["val/all"]) for row in rows(run / "metrics.csv") if row["val/all"]]
+    scores = [float(row["val/all"]) for row in csv_rows(run / "metrics.csv") if row["val/all"]]
     best = 1 + scores.index(max(scores))
     assert (code, len(scores), "weights: of the last epoch (4)" in out) == (0, 4, True)
     found = f"best on validation: epoch {best}, val/all {max(scores):.4g}: imbsam "
@@ -142,8 +138,8 @@ def test_only_a_training_writes_to_the_folder_of_a_run(imbsam, tmp_path):
         assert (code, str((runs / "mine/checkpoints/last.ckpt").relative_to(tmp_path)) in out) == (0, True), err
     assert files(runs / "mine") == before
     assert {path.name for path in runs.iterdir()} == {"mine", "test_0", "test_1", "validate_0", "predict_0"}
-    assert rows(runs / "test_0/metrics.csv")[0]["test/all"] == rows(runs / "test_1/metrics.csv")[0]["test/all"]
-    assert len(rows(runs / "predict_0/predictions.csv")) == 540
+    assert csv_rows(runs / "test_0/metrics.csv")[0]["test/all"] == csv_rows(runs / "test_1/metrics.csv")[0]["test/all"]
+    assert len(csv_rows(runs / "predict_0/predictions.csv")) == 540
 
     code, _, err = imbsam("fit", *SHORT, named)
     assert code == 2

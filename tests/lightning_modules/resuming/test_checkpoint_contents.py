@@ -1,6 +1,5 @@
 """Checkpoints after the training: predicting with them, or refusing them in one line; in real processes."""
 
-import csv
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ from imbsam import SettingError
 from lightning_modules.class_names import check_class_names
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 from tests.pieces import anomaly
+from tests.training import csv_rows
 
 CLASSES = {"ant": 24, "bee": 12, "cat": 8}
 SMALL_NET = ["--model.backbone=SmallCNN", "--model.backbone.width=4", "--model.backbone.in_channels=3"]
@@ -26,11 +26,6 @@ IMAGES += ["--data.num_workers=0", "--data.val_share=0"]
 DIGITS = ["--config=configs/data/digits_lt.yaml", *ONE_EPOCH]
 DEVNET = anomaly("devnet", "sgd")
 TABLES = ["--trainer.max_epochs=1", "--data.batches_per_epoch=2", "--data.val_share=0"]
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +134,7 @@ def test_images_are_predicted_from_the_checkpoint_alone(run_imbsam, work, case):
         work, "predict", "--ckpt_path", last("image_folder/imbsam"), "--data.predict", given, "--predictions.path=p.csv"
     )
     assert answer["codes"] == [0], answer["err"][0]
-    found = rows(work / "p.csv")
+    found = csv_rows(work / "p.csv")
     assert list(found[0]) == ["path", "predicted", *CLASSES]
     names = [row["path"] for row in found]
     if paths is None:
@@ -163,7 +158,7 @@ def test_predictions_are_those_of_the_model(run_imbsam, work):
     transform = ImageTransform("none", 8, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         wanted = model(transform(Image.open(work / "pictures/bee/0.png"))[None]).softmax(dim=1)[0]
-    assert [float(rows(work / "p.csv")[0][name]) for name in CLASSES] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert [float(csv_rows(work / "p.csv")[0][name]) for name in CLASSES] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_what_cannot_be_predicted_is_one_line(run_imbsam, work):
@@ -180,12 +175,12 @@ def test_a_new_table_is_scored_from_the_checkpoint_alone(run_imbsam, work):
     """Columns are matched by name, with any separator and in any order; the rows are numbered from 1."""
     args = ["predict", "--ckpt_path", last("anomaly_table/devnet_sgd"), "--predictions.path=p.csv"]
     assert run_imbsam(work, *args, "--data.predict=frauds.csv")["codes"] == [0]
-    scores = rows(work / "p.csv")
+    scores = csv_rows(work / "p.csv")
     (work / "frauds.csv").unlink()
     table(work / "new.csv", separator=";", columns=("kind", "hour", "amount"))
     answer = run_imbsam(work, *args, "--data.predict=new.csv")
     assert answer["codes"] == [0], answer["err"][0]
-    assert rows(work / "p.csv") == scores
+    assert csv_rows(work / "p.csv") == scores
     assert [row["row"] for row in scores] == [str(i) for i in range(1, 97)]
     table(work / "less.csv", columns=("kind", "amount"))
     line = refused(run_imbsam(work, *args, "--data.predict=less.csv"))
