@@ -26,6 +26,8 @@ class SharpGradient(enum.Enum):
     EVERY_ROW = "every row has c = 1: g_s is the whole gradient and g_rest is 0"
     SAME_GRAPH = "the extra passes see the whole batch: the graph of the first forward gives g_s too"
     OWN_FORWARD = "a second forward, on the sharp rows and their context, gives g_s; g_rest is then g_all - g_s"
+    DIRECTION = "the same, but only for the direction of e: the first forward gives g_rest itself"
+    FIRST_PASS = "two first passes: the other rows give g_rest, the sharp rows give g_s"
     BY_GROUP = "several groups of classes, each with its own g_s: `Batch.parts` has each group's sharp rows"
 
 
@@ -47,6 +49,10 @@ class Plan:
     """Whether a batch may be empty: other ranks have rows, and average with this one."""
     rho: float
     """Length of e."""
+    splits: bool
+    """Whether sharp rows and others may have first passes of their own: no row sees another."""
+    along_only: bool
+    """Whether only some parameters are perturbed and no row sees another, so that g_s(w) is for the direction alone."""
 
     def batches(self, losses: Any, targets: Any, sharpness_weight: Any) -> "list[Batch]":
         """Decide for the one batch, or for each of a list of micro-batches ``(losses, targets)``."""
@@ -89,7 +95,9 @@ class Plan:
         if len(c) == 0 and not self.may_be_empty:
             raise SettingError("the batch is empty: skip it")
         rows = self._extra_pass_rows(c)
-        return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
+        source = self._source(c, len(rows), own=sharpness_weight is not None)
+        others = torch.from_numpy(np.flatnonzero(c.numpy() == 0)) if source is SharpGradient.FIRST_PASS else None
+        return Batch(losses, a, c, rows, source, others)
 
     def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
         """Each e of the step: its length, and the batches whose sharp rows it is for. Here just one e."""
@@ -114,7 +122,13 @@ class Plan:
             every_row, whole = not own and bool((self.sharpness_weight.numpy() == 1).all()), self.context_rows is None
         if every_row:
             return SharpGradient.EVERY_ROW
-        return SharpGradient.SAME_GRAPH if whole else SharpGradient.OWN_FORWARD
+        if self.splits and bool(np.isin(c.numpy(), (0, 1)).all()):
+            return SharpGradient.FIRST_PASS
+        return SharpGradient.SAME_GRAPH if whole else self._own_forward
+
+    @property
+    def _own_forward(self) -> SharpGradient:
+        return SharpGradient.DIRECTION if self.along_only else SharpGradient.OWN_FORWARD
 
 
 @dataclass
@@ -129,6 +143,8 @@ class Batch:
     rows: Tensor
     """Rows of the extra passes, int64: the whole batch in order, the sharp rows and then their context, or none."""
     source: SharpGradient
+    others: Tensor | None = None
+    """The rows of the first pass where those are not all of them: the rows that are not sharp, int64."""
     buffers: Buffers | None = None
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
@@ -149,9 +165,21 @@ class Batch:
         """Whether it runs at w + e."""
         return self.source is not SharpGradient.NONE
 
+    @property
+    def first_rows(self) -> Tensor:
+        """The rows of the first pass, in order, int64."""
+        return torch.arange(self.size, device="cpu") if self.others is None else self.others
+
+    @property
+    def gives_rest(self) -> bool:
+        """Whether the first forward gives g_rest itself, and not g_all."""
+        return any(part.source is SharpGradient.DIRECTION for part in self.parts or [self])
+
     def all(self, losses: Tensor) -> Tensor:
-        """Sum of a_i l_i."""
-        return losses.sum() if self.a is None else _weighted_sum(losses, self.a)
+        """Sum of a_i l_i over the rows of the first pass."""
+        if self.a is None:
+            return losses.sum()
+        return _weighted_sum(losses, self.a if self.others is None else self.a[self.others])
 
     def rest(self, losses: Tensor) -> Tensor:
         """Sum of a_i (1 - c_i) l_i."""

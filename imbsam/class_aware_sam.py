@@ -1,12 +1,12 @@
 """Sharpness-aware minimization by class as a backward pass: call it instead of `loss.backward()`."""
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from imbsam.backward_pass import BackwardPass
 from imbsam.batch import Losses, Plan
 from imbsam.capture.captured_step import Capturable
 from imbsam.class_groups import class_counts_tensor
@@ -21,12 +21,14 @@ from imbsam.distributed import (
     reduction_over,
 )
 from imbsam.errors import SettingError
-from imbsam.extra_passes import AUTO_CONTEXT_ROWS, ContextRows, check_context_rows, normalises_over_rows
+from imbsam.extra_passes import ContextRows, averages_over_rows, check_context_rows, context_of
+from imbsam.parameters import Perturb, check_perturb, perturbed_parameters, trained_parameters
 from imbsam.row_weights import class_vector
+from imbsam.scheduled import Scheduled
 from imbsam.step import Step
 
 
-class ClassAwareSAM(Capturable):
+class ClassAwareSAM(Scheduled, Capturable):
     r"""Sharpness-aware minimization with a sharpness weight for every class, as a backward pass.
 
     With per-sample losses :math:`l_i(w)`, sharpness weights :math:`c_i \ge 0` and loss weights :math:`a_i \ge 0` that
@@ -73,6 +75,15 @@ class ClassAwareSAM(Capturable):
             count, so that BatchNorm sees a batch. ``0`` is exact for a network and loss that treat each row
             independently; ``"batch"`` is the published gradient, with the whole batch in every pass, and what a loss
             that couples rows needs; ``"auto"`` is 32 if the module has BatchNorm in training mode, else 0.
+        perturb: the parameters to perturb; e is 0 for the others. ``"norm"``: the normalisation layers' (SAM-ON,
+            Mueller et al., NeurIPS 2023; rho about ten times larger). ``"classifier"``: the last layer's with one
+            output per class (CC-SAM's first stage). Or a list of names of layers or parameters, as in
+            ``module.named_modules()``.
+        first_pass: ``"split"`` runs the first pass on the sharp rows and on the others separately, ``1 + t`` passes
+            instead of ``1 + 2 t`` for a share t of sharp rows, with the same gradient. ``losses`` is then called for
+            the other rows, for the sharp ones, and for the sharp ones at w + e, never for all rows in order
+            (:class:`imbsam.first_outputs.FirstOutputs` keeps predictions). It applies if rows are independent (no
+            BatchNorm in training mode, no context rows) and every c is 0 or 1; otherwise it is ``"whole"``.
         perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
             process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
             all-reduces per step.
@@ -108,6 +119,8 @@ class ClassAwareSAM(Capturable):
         class_weight: Tensor | Sequence[float] | None = None,
         adaptive: bool = False,
         context_rows: ContextRows = "auto",
+        perturb: Perturb = "all",
+        first_pass: Literal["whole", "split"] = "whole",
         perturbation: Literal["global", "per_rank"] = "global",
         no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         process_group: Any = None,
@@ -119,43 +132,24 @@ class ClassAwareSAM(Capturable):
         self.sharpness_weight = class_vector("sharpness_weight", sharpness_weight)
         self.class_weight = class_weight
         counts = None if class_counts is None else class_counts_tensor(class_counts)
+        known = counts if counts is not None else self.sharpness_weight
+        self._num_classes = len(known) if known.dim() == 1 else None
         if tail_weight != 1:
             self.class_weight = with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
         self.adaptive = adaptive
         check_context_rows(context_rows)
         self.context_rows = context_rows
+        check_perturb(perturb)
+        self.perturb = perturb
+        if first_pass not in ("whole", "split"):
+            raise SettingError(f'first_pass is {first_pass!r}: give "whole" or "split"')
+        self.first_pass = first_pass
         if perturbation not in ("global", "per_rank"):
             raise SettingError(f'perturbation is {perturbation!r}: give "global" or "per_rank"')
         self.perturbation = perturbation
         ddp_no_sync, ddp_group = communication_of(module)
         self.no_sync = no_sync or ddp_no_sync
         self.process_group = ddp_group if process_group is None else process_group
-
-    @property
-    def rho(self) -> float:
-        """Length of the perturbation e."""
-        return self._rho
-
-    @rho.setter
-    def rho(self, rho: float) -> None:
-        if isinstance(rho, str) or not 0 <= rho < math.inf:
-            raise SettingError(f"rho is {rho!r}: give a finite number from 0 (0.05 is the literature's)")
-        self._rho = float(rho)
-
-    @property
-    def class_weight(self) -> Tensor | None:
-        """Loss weight a for every class, float64 (C,) on the CPU; None if all are 1."""
-        return self._class_weight
-
-    @class_weight.setter
-    def class_weight(self, class_weight: Tensor | Sequence[float] | None) -> None:
-        weight = None if class_weight is None else class_vector("class_weight", class_weight)
-        classes = self.sharpness_weight
-        if weight is not None and weight.dim() == classes.dim() == 1 and len(weight) != len(classes):
-            raise SettingError(
-                f"class_weight has {len(weight)} entries for {len(classes)} classes: give one weight for each class"
-            )
-        self._class_weight = weight
 
     def backward(
         self,
@@ -192,23 +186,24 @@ class ClassAwareSAM(Capturable):
                 m.reshard()
 
         reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
-        # in the order of module.parameters(), tied ones once, without another walk of the modules
-        trained = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
-        params = list({id(p): p for p in trained}.values())
-        if not params:
-            raise SettingError("module has no parameter that requires a gradient: unfreeze one")
+        params = trained_parameters(modules)
         group = None if sharded else self.process_group
         check_modules(modules, self.perturbation, group)
         plan = self._plan(modules, own=sharpness_weight is not None, group=group)
         batches = plan.batches(losses, targets, sharpness_weight)
+        perturbed = perturbed_parameters(self.perturb, modules, params, self._num_classes)
+        reduction = self._reduction(params, perturbed, group, plan)
+        whole = all(perturbed) or reduction.keeps_g_s or bool(sharded)  # FSDP2 runs the backward on other tensors
         step = Step(
             modules,
             params,
+            perturbed,
             batches,
             ascents=plan.ascents(batches),
             adaptive=self.adaptive,
-            reduction=self._reduction(params, group, plan),
-            run_backward=backward,
+            reduction=reduction,
+            backward_pass=BackwardPass(self.module, params, backward),
+            along_only=None if whole else [p for p, chosen in zip(params, perturbed, strict=True) if chosen],
             after_write=reshard,
         )
         try:
@@ -230,21 +225,22 @@ class ClassAwareSAM(Capturable):
         if self.process_group is not None or fsdp_modules(list(self.module.modules())):
             broadcast_buffers(self.module, self.process_group)
 
-    def _reduction(self, params: Sequence[Tensor], group: Any, plan: Plan) -> Reduction:
-        return reduction_over(group, params, self.perturbation, plan.perturbs)
+    def _reduction(self, params: Sequence[Tensor], perturbed: Sequence[bool], group: Any, plan: Plan) -> Reduction:
+        return reduction_over(group, params, self.perturbation, plan.perturbs, perturbed)
 
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
-        context_rows = self.context_rows
-        if context_rows == "auto":
-            context_rows = AUTO_CONTEXT_ROWS if perturbs and any(map(normalises_over_rows, modules)) else 0
+        context_rows, apart = context_of(self.context_rows, modules, perturbs)
         waits = forward_communicates(modules)
+        apart = apart and not waits
         return Plan(
             sharpness_weight=self.sharpness_weight,
             class_weight=self.class_weight,
-            context_rows=None if context_rows == "batch" else context_rows,
+            context_rows=context_rows,
             perturbs=perturbs,
-            in_step=perturbs and (waits or (group is not None and context_rows == "batch")),
-            may_be_empty=group is not None and not waits and context_rows != "batch",
+            in_step=perturbs and (waits or (group is not None and context_rows is None)),
+            may_be_empty=group is not None and not waits and context_rows is not None,
             rho=self.rho,
+            splits=apart and self.first_pass == "split" and not any(map(averages_over_rows, modules)),
+            along_only=apart and self.perturb != "all",
         )

@@ -24,6 +24,8 @@ class Reduction:
 
     waits = False
     """Whether `mean_g_s` waits for the other ranks, so that every rank must call it, with sharp rows or without."""
+    keeps_g_s = False
+    """Whether g_s(w) serves for more than the direction of e, so that all its parts are needed."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = params
@@ -44,16 +46,24 @@ class Averaged(Reduction):
         params: the trained parameters.
         group: the ranks' process group.
         waits: whether some rank may have sharp rows.
+        perturbed: whether each parameter is perturbed; the others' g_s is not averaged.
     """
 
-    def __init__(self, params: Sequence[Tensor], group: Any, waits: bool) -> None:
+    def __init__(self, params: Sequence[Tensor], group: Any, waits: bool, perturbed: Sequence[bool]) -> None:
         super().__init__(params)
         self.group = group
         self.waits = waits
+        self._perturbed = perturbed
 
     def mean_g_s(self, g_s: Gradients) -> Gradients:
         """The mean of all ranks' g_s: they ascend together."""
-        return mean(g_s, self.params, self.group)
+        if all(self._perturbed):
+            return mean(g_s, self.params, self.group)
+        chosen = [i for i, perturbed in enumerate(self._perturbed) if perturbed]
+        means = mean(Gradients(g_s.tensors[i] for i in chosen), [self.params[i] for i in chosen], self.group)
+        for i, found in zip(chosen, means.tensors, strict=True):
+            g_s.tensors[i] = found
+        return g_s
 
     def mean(self, g: Gradients) -> Gradients:
         """The mean of all ranks' gradients."""
@@ -68,13 +78,16 @@ class PerRank(Averaged):
         return g_s
 
 
-def reduction_over(group: Any, params: Sequence[Tensor], perturbation: str, perturbs: bool) -> Reduction:
+def reduction_over(
+    group: Any, params: Sequence[Tensor], perturbation: str, perturbs: bool, perturbed: Sequence[bool] | None = None
+) -> Reduction:
     """The reduction over the ranks of `group`, which is None for one process, or if FSDP2 reduces."""
+    perturbed = [True] * len(params) if perturbed is None else perturbed
     if group is None:
         return Reduction(params)
     if perturbation == "per_rank":
-        return PerRank(params, group, waits=False)
-    return Averaged(params, group, waits=perturbs)
+        return PerRank(params, group, waits=False, perturbed=perturbed)
+    return Averaged(params, group, waits=perturbs, perturbed=perturbed)
 
 
 @torch.no_grad()

@@ -22,13 +22,38 @@ def check_context_rows(context_rows: ContextRows) -> None:
         raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
 
 
+def context_of(context_rows: ContextRows, modules: Sequence[nn.Module], perturbs: bool) -> tuple[int | None, bool]:
+    """How many context rows the setting means for a module, and whether its rows are apart.
+
+    Args:
+        context_rows: the setting.
+        modules: the module's submodules.
+        perturbs: whether there may be extra passes; if not, nobody looks.
+
+    Returns:
+        The number, None for the whole batch; and whether no row of a pass sees another.
+    """
+    if context_rows == "batch":
+        return None, False
+    over_rows = perturbs and context_rows in ("auto", 0) and any(map(normalises_over_rows, modules))
+    rows = (AUTO_CONTEXT_ROWS if over_rows else 0) if context_rows == "auto" else context_rows
+    return rows, perturbs and rows == 0 and not over_rows
+
+
 def normalises_over_rows(module: nn.Module) -> bool:
     """Whether it is BatchNorm in training mode; hand-written, scripted and exported ones are told by their buffers."""
     name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
     if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
         return False
-    statistics = (buffer.startswith(("running_", "moving_")) for buffer in module._buffers.keys())  # noqa: SIM118
-    return isinstance(module, _BatchNorm) or "BatchNorm" in name or any(statistics)
+    return isinstance(module, _BatchNorm) or "BatchNorm" in name or averages_over_rows(module)
+
+
+def averages_over_rows(module: nn.Module) -> bool:
+    """Whether it keeps running statistics of the rows it sees, as InstanceNorm may."""
+    return module.training and any(
+        buffer.startswith(("running_", "moving_"))
+        for buffer in module._buffers.keys()  # noqa: SIM118
+    )
 
 
 def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:

@@ -17,6 +17,11 @@ class Gradients:
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         self.tensors = list(tensors)
 
+    @classmethod
+    def none(cls, count: int) -> "Gradients":
+        """Where no pass has reached any of so many parameters."""
+        return cls([None] * count)
+
     def __iadd__(self, others: "Gradients") -> "Gradients":
         """Add in place, in one multi-tensor call; where this has None, it takes over the tensor of `others`."""
         return self._add(others, 1)

@@ -45,7 +45,7 @@ class PartitionedPlan(Plan):
                 "targets instead"
             )
         batch = super()._batch(losses, targets)
-        batch.source = SharpGradient.NONE
+        batch.source, batch.others = SharpGradient.NONE, None
         batch.sharp_of_group = self._sharp_of_group(on_host("targets", targets))
         return batch
 
@@ -61,7 +61,7 @@ class PartitionedPlan(Plan):
             rows = self._extra_pass_rows(c)
             if len(rows):
                 # not from the first forward's graph, which is useless for g_2(w) once the weights have been w + e_1
-                part = Batch(batch.losses, batch.a, c, rows, SharpGradient.OWN_FORWARD)
+                part = Batch(batch.losses, batch.a, c, rows, self._own_forward)
                 batch.source = SharpGradient.BY_GROUP
                 batch.parts.append(part)
                 parts.append(part)

@@ -19,6 +19,7 @@ def backward(
     rho: float | Sequence[float] = 0.05,
     adaptive: bool = False,
     alpha: float = 0.0,
+    perturbed: Sequence[bool] | None = None,
 ) -> Tensor:
     r"""Leave the gradient of L, with e held fixed, in ``.grad``.
 
@@ -36,6 +37,7 @@ def backward(
         rho: length of e; K of them if c has K rows.
         adaptive: e = rho w^2 g_s / ||w g_s|| (ASAM).
         alpha: subtract this much of the part of g_s(w) that is orthogonal to the gradient (GSAM; c = 1).
+        perturbed: whether to perturb each of the params; default: all (SAM-ON: only the normalisation layers').
 
     Returns:
         1/B sum_i a_i l_i(w), detached.
@@ -46,13 +48,15 @@ def backward(
     """
     loss = losses()
     groups = c if c.dim() == 2 else c[None]
+    perturbed = [True] * len(params) if perturbed is None else perturbed
     lengths = rho if isinstance(rho, Sequence) else [rho] * len(groups)
     directions = [torch.autograd.grad((a * c_k * loss).mean(), params, retain_graph=True) for c_k in groups]
     gradient = list(torch.autograd.grad((a * (1 - groups.sum(0)) * loss).mean(), params))
     before = [w.detach().clone() for w in params]
     for c_k, rho_k, g_k in zip(groups, lengths, directions, strict=True):
         with torch.no_grad():
-            direction = [w * g for w, g in zip(params, g_k, strict=True)] if adaptive else list(g_k)
+            direction = [w * g if adaptive else g for w, g in zip(params, g_k, strict=True)]
+            direction = [d * chosen for d, chosen in zip(direction, perturbed, strict=True)]
             norm = torch.sqrt(sum(((d**2).sum() for d in direction), torch.zeros(())))
             for w, d in zip(params, direction, strict=True):
                 w += rho_k * (w * d if adaptive else d) / norm if norm > 0 else 0

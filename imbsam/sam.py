@@ -92,8 +92,9 @@ class GSAM(SAM):
             )
         return super()._plan(modules, own=own, group=group)
 
-    def _reduction(self, params: Sequence[Tensor], group: Any, plan: Plan) -> Reduction:
-        return SurrogateGap(super()._reduction(params, group, plan), self.alpha, copied=self.adaptive)
+    def _reduction(self, params: Sequence[Tensor], perturbed: Sequence[bool], group: Any, plan: Plan) -> Reduction:
+        averaged = super()._reduction(params, [True] * len(params), group, plan)  # g(w) is more than a direction
+        return SurrogateGap(averaged, self.alpha, copied=self.adaptive)
 
 
 class ImbSAM(ClassAwareSAM):

@@ -2,17 +2,17 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imbsam.backward_pass import BackwardPass
 from imbsam.batch import Batch, SharpGradient, to_device
 from imbsam.distributed import Reduction
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients, clones, copy_, local_shards
 from imbsam.perturbation import Ascent, perturbation
-from imbsam.reduce_overhead import begin_pass, outlive_pass
+from imbsam.reduce_overhead import begin_pass
 from imbsam.snapshot import Buffers, RandomState
 
 
@@ -26,11 +26,13 @@ class Step:
     Args:
         modules: the module's submodules, itself first.
         params: its trained parameters.
+        perturbed: whether each of them is perturbed; e is 0 for the others.
         batches: the micro-batches, which count as one batch of B rows.
         ascents: for each e, its length and the parts of the batches that give its g_s (``Plan.ascents``).
         adaptive: ASAM's e.
         reduction: averages over the ranks.
-        run_backward: runs a backward pass: ``Tensor.backward``, or a scaler's.
+        backward_pass: runs the backward passes.
+        along_only: the parameters whose g_s to compute where it only directs e; None for all.
         after_write: called after every change of the weights.
     """
 
@@ -38,22 +40,27 @@ class Step:
         self,
         modules: Sequence[nn.Module],
         params: Sequence[nn.Parameter],
+        perturbed: Sequence[bool],
         batches: Sequence[Batch],
         *,
         ascents: Sequence[tuple[float, Sequence[Batch]]],
         adaptive: bool,
         reduction: Reduction,
-        run_backward: Callable[..., Any],
+        backward_pass: BackwardPass,
+        along_only: Sequence[nn.Parameter] | None,
         after_write: Callable[[], None],
     ) -> None:
         self._module = modules[0]
         self._params = params
+        self._perturbed = perturbed
         self._batches = batches
         self._total = max(1, sum(batch.size for batch in batches))
         self._ascents = ascents
         self._adaptive = adaptive
         self._reduction = reduction
-        self._run_backward = run_backward
+        self._gradient = backward_pass.gradient
+        self._retained_gradient = backward_pass.retained_gradient
+        self._along_only = along_only
         self._after_write = after_write
         # the state at entry
         self._grad_mode = torch.is_grad_enabled()
@@ -72,8 +79,8 @@ class Step:
                 self._own_forwards(parts, g_rest, g_s)
                 g_s = self._reduction.mean_g_s(g_s)
                 with self._ascended(g_s, rho):
-                    for part in parts:
-                        g_rest = self._sharp_gradient(part, add_to=g_rest)  # grad L(w) = g_rest(w) + g_s(w + e)
+                    for part in parts:  # grad L(w) = g_rest(w) + g_s(w + e)
+                        g_rest = self._gradient(self._sharp_objective(part), g_rest)
                 g_s = self._no_gradient()
             buffers.restore()
             generators.restore()
@@ -112,38 +119,51 @@ class Step:
                 drawn = self._generators if i == 0 else self._generators.now()
                 for part in batch.parts or [batch]:
                     part.buffers, part.generators = seen, drawn
-            losses = self._losses(batch, torch.arange(batch.size, device="cpu"))
+            losses = self._losses(batch, batch.first_rows)
             objective = batch.all(losses) / self._total
             loss = loss + objective.detach().to(loss.device)
             buffers = None
             if batch.source is SharpGradient.EVERY_ROW:
-                g_s = self._gradient(objective, g_s)
+                g_s = self._gradient(objective, g_s, inputs=self._along_only)
+                del losses, objective  # of a graph that the backward pass has not gone through nothing is freed by it
                 continue
             if batch.source is SharpGradient.SAME_GRAPH:
-                increment = self._retained_gradient(batch.sharp(losses) / self._total)
+                increment = self._retained_gradient(batch.sharp(losses) / self._total, inputs=self._along_only)
                 if increment is not None:
                     g_s += increment
                     buffers = self._buffers.now()  # activation checkpointing updates them again in the second backward
                     g_rest = self._gradient(batch.rest(losses) / self._total, g_rest)
                     continue
                 batch.source = SharpGradient.OWN_FORWARD
+            if batch.gives_rest:
+                objective = batch.rest(losses) / self._total
             g_rest = self._gradient(objective, g_rest)
+            if batch.source is SharpGradient.FIRST_PASS:
+                buffers, batch.generators = self._buffers.now(), self._generators.now()
+                objective = self._sharp_objective(batch)
+                loss = loss + objective.detach().to(loss.device)
+                g_s = self._gradient(objective, g_s, inputs=self._along_only)
+                del losses, objective
         self._check_reached(g_rest, g_s)
         return loss, g_rest, g_s, buffers
 
     def _own_forwards(self, parts: Sequence[Batch], g_rest: Gradients, g_s: Gradients) -> None:
-        """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s."""
+        """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s, where it is not there yet."""
         for part in parts:
-            if part.source is SharpGradient.OWN_FORWARD:
+            if part.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION):
                 part.generators = self._generators.now()
-                increment = self._sharp_gradient(part)
-                g_rest -= increment
+                subtracted = part.source is SharpGradient.OWN_FORWARD
+                along = None if subtracted else self._along_only
+                increment = self._gradient(self._sharp_objective(part), inputs=along)
+                if subtracted:
+                    g_rest -= increment
                 g_s += increment
 
     @contextlib.contextmanager
     def _ascended(self, g_s: Gradients, rho: float) -> Iterator[None]:
         """Inside, the weights are w + e. Consumes `g_s`, or its memory would be held through the passes at w + e."""
-        reached = [(p, g) for p, g in zip(self._params, g_s.tensors, strict=True) if g is not None]
+        found = zip(self._params, g_s.tensors, self._perturbed, strict=True)
+        reached = [(p, g) for p, g, perturbed in found if perturbed and g is not None]
         g_s.tensors = []
         if not reached:
             yield
@@ -161,14 +181,13 @@ class Step:
         finally:
             self._ascent.restore()
 
-    def _sharp_gradient(self, batch: Batch, add_to: Gradients | None = None) -> Gradients:
-        """g_s of one micro-batch at the current weights, w or w + e, with the same rows, buffers and masks."""
+    def _sharp_objective(self, batch: Batch) -> Tensor:
+        """What g_s is the gradient of, at the current weights: w and w + e see the same rows, buffers and masks."""
         assert batch.buffers is not None
         assert batch.generators is not None
         batch.buffers.restore()
         batch.generators.restore()
-        losses = self._losses(batch, batch.rows)
-        return self._gradient(batch.sharp(losses) / self._total, add_to)
+        return batch.sharp(self._losses(batch, batch.rows)) / self._total
 
     def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
         begin_pass(self._params[0].device)
@@ -180,38 +199,6 @@ class Step:
                 f'shape ({len(rows)},), for example with reduction="none"'
             )
         return losses
-
-    def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
-        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
-        into = (self._no_gradient() if add_to is None else add_to).tensors
-        for p, grad in zip(self._params, into, strict=True):
-            p.grad = grad
-        self._run_backward(loss, **options)
-        gradients = Gradients(p.grad for p in self._params)
-        if any(grad is not None and grad.is_sparse for grad in gradients.tensors):
-            sparse = (n for n, p in self._module.named_parameters() if p.grad is not None and p.grad.is_sparse)
-            raise SettingError(
-                f"{next(sparse)} has a sparse gradient, which cannot be perturbed: build it with sparse=False"
-            )
-        for p in self._params:
-            p.grad = None  # or it would keep g_s alive through the pass at w + e
-        return outlive_pass(gradients, self._params[0].device) if add_to is None else gradients
-
-    def _retained_gradient(self, loss: Tensor) -> Gradients | None:
-        """The gradient of `loss` with its graph kept, or None if the graph does not allow that (torch.compile)."""
-        try:
-            return self._gradient(loss, retain_graph=True)
-        except RuntimeError as error:
-            if "donated buffer" not in str(error):
-                raise
-            return None
-        except TypeError as error:
-            if "retain_graph" not in str(error):
-                raise
-            raise SettingError(
-                "backward= does not take retain_graph: forward keyword arguments, "
-                "as in lambda loss, **kw: scaler.scale(loss).backward(**kw)"
-            ) from error
 
     def _check_reached(self, g_rest: Gradients, g_s: Gradients) -> None:
         reached = any(g is not None for g in (*g_rest.tensors, *g_s.tensors))
@@ -234,7 +221,7 @@ class Step:
             torch._foreach_add_(local_shards(into), local_shards(increments))
 
     def _no_gradient(self) -> Gradients:
-        return Gradients([None] * len(self._params))
+        return Gradients.none(len(self._params))
 
     def _entries(self) -> list[Tensor]:
         return local_shards([grad for grad in self._grads if grad is not None])

@@ -19,6 +19,8 @@ class SurrogateGap(Reduction):
         copied: whether to copy g(w), because the ascent overwrites it, as ASAM's does.
     """
 
+    keeps_g_s = True
+
     def __init__(self, reduction: Reduction, alpha: float, copied: bool) -> None:
         super().__init__(reduction.params)
         self.waits = reduction.waits

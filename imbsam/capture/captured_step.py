@@ -15,12 +15,13 @@ from imbsam.capture.checks import (
     check_method,
     check_module,
     check_signature,
-    trained_parameters,
 )
 from imbsam.capture.graphs import CaptureError, CudaGraphs, Graphs
 from imbsam.capture.pass_sizes import graph_sizes
 from imbsam.capture.static_step import StaticStep
 from imbsam.errors import SettingError
+from imbsam.first_outputs import FirstOutputs
+from imbsam.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM
@@ -53,7 +54,7 @@ class CapturedStep:
         pass_sizes: Sequence[int] | None = None,
     ) -> None:
         check_signature(losses_of, example)
-        self._eager_outputs: list[Tensor] | None = None
+        self._eager_outputs: list[FirstOutputs] | None = None
         self._micro_batches = 0
         self._sam = sam
         self._losses_of = losses_of
@@ -120,7 +121,7 @@ class CapturedStep:
         """What `losses_of` returned beside the losses of the first pass, for each micro-batch."""
         if self._eager_outputs is None and self._static is not None:
             return self._static.outputs[: self._micro_batches]
-        return self._eager_outputs or []
+        return [kept.outputs for kept in self._eager_outputs or []]
 
     def _fall_back_or_raise(self, error: CaptureError) -> None:
         """A capture that failed ends in one line, or with "auto" in eager steps from there on."""
@@ -133,7 +134,7 @@ class CapturedStep:
         self._static = None
 
     def _eager(self, micro: Sequence[Any], targets: Sequence[Any], sharpness_weight: Any) -> Tensor:
-        outputs: list[Tensor] = []
+        outputs: list[FirstOutputs] = []
         self._eager_outputs = outputs
         device = self._params[0].device
         functions = [self._of_rows([_moved(t, device) for t in inputs], outputs, i) for i, inputs in enumerate(micro)]
@@ -145,15 +146,17 @@ class CapturedStep:
             backward=Tensor.backward if self._scaler is None else self._scaled_backward,
         )
 
-    def _of_rows(self, inputs: Sequence[Tensor], outputs: list[Tensor], i: int) -> Callable[[Tensor], Any]:
+    def _of_rows(self, inputs: Sequence[Tensor], outputs: list[FirstOutputs], i: int) -> Callable[[Tensor], Any]:
         """`losses_of` as the engine takes it: from row indices."""
+        kept = FirstOutputs(len(inputs[0]))
 
         def losses(rows: Tensor) -> Any:
             found = self._losses_of(*(t[rows] for t in inputs))
             if not isinstance(found, tuple):
                 return found
-            if len(outputs) == i:  # the first pass
-                outputs.append(found[1].detach())
+            kept(rows, found[1])
+            if len(outputs) == i:
+                outputs.append(kept)
             return found[0]
 
         return losses

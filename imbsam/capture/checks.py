@@ -9,17 +9,10 @@ from torch import Tensor, nn
 from imbsam.capture.graphs import CaptureError
 from imbsam.distributed import check_modules, forward_communicates
 from imbsam.errors import SettingError
+from imbsam.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM
-
-
-def trained_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """As ``module.parameters()`` orders them, tied ones once, without another walk of the modules."""
-    params = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
-    if not params:
-        raise SettingError("module has no parameter that requires a gradient: unfreeze one")
-    return list(params.values())
 
 
 def check_signature(losses_of: Any, example: Any) -> None:
@@ -46,6 +39,8 @@ def check_signature(losses_of: Any, example: Any) -> None:
 
 def check_method(sam: "ClassAwareSAM") -> None:
     """Refuse a method whose step is not the one that is captured: some class of it overrides what the engine does."""
+    if sam.perturb != "all":
+        raise CaptureError(f"perturb is {sam.perturb!r}, and a captured step perturbs all parameters")
     for cls in type(sam).__mro__:
         if cls.__name__ == "ClassAwareSAM":
             return

@@ -23,6 +23,8 @@ from imbsam import (
     SettingError,
     reference,
 )
+from imbsam.first_outputs import FirstOutputs
+from imbsam.parameters import perturbed_parameters
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -180,6 +182,186 @@ def test_one_group_is_bit_identical_to_the_method(net, name, settings):
     assert all(torch.equal(g, h) for g, h in zip(*grads, strict=True))
 
 
+PERTURBED = {
+    "norm": lambda name: name.startswith("1."),
+    "classifier": lambda name: name.startswith("4."),
+    ("0", "4.bias"): lambda name: name.startswith("0.") or name == "4.bias",
+}
+
+
+@pytest.mark.parametrize("perturb", PERTURBED, ids=str)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("context_rows", ["batch", 0, 4])
+@pytest.mark.parametrize("first_pass", ["whole", "split"])
+@pytest.mark.parametrize("method", METHODS)
+def test_perturbation_of_some_parameters_alone(method, first_pass, context_rows, adaptive, perturb):
+    model, x, y = make("group norm")
+    settings = {"rho": 0.1, "adaptive": adaptive, "class_weight": CLASS_WEIGHT, "first_pass": first_pass}
+    sam = METHODS[method](model, **settings, context_rows=context_rows, perturb=perturb)
+    perturbed = [PERTURBED[perturb](name) for name, _ in model.named_parameters()]
+    wanted = per_row(sam, y, CLASS_WEIGHT)
+    expected = objective_gradient(model, x, y, **wanted, adaptive=adaptive, perturbed=perturbed)
+    before = [p.detach().clone() for p in model.parameters()]
+    moved = []
+
+    def losses(rows):
+        moved.append([not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)])
+        return cross_entropies(model, x, y)(rows)
+
+    sam.backward(losses, y)
+    assert_gradient(model, expected)
+    assert any(map(any, moved))
+    assert not any(m and not chosen for at in moved for m, chosen in zip(at, perturbed, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_batch_norm_layers_alone_are_perturbed():
+    model, x, y = make("batch norm")
+    perturbed = [name.split(".")[0] in "15" for name, _ in model.named_parameters()]
+    sam = ImbSAM(model, COUNTS, rho=0.1, context_rows="batch", perturb="norm")
+    expected = objective_gradient(model, x, y, **per_row(sam, y, None), perturbed=perturbed)
+    sam.backward(cross_entropies(model, x, y), y)
+    assert_gradient(model, expected)
+
+
+@pytest.mark.parametrize(("perturb", "computed"), [("all", 6), ("norm", 2), ("classifier", 2)])
+@pytest.mark.parametrize("method", ["sam", "imbsam whole", "imbsam split", "imbsam batch", "cc_sam", "gsam"])
+def test_pass_along_e_computes_the_gradients_of_what_is_perturbed_alone(method, perturb, computed):
+    model, x, y = make("group norm")
+    name, _, how = method.partition(" ")
+    settings = {"batch": {"context_rows": "batch"}, "split": {"first_pass": "split"}}.get(how, {})
+    counted = []
+
+    def backward(loss, **kw):
+        loss.backward(**kw)
+        counted.append(sum(p.grad is not None for p in model.parameters()))
+
+    METHODS[name](model, perturb=perturb, **settings).backward(cross_entropies(model, x, y), y, backward=backward)
+    # where g_s(w) is subtracted, or GSAM takes its orthogonal part away, all of it is needed
+    along = 6 if name == "gsam" else computed
+    wanted = {
+        "sam": [along, 6],
+        "gsam": [along, 6],
+        "imbsam whole": [6, along, 6],
+        "imbsam split": [6, along, 6],
+        "imbsam batch": [along, 6, 6],
+        "cc_sam": [6, *[along, 6] * 4],
+    }
+    assert counted == wanted[method]
+
+
+def test_kinds_of_parameters_are_found_in_every_network():
+    torch.manual_seed(0)
+    layers = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleDict({"body": layers, "head": nn.Linear(8, 4), "aux": nn.Linear(8, 2)})
+    modules, params = list(model.modules()), list(model.parameters())
+
+    def chosen(perturb, num_classes=4):
+        found = perturbed_parameters(perturb, modules, params, num_classes)
+        return [name for (name, _), is_one in zip(model.named_parameters(), found, strict=True) if is_one]
+
+    assert chosen("norm") == ["body.norm1.weight", "body.norm1.bias", "body.norm2.weight", "body.norm2.bias"]
+    assert chosen("classifier") == ["head.weight", "head.bias"]
+    assert chosen("classifier", 2) == chosen("classifier", None) == ["aux.weight", "aux.bias"]
+    assert chosen(["norm1", "head.bias"]) == ["body.norm1.weight", "body.norm1.bias", "head.bias"]
+    with pytest.raises(SettingError, match="perturb is 'classifier' and module has no trained layer with 7 outputs"):
+        chosen("classifier", 7)
+    with pytest.raises(SettingError, match=r"perturb is \['hea'\] and module has no trained parameter of such a name"):
+        chosen(["hea"])
+    model.body.requires_grad_(False)
+    params = list(model.head.parameters())
+    with pytest.raises(SettingError, match="perturb is 'norm' and module has no normalisation layer with a trained"):
+        perturbed_parameters("norm", modules, params, 4)
+
+
+@pytest.mark.parametrize("name", ["labels", "probabilities", "rows' own", "micro-batches", "class weights"])
+def test_split_first_pass_is_the_same_gradient(name):
+    model, x, y = make("group norm")
+    weights = CLASS_WEIGHT if name == "class weights" else None
+    sam = ImbSAM(model, COUNTS, rho=0.1, first_pass="split", class_weight=weights)
+    seen = []
+
+    def losses(rows):
+        seen.append(rows.tolist())
+        return cross_entropies(model, x, y)(rows)
+
+    if name == "probabilities":  # as one-hot rows: c is still 0 or 1
+        y = F.one_hot(y, 4).double()
+    settings = per_row(sam, y, weights)
+    own = None
+    if name == "rows' own":
+        own = settings["c"] = torch.arange(BATCH).remainder(3).eq(0).double()
+    expected = objective_gradient(model, x, y, **settings)
+    plain = (settings["a"] * cross_entropies(model, x, y)(torch.arange(BATCH))).mean().detach()
+    if name == "micro-batches":
+        parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]  # the first without a tail row
+        loss = sam.backward([(lambda rows, p=p: losses(p[rows]), y[p]) for p in parts])
+    else:
+        loss = sam.backward(losses, y, sharpness_weight=own)
+        sharp = settings["c"].nonzero()[:, 0].tolist()
+        assert seen == [sorted(set(range(BATCH)) - set(sharp)), sharp, sharp]
+    assert_gradient(model, expected)
+    torch.testing.assert_close(loss, plain)
+
+
+def split_rows(model: nn.Module, method: Callable[..., ClassAwareSAM] = ImbSAM, **settings: Any) -> list[int]:
+    _, x, y = make("mlp")
+    seen = []
+
+    def losses(rows):
+        seen.append(len(rows))
+        return cross_entropies(model, x, y)(rows)
+
+    method(model, COUNTS, first_pass="split", **settings).backward(losses, y)
+    return seen
+
+
+def test_split_first_pass_costs_the_tail_once_and_is_whole_where_rows_see_each_other():
+    model = group_norm_net().double()
+    assert split_rows(model) == [16, 8, 8]
+    assert split_rows(model, perturb="norm") == [16, 8, 8]
+    assert split_rows(model, context_rows=4) == [BATCH, 12, 12]
+    assert split_rows(model, context_rows="batch") == [BATCH, BATCH]
+    assert split_rows(model, SAM) == split_rows(model, GSAM) == split_rows(model, FocalSAM) == [BATCH, BATCH]
+    assert split_rows(model, Plain) == split_rows(model, rho=0.0) == [BATCH]
+    assert split_rows(model, ClassAwareSAM, sharpness_weight=[0, 0, 0.5, 1], context_rows=0) == [BATCH, 8, 8]
+    assert split_rows(model, SSESAM, eta=20) == [BATCH, 16, 16, 8, 8]
+    assert split_rows(model, SSESAM, eta=20, head_rho=0.0) == [16, 8, 8]  # its second stage
+    norm = batch_norm_net().double()
+    assert split_rows(norm) == [BATCH] * 2
+    assert split_rows(norm, context_rows=0) == [BATCH, 8, 8]
+    assert split_rows(norm.eval()) == [16, 8, 8]
+    statistics = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), *mlp()).double()
+    assert split_rows(statistics) == [BATCH, 8, 8]  # they are of all rows, as one ordinary pass leaves them
+
+
+@pytest.mark.parametrize("settings", [{}, {"context_rows": 4}, {"context_rows": "batch"}, {"rho": 0.0}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first_pass", ["whole", "split"])
+def test_outputs_at_w_are_kept_in_row_order(first_pass, method, settings):
+    model, x, y = make("mlp")
+    kept = FirstOutputs(BATCH)
+    wanted = model(x).detach()
+
+    def losses(rows):
+        return F.cross_entropy(kept(rows, model(x[rows])), y[rows], reduction="none")
+
+    METHODS[method](model, first_pass=first_pass, **{"rho": 0.5, **settings}).backward(losses, y)
+    torch.testing.assert_close(kept.outputs, wanted, rtol=0, atol=1e-14)
+    assert not kept.outputs.requires_grad
+
+
+def test_split_first_pass_draws_the_same_masks_at_w_and_at_w_plus_e():
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+    x, y = torch.randn(BATCH, 6), make("mlp")[2]
+    masks = []
+    model[1].register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    ImbSAM(model, COUNTS, first_pass="split").backward(cross_entropies(model, x, y), y)
+    others, at_w, at_w_plus_e = masks
+    assert torch.equal(at_w, at_w_plus_e)
+    assert not torch.equal(at_w, others[: len(at_w)])
+
+
 def test_sharpness_weight_per_row_replaces_the_classes():
     model, x, y = make("mlp")
     c = torch.zeros(BATCH, dtype=torch.float64)
@@ -329,6 +511,20 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), torch.inf)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, sharpness_weight=torch.full((24,), -1.0)), "negative or non-finite"),
         (lambda sam, f, y: sam.backward(f, y, backward=lambda loss: loss.backward()), "does not take retain_graph"),
+        (
+            lambda sam, f, y: (
+                setattr(sam, "perturb", "norm"),
+                sam.backward(f, y),
+            ),
+            "perturb is 'norm' and module has no normalisation layer",
+        ),
+        (
+            lambda sam, f, y: (
+                setattr(sam, "perturb", "classifier"),
+                sam.backward(f, y, backward=lambda loss, retain_graph=None: loss.backward(retain_graph=retain_graph)),
+            ),
+            "does not take inputs: forward keyword arguments",
+        ),
         (lambda sam, f, y: setattr(sam, "rho", float("nan")), "rho is nan"),
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0]), "class_weight has 2 entries for 4 classes"),
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0, 3.0, -1.0]), "class_weight holds -1"),
@@ -353,6 +549,10 @@ def test_errors_name_the_setting_and_the_fix(call, message):
         ({"class_weight": [1.0, 2.0, 3.0, -1.0]}, "class_weight holds -1"),
         ({"context_rows": "all"}, "context_rows is 'all'"),
         ({"context_rows": -1}, "context_rows is -1"),
+        ({"first_pass": "tail"}, 'first_pass is \'tail\': give "whole" or "split"'),
+        ({"perturb": "bias"}, 'perturb is \'bias\': give "all", "norm", "classifier" or a list of names'),
+        ({"perturb": []}, r"perturb is \[\]"),
+        ({"perturb": [1]}, r"perturb is \[1\]"),
         ({"tail_weight": 2.0, "class_weight": [1.0, 2.0]}, "class_weight has 2"),
     ],
 )

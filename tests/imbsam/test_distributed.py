@@ -66,12 +66,21 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
     "gsam": lambda m, **kw: GSAM(m, rho=0.3, **kw),
     "cc_sam": lambda m, **kw: CCSAM(m, COUNTS, rho=0.3, **kw),
     "sse_sam batch": lambda m, **kw: SSESAM(m, COUNTS, eta=20, rho=0.3, head_rho=0.1, context_rows="batch", **kw),
+    "imbsam split": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, first_pass="split", **kw),
+    "imbsam norm": lambda m, **kw: ImbSAM(m, COUNTS, rho=0.3, perturb="norm", **kw),
+    "gsam norm": lambda m, **kw: GSAM(m, rho=0.3, perturb="norm", **kw),
+    "cc_sam classifier": lambda m, **kw: CCSAM(m, COUNTS, rho=0.3, perturb="classifier", **kw),
     "sgd": lambda m, **kw: Plain(m, **kw),
 }
 ONE_GROUP = len([i for i in range(STEPS) if i % 4 == 2])  # batches of the head alone
 TWO_GROUPS = 4 * STEPS - ONE_GROUP  # which groups the joint batch has, a gradient for each, and the sum
-REDUCTIONS = {"sgd": STEPS, "cc_sam": TWO_GROUPS, "sse_sam batch": TWO_GROUPS}  # the others: 2 a step
-SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam", "gsam", "cc_sam", "sse_sam batch"]
+REDUCTIONS = {
+    "sgd": STEPS,
+    "cc_sam": TWO_GROUPS,
+    "cc_sam classifier": TWO_GROUPS,
+    "sse_sam batch": TWO_GROUPS,
+}  # the others: 2 a step
+SHARDED = [name for name in ENGINES if name != "sgd"]
 SYNCHRONISED = ["sam", "imbsam batch", "focal_sam", "sse_sam batch"]
 
 
@@ -99,11 +108,13 @@ class Counter:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.numbers: list[int] = []
         self._all_reduce = dist.all_reduce
         dist.all_reduce = self
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         self.calls += 1
+        self.numbers.append(args[0].numel())
         return self._all_reduce(*args, **kw)
 
 
@@ -122,11 +133,12 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         if ranks > 2 and name not in ("sam", "imbsam"):
             continue
         net: nn.Module = nn.parallel.DistributedDataParallel(model())
-        counter.calls = 0
+        counter.calls, counter.numbers = 0, []
         train(net, engine(net), ranks, rows)
+        found[f"numbers {name}"] = counter.numbers
         found[f"ddp {name}"], found[f"reductions {name}"] = state(net), counter.calls
     if ranks == 2:
-        for name in ("imbsam", "gsam", "cc_sam"):
+        for name in ("imbsam", "gsam", "cc_sam", "imbsam split", "imbsam norm"):
             counter.calls = 0
             net = nn.parallel.DistributedDataParallel(model())
             train(net, ENGINES[name](net, perturbation="per_rank"), ranks, rows)
@@ -305,7 +317,7 @@ def test_synchronised_batch_norm_with_context_rows_keeps_the_ranks_together(two)
     assert_same(two[0]["sync imbsam"], two[1]["sync imbsam"], atol=0)
 
 
-@pytest.mark.parametrize("name", ["imbsam", "gsam", "cc_sam"])
+@pytest.mark.parametrize("name", ["imbsam", "gsam", "cc_sam", "imbsam split", "imbsam norm"])
 def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two, name):
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
@@ -323,6 +335,15 @@ def test_per_rank_perturbation_is_the_mean_of_the_ranks_own_gradients(two, name)
     for result in two:
         assert_same(result[f"ddp per_rank {name}"], state(net))
         assert result[f"reductions per_rank {name}"] == STEPS
+
+
+def test_only_the_gradients_of_what_is_perturbed_are_averaged_for_e(two):
+    """The weights and biases of a layer's norm, and a number for each parameter that says who has a gradient."""
+    params = list(model().parameters())
+    gradient = sum(p.numel() for p in params) + len(params)
+    for result in two:
+        assert result["numbers imbsam"][:2] == [gradient, gradient]
+        assert result["numbers imbsam norm"][:2] == [2 * 8 + 2, gradient]
 
 
 def test_parameter_that_no_rank_reaches_keeps_grad_none(two):

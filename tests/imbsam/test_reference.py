@@ -60,6 +60,18 @@ def test_two_groups_of_classes(own):
     np.testing.assert_array_equal(module.weight.detach()[0], w)
 
 
+def test_perturbation_of_some_parameters():
+    """Of (w, b) in l_i = (x_i w + b - t_i)^2 / 2 only b has an e: it moves b by rho, whatever g_s is for w."""
+    x, t = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([0.5, 2.0])
+    w, b = torch.tensor([0.3, 0.1], requires_grad=True), torch.tensor([0.2], requires_grad=True)
+    c = torch.tensor([1.0, 0.0])
+    reference.backward(lambda: (x @ w + b - t).square() / 2, [w, b], c, rho=0.7, perturbed=[False, True])
+    error = x @ w.detach() + 0.2 - t
+    error[0] += 0.7 * error[0].sign()  # the sharp sample's, at b + e
+    torch.testing.assert_close(w.grad, error @ x / 2)
+    torch.testing.assert_close(b.grad, error.sum()[None] / 2)
+
+
 def test_without_a_sharp_sample_it_is_the_plain_gradient():
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     x = torch.eye(2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from imbsam import SAM, SSESAM, FocalSAM, ImbSAM, reference
+from imbsam import SAM, SSESAM, FocalSAM, ImbSAM, SettingError, reference
 from imbsam.extra_passes import AUTO_CONTEXT_ROWS
 
 COUNTS = [200, 60, 15, 4]
@@ -220,3 +220,33 @@ def test_auto_context_is_zero_where_rows_are_independent(norm):
 
     ImbSAM(model, COUNTS).backward(losses, y)
     assert passes == [96, 4, 4]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("perturb", ["norm", ["inner.1"], "classifier"], ids=str)
+@pytest.mark.parametrize("method", [ImbSAM, SAM])
+def test_activation_checkpointing_with_some_parameters_perturbed(method, perturb, reentrant):
+    """The reentrant kind refuses a gradient of some parameters, or hides them: not perturbed, and nobody notices."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    model = nn.ModuleDict({"stem": nn.LayerNorm(6), "inner": inner, "head": nn.Linear(6, 4)})
+    x, y = torch.randn(8, 6), torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+
+    def losses(rows, checkpointed=True):
+        features = model["stem"](x[rows])
+        features = checkpoint(inner, features, use_reentrant=reentrant) if checkpointed else inner(features)
+        return F.cross_entropy(model["head"](features), y[rows], reduction="none")
+
+    sam = method(model, [200, 60, 15, 4], rho=0.1, perturb=perturb)
+    before = [p.detach().clone() for p in model.parameters()]
+    if reentrant and perturb != "classifier":
+        with pytest.raises(SettingError, match="activation checkpoints with use_reentrant=True"):
+            sam.backward(losses, y)
+        assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        return
+    sam.backward(losses, y)
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sam.backward(lambda rows: losses(rows, checkpointed=False), y)
+    for g, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=0, atol=1e-7)

@@ -173,6 +173,38 @@ def test_only_every_third_step_is_perturbed(tmp_path):
     ]
 
 
+class Forwards(Callback):
+    """Counts the forward passes of every step."""
+
+    def __init__(self) -> None:
+        self.of_step: list[int] = []
+        self.passes = 0
+
+    def count(self, module, inputs, output):
+        self.passes += module.training
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.backbone.register_forward_hook(self.count)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.of_step.append(self.passes)
+        self.passes = 0
+
+
+@pytest.mark.parametrize("first_pass", ["whole", "split"])
+def test_a_step_without_a_perturbation_is_a_plain_one(tmp_path, first_pass):
+    """In cost, one pass, and to the last bit of the weights."""
+    forwards, plain = Forwards(), Forwards()
+    sam = partial(ImbSAM, rho=0.6, first_pass=first_pass)
+    schedule = RhoSchedule(start_epoch=2, every_n_steps=2)
+    fit(tmp_path / "schedule", (schedule, forwards), sam=sam)
+    assert forwards.of_step == [1] * 6 + [3, 1] * 3
+    late, _ = fit(tmp_path / "late", (RhoSchedule(start_epoch=4),), sam=sam)
+    never, _ = fit(tmp_path / "plain", (plain,), sam=Plain)
+    assert plain.of_step == [1] * 12
+    assert all(torch.equal(p, q) for p, q in zip(late.parameters(), never.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("cut", [None, 4, 8])  # mid-epoch in the first stage, and in the second
 def test_sse_sam_perturbs_the_tail_alone_from_its_epoch_on(tmp_path, cut):
     sam, radii = partial(SSESAM, rho=0.5, head_rho=0.2), Radii()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from lightning_modules.cli.run import main
 from tests.pieces import configs
@@ -32,6 +33,8 @@ SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
             "lr_scheduler OneCycleLR cannot step after step 6: Tried to step 6 times",
         ),
         (["--model.optimizer.lr=1e10"], "the training loss is nan in epoch 1, at a learning rate of 1e+10: lower it"),
+        (["--model.sam.perturb=bias"], "model.sam.perturb is bias: choose all, norm, classifier"),
+        (["--model.sam.perturb=[head]"], "perturb is ['head'] and module has no trained parameter of such a name"),
         (["--trainer.accelerator=gpu"], "trainer.accelerator is gpu, and PyTorch finds no GPU here"),
     ],
 )
@@ -49,6 +52,20 @@ def test_one_line(args, line, monkeypatch, capsys, tmp_path):
     assert line in capsys.readouterr().err.splitlines()[-1]
     if "lr=1e10" in args[0]:  # NaN weights are not saved
         assert not list(tmp_path.rglob("last.ckpt"))
+
+
+@pytest.mark.parametrize("perturb", ["norm", "classifier", "[fc]"])
+def test_perturb_and_first_pass_from_the_command_line(perturb, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    own = ["--model.sam=ImbSAM", f"--model.sam.perturb={perturb}", "--model.sam.first_pass=split"]
+    monkeypatch.setattr(
+        "sys.argv", ["imbsam", "fit", *DIGITS, *own, "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    )
+    main()
+    (written,) = tmp_path.rglob("config.yaml")
+    config = yaml.safe_load(written.read_text())
+    settings = config["model"]["init_args"]["sam"]["init_args"]
+    assert (settings["perturb"], settings["first_pass"]) == (yaml.safe_load(perturb), "split")
 
 
 def test_summary_lists_only_the_network(monkeypatch, capsys, tmp_path):
