@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
+from lightning_modules.callbacks.calibration import Calibration
+from lightning_modules.callbacks.decisions import Decisions
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.predictions import PredictionsCSV
 from lightning_modules.cli.seeds import FLAG, apply_seed
@@ -54,9 +56,11 @@ class ImbSAMCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our checkpoint and predictions are configured like any other setting."""
+        """Our checkpoint, predictions, calibration and decisions are configured like any other setting."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
+        parser.add_lightning_class_args(Calibration, "calibration")  # before what decides by it
+        parser.add_lightning_class_args(Decisions, "decisions")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def setup_parser(self, *args: Any) -> None:
