@@ -30,7 +30,10 @@ __all__ = ["Threshold", "Wanted", "choose_threshold", "decide"]
 
 Wanted = Literal["recall", "precision", "false_alarms"]
 RESAMPLES = 1000
+DRAWN_AT_ONCE = 4_000_000
 PER_THOUSAND = 1000.0
+SLACK = 1e-9
+"""0.9 of 10 positives are 9, also in floating point."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,7 @@ def choose_threshold(
             f"{wanted} is {goal:g}: there is no {what} among the {len(values)} validation samples: raise data.val_share"
         )
     distinct, inverse = np.unique(-values, return_inverse=True)  # from the highest down
-    weights = np.ones(len(values))
-    hits, misfires = _counts(inverse, positive, weights, len(distinct))
+    hits, misfires = (np.bincount(inverse[rows], minlength=len(distinct)).cumsum() for rows in (positive, ~positive))
     chosen = _first_to_meet(hits, misfires, wanted, goal)
     if chosen is None:
         raise SettingError(_unmet(hits, misfires, wanted, goal))
@@ -173,22 +175,14 @@ def decide(probabilities: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(alarmed, factor.argmax(dim=1), otherwise)
 
 
-def _counts(inverse: Any, positive: Any, weights: Any, distinct: int) -> tuple[Any, Any]:
-    """Alarms among positives and negatives at each threshold, from the highest down."""
-    return tuple(  # type: ignore[return-value]
-        np.bincount(inverse[rows], weights[rows], minlength=distinct).cumsum() for rows in (positive, ~positive)
-    )
-
-
 def _first_to_meet(hits: Any, misfires: Any, wanted: str, goal: float) -> int | None:
     """The index of the threshold; None where no threshold meets the goal."""
-    slack = 1e-9  # 0.9 * 10 positives are 9, also in floating point
     if wanted == "recall":
-        return int((hits >= goal * hits[-1] - slack).argmax())
+        return int((hits >= goal * hits[-1] - SLACK).argmax())
     if wanted == "false_alarms":
-        met = misfires <= goal / PER_THOUSAND * misfires[-1] + slack
+        met = misfires <= goal / PER_THOUSAND * misfires[-1] + SLACK
     else:
-        met = hits >= goal * (hits + misfires) - slack
+        met = hits >= goal * (hits + misfires) - SLACK
     return int(met.nonzero()[0][-1]) if met.any() else None
 
 
@@ -197,7 +191,7 @@ def _unmet(hits: Any, misfires: Any, wanted: str, goal: float) -> str:
         top = int(misfires[0])
         return (
             f"false_alarms is {goal:g}: {top} of {int(misfires[-1])} negatives share the highest score, so that any "
-            f"alarm has at least {PER_THOUSAND * top / misfires[-1]:.3g} per thousand: ask for that, or for a recall"
+            f"alarm has at least {PER_THOUSAND * top / misfires[-1]:.4g} per thousand: ask for that, or for a recall"
         )
     precision = hits / (hits + misfires)
     best = len(precision) - 1 - int(precision[::-1].argmax())
@@ -215,14 +209,18 @@ def _bootstrapped(
     random = np.random.default_rng(seed)
     truth, rows = hits / (hits + misfires), len(inverse)
     chosen = _first_to_meet(hits, misfires, "precision", goal)
-    excess = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        weights = np.bincount(random.integers(0, rows, rows), minlength=rows).astype(float)
-        drawn, fired = _counts(inverse, positive, weights, len(hits))
-        seen = drawn + fired > 0  # the highest scores may not be drawn
-        promised = np.where(seen, drawn / np.maximum(drawn + fired, 1), 0.0)
-        at = _first_to_meet(drawn[seen], fired[seen], "precision", goal)
-        at = int(seen.nonzero()[0][at]) if at is not None else int(promised.argmax())
-        excess[i] = promised[at] - truth[at]
-    low, high = np.quantile(excess, [(1 - confidence) / 2, (1 + confidence) / 2])
+    positive = positive[np.argsort(inverse, kind="stable")]
+    ends = np.bincount(inverse, minlength=len(hits)).cumsum() - 1
+    excess: list[Any] = []
+    for draws in np.array_split(np.empty(RESAMPLES), max(1, RESAMPLES * rows // DRAWN_AT_ONCE)):
+        # rows of a resample one after another, so that one bincount counts them all
+        drawn = random.integers(0, rows, (len(draws), rows)) + rows * np.arange(len(draws))[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        alarms, true_alarms = (counts.cumsum(axis=1)[:, ends] for counts in (weights, weights * positive))
+        promised = true_alarms / np.maximum(alarms, 1)  # 0 where the highest scores are not drawn
+        met = (true_alarms >= goal * alarms - SLACK) & (alarms > 0)
+        last = met.shape[1] - 1 - met[:, ::-1].argmax(axis=1)
+        at = np.where(met.any(axis=1), last, promised.argmax(axis=1))
+        excess.append(promised[np.arange(len(draws)), at] - truth[at])
+    low, high = np.quantile(np.concatenate(excess), [(1 - confidence) / 2, (1 + confidence) / 2])
     return max(0.0, float(truth[chosen] - high)), min(1.0, float(truth[chosen] - low))
