@@ -13,24 +13,24 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-run: install  ## SGD, then ImbSAM, on long-tailed digits; ends with both rows of the table
+run: install  ## train SGD, then ImbSAM, on long-tailed digits, and print a table of both
 	$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/sgd.yaml
 	$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/imbsam.yaml
 	$(BIN)/imbsam report logs/digits_lt/sgd logs/digits_lt/imbsam
 
-test: install  ## what every change must pass
+test: install  ## the tests that every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: install  ## torch.compile, SIGTERM to two processes
+test-slow: install  ## torch.compile, SIGTERM to two processes, Ctrl-C at every line for every method
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py
 
-test-gpu: install  ## what only a GPU can show: CUDA graphs, no host synchronisation
+test-gpu: install  ## the tests that need a GPU: CUDA graphs, no host synchronisation
 	$(BIN)/python -m pytest -q -rs -m gpu
 
-test-kill: install  ## 20 runs killed and resumed; ends with their table
+test-kill: install  ## kill and resume 20 runs, and print a table of them
 	$(BIN)/python -m pytest -q -s -m slow tests/lightning_modules/resuming/test_kill.py
 
-test-slurm: install  ## a run through three interruptions under a SLURM of this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
+test-slurm: install  ## a run with three interruptions, under SLURM on this one machine; needs Debian's slurmctld, slurmd, slurm-client, munge
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/slurm/one_node.sh tests/slurm/preemption.sh
 
 test-browser: install  ## the report in Chromium (on Debian: apt-get install chromium chromium-driver)
@@ -42,11 +42,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: install  ## the documentation as a site, docs/_build/html/index.html; a broken link is an error
+docs: install  ## build the documentation, docs/_build/html/index.html; a broken link is an error
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-picture: install  ## the README's picture: five seeds of SGD and of ImbSAM on long-tailed digits, 5 minutes
+picture: install  ## draw the README's picture: five seeds each of SGD and ImbSAM on long-tailed digits, 5 minutes
 	for method in sgd imbsam; do \
 		$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/$$method.yaml --seeds 0 1 2 3 4 \
 			--trainer.logger.init_args.save_dir=logs/picture || exit 1; \

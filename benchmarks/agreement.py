@@ -1,21 +1,21 @@
-"""Is the cheap gradient the published one? The correction of few rows against that of the whole batch.
+"""How close is the cheap gradient to the published one? Compares corrections from few samples with the whole batch's.
 
-    python benchmarks/agreement.py --root data                   # CIFAR-100-LT where it is there: an hour on one core
-    python benchmarks/agreement.py --root "" --json digits.json  # long-tailed digits, inside scikit-learn: a minute
+    python benchmarks/agreement.py --root data                   # CIFAR-100-LT if it is in data/: an hour on one core
+    python benchmarks/agreement.py --root "" --json digits.json  # long-tailed digits, part of scikit-learn: a minute
 
-ImbSAM's gradient is the plain one plus a correction, g - g_all = g_s(w + e) - g_s(w). At steps along one training run
-this script computes the correction for several `context_rows` from the same weights, batch and random numbers, and
+ImbSAM's gradient is the plain one plus a correction, g - g_all = g_s(w + e) - g_s(w). At several steps of one training
+run this script computes the correction for several `context_rows` from the same weights, batch and random numbers, and
 compares each with the reference: the correction of `context_rows="batch"` in float32, the published gradient. The run
-itself is trained by `"auto"` at the smallest eta, with SGD 0.1, momentum 0.9 and weight decay 5e-4.
+itself trains with `"auto"` at the smallest eta, with SGD 0.1, momentum 0.9 and weight decay 5e-4.
 
 Columns:
     length   length of the correction / length of the reference
     cosine   between the two corrections
     whole    cosine between the two whole gradients: always near 1, because plain SGD's is; judge by the others
 
-Three nets: with BatchNorm, where context rows matter; with dropout and GroupNorm, where they do not, and where the
-passes draw other masks than the published ones, so that "batch" with other masks is the best there is; and the first
-under bfloat16 autocast, each correction taken from bfloat16's own plain gradient.
+Three nets: one with BatchNorm, where context rows matter; one with dropout and GroupNorm, where they do not, and where
+the passes draw other masks than the published ones, so that "batch" with other masks is the best possible; and the
+first under bfloat16 autocast, where each correction is relative to bfloat16's own plain gradient.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def nets(images: Tensor, num_classes: int) -> dict[str, Callable[[], nn.Module]]
 
 
 def batches(data: LongTailedDataModule) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches without end; the last, smaller one of an epoch is left out."""
+    """Endless training batches, without the last, smaller one of each epoch."""
     while True:
         for x, y in data.train_dataloader():
             if len(y) == data.batch_size:
@@ -80,7 +80,7 @@ def gradient(
     seed: int,
     autocast: AbstractContextManager[Any],
 ) -> Tensor:
-    """The gradient of `sam`, or the plain one, in one vector; the buffers stay as they are."""
+    """The gradient of `sam`, or the plain one, as one vector; the buffers are left unchanged."""
     buffers = Buffers(model)
     model.zero_grad()
     torch.manual_seed(seed)
@@ -106,24 +106,25 @@ def compare(
 ) -> dict[str, tuple[float, float, float]]:
     """Length ratio, cosine of the correction and of the whole gradient, for each of `sams` on one batch."""
 
-    def of(sam: ClassAwareSAM | None, low: bool = low_precision, seed: int = seed) -> Tensor:
+    def evaluate(sam: ClassAwareSAM | None, low: bool = low_precision, seed: int = seed) -> Tensor:
         return gradient(model, x, y, sam, seed, torch.autocast("cpu", torch.bfloat16) if low else nullcontext())
 
-    g_reference = of(sams["batch"], low=False)
-    reference = g_reference - of(None, low=False)
-    plain = of(None)
-    found = {}
+    g_reference = evaluate(sams["batch"], low=False)
+    reference = g_reference - evaluate(None, low=False)
+    plain = evaluate(None)
+    agreement = {}
     for name, sam in sams.items():
         if name == "batch" and not low_precision:
             continue
         if "other masks" in name:
-            g = of(sam, seed=seed + 1)
-            correction = g - of(None, seed=seed + 1)
+            g = evaluate(sam, seed=seed + 1)
+            correction = g - evaluate(None, seed=seed + 1)
         else:
-            g = of(sam)
+            g = evaluate(sam)
             correction = g - plain
-        found[name] = float(correction.norm() / reference.norm()), cosine(correction, reference), cosine(g, g_reference)
-    return found
+        length = float(correction.norm() / reference.norm())
+        agreement[name] = length, cosine(correction, reference), cosine(g, g_reference)
+    return agreement
 
 
 def trajectory(
@@ -134,7 +135,7 @@ def trajectory(
     context_rows: list[int],
     measured: range,
 ) -> list[dict[str, Any]]:
-    """Train up to the last of the `measured` steps; one dict for each eta and way to choose the rows."""
+    """Train up to the last of the `measured` steps; one dict for each eta and choice of context rows."""
     masks = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     ways: dict[str, ContextRows] = {"batch": "batch"}
     if masks:
@@ -147,7 +148,7 @@ def trajectory(
     }
     trainer = ImbSAM(model, data.class_counts, eta=min(etas), rho=RHO)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    found: dict[tuple[float, str], list[tuple[float, float, float]]] = {}
+    agreements: dict[tuple[float, str], list[tuple[float, float, float]]] = {}
     sharp: dict[float, list[int]] = {eta: [] for eta in etas}
     for step, (x, y) in enumerate(batches(data)):
         if step in measured:
@@ -157,7 +158,7 @@ def trajectory(
                 if tail_rows:
                     sharp[eta].append(tail_rows)
                     for way, numbers in compare(model, x, y, sams[eta], "bfloat16" in net, seed=step).items():
-                        found.setdefault((eta, way), []).append(numbers)
+                        agreements.setdefault((eta, way), []).append(numbers)
             torch.set_rng_state(state)
         if step + 1 >= measured.stop:
             break
@@ -178,7 +179,7 @@ def trajectory(
             "cosine_quartiles": statistics.quantiles([n[1] for n in numbers], n=4) if len(numbers) > 1 else None,
             "steps": len(numbers),
         }
-        for (eta, way), numbers in found.items()
+        for (eta, way), numbers in agreements.items()
     ]
 
 
@@ -201,16 +202,16 @@ def markdown(table: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data", help="folder that holds cifar-100-python; else the digits are used")
+    parser.add_argument("--root", default="data", help="folder with cifar-100-python; without it the digits are used")
     parser.add_argument("--nets", nargs="+", default=["BatchNorm", "dropout", "BatchNorm, bfloat16"])
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 64 and 128; digits 64")
-    parser.add_argument("--etas", nargs="+", type=float, default=[20, 100], help="digits: 20 alone")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes; default: 64 and 128, for the digits 64")
+    parser.add_argument("--etas", nargs="+", type=float, default=[20, 100], help="for the digits only the first")
     parser.add_argument("--context-rows", nargs="+", type=int, default=[0, 8, 16, 32, 64])
     parser.add_argument("--start", type=int, default=60, help="first measured step")
     parser.add_argument("--stop", type=int, default=241, help="end of the measured steps")
     parser.add_argument("--every", type=int, default=15, help="steps from one measurement to the next")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     real = (Path(arguments.root) / "cifar-100-python").is_dir() and arguments.root != ""

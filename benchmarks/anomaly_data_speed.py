@@ -1,4 +1,4 @@
-"""What the anomaly data costs: ``setup`` and a batch of each sampling, one thread, CPU time.
+"""The speed of the anomaly data: ``setup`` and a batch of each sampling, one thread, CPU time.
 
 python benchmarks/anomaly_data_speed.py ADBENCH_FOLDER
 """
@@ -31,27 +31,27 @@ def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def main(folder: Path) -> None:
-    """Measure every set, print a Markdown table."""
+    """Measure every data set and print a Markdown table."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "sampling is natural")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     AnomalyDataModule().setup()  # imports
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for path in sorted(folder.rglob("*.npz")):
         data = AnomalyDataModule(path=path, min_rows=1000, max_rows=10000, batches_per_epoch=20)
 
         def setup(path: Path = path) -> None:
             AnomalyDataModule(path=path, min_rows=1000, max_rows=10000).setup("fit")
 
-        found.setdefault("`setup`, ms", []).append(1e3 * cpu_seconds(setup, 5))
+        times.setdefault("`setup`, ms", []).append(1e3 * cpu_seconds(setup, 5))
         data.setup("fit")
         for sampling in SAMPLINGS:
             data.sampling = sampling
             loader = data.train_dataloader()
             seconds = cpu_seconds(lambda loader=loader: list(loader), 10)  # type: ignore[misc]
-            found.setdefault(f"a batch of 512, `{sampling}`, µs", []).append(1e6 * seconds / len(loader))
+            times.setdefault(f"a batch of 512, `{sampling}`, µs", []).append(1e6 * seconds / len(loader))
     print("| | median set | slowest set |", "| --- | --- | --- |", sep="\n")
-    for name, values in found.items():
+    for name, values in times.items():
         print(f"| {name} | {median(values):.0f} | {max(values):.0f} |")
 
 

@@ -1,11 +1,12 @@
 """How the recipe of the anomaly configs was chosen, on validation parts: docs/anomaly.md has the tables.
 
-python benchmarks/anomaly_recipe.py ADBENCH_FOLDER why        # what the first configs' DeepSAD lacked
-python benchmarks/anomaly_recipe.py ADBENCH_FOLDER scaling    # how numbers are scaled
-python benchmarks/anomaly_recipe.py ADBENCH_FOLDER stopping   # what early stopping watches
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER why        # what was wrong with DeepSAD in the first configs
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER scaling    # how to scale the features
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER stopping   # what early stopping should monitor
 
-The test part of each table (30 %) is put aside and never looked at. The rest is split once more: 60 % to train on, 15 %
-to stop by, 25 % to judge. Plain training, without Lightning; average precision on the judging part by all true labels.
+The test part of each table (30 %) is set aside and never used. The rest is split again: 60 % for training, 15 % for
+early stopping, 25 % for judging. Plain training, without Lightning; average precision on the judging part by all true
+labels.
 """
 
 import argparse
@@ -62,7 +63,7 @@ SAMPLING: dict[str, Sampling] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Rows, float32 (N, d), and which of them are known anomalies, int64 (N,), and which are truly, int64 (N,)."""
+    """Samples, float32 (N, d), which of them are known anomalies, int64 (N,), and which are true ones, int64 (N,)."""
 
     x: Tensor
     known: Tensor
@@ -70,7 +71,7 @@ class Part:
 
 
 def parts(path: Path, share: float, seed: int, scaling: str) -> dict[str, Part]:
-    """The three parts, scaled by the first one."""
+    """The three parts, scaled by statistics of the first."""
     with np.load(path) as file:
         x, y = file["X"].astype(np.float64), file["y"].astype(int)
     random = np.random.RandomState(seed)
@@ -82,19 +83,19 @@ def parts(path: Path, share: float, seed: int, scaling: str) -> dict[str, Part]:
     fit, stop = train_test_split(rest, test_size=0.2, stratify=y[rest], random_state=random)
     varying = x[fit].std(0) > 0
     scaler = SCALERS[scaling]().fit(x[fit][:, varying])
-    found = {}
+    scaled_parts = {}
     for name, part in (("fit", fit), ("stop", stop), ("judge", judge)):
         anomalies = np.flatnonzero(y[part])
         known = np.zeros(len(part), int)
         known[random.choice(anomalies, ceil(share * len(anomalies)), replace=False)] = 1
         scaled = torch.from_numpy(scaler.transform(x[part][:, varying])).float()
-        found[name] = Part(scaled, torch.from_numpy(known), y[part])
-    return found
+        scaled_parts[name] = Part(scaled, torch.from_numpy(known), y[part])
+    return scaled_parts
 
 
 @torch.no_grad()
 def validation_loss(detector: Detector, sampling: Sampling, part: Part) -> float:
-    """The training objective on the rows to stop by, with the labels known there."""
+    """The training objective on the stopping part, with its known labels."""
     if sampling == "pairs":
         rows = next(iter(EpochBatches(part.known, "pairs", 512, 1, 0)))
         return float(detector.losses(part.x[rows], part.known[rows]).mean())
@@ -105,7 +106,7 @@ def validation_loss(detector: Detector, sampling: Sampling, part: Part) -> float
 
 
 def checks(data: dict[str, Part], name: str, lr: float, seed: int) -> Iterator[tuple[float, float, float, float]]:
-    """Train; every 50 steps the validation loss, the average precision to stop by (known, true) and that to judge."""
+    """Train; every 50 steps, validation loss and average precision, for stopping (known, true labels) and judging."""
     fit, stop, judge = data["fit"], data["stop"], data["judge"]
     torch.manual_seed(seed)
     detector = DETECTORS[name]((fit.x.shape[1],))
@@ -131,7 +132,7 @@ def checks(data: dict[str, Part], name: str, lr: float, seed: int) -> Iterator[t
 def print_scaling(folder: Path) -> None:
     """Early stopping by the validation loss with a patience of 500 steps, at most 4,000; seeds 0 and 1."""
     for name, scaling, share in itertools.product(SAMPLING, SCALERS, SHARES):
-        found = []
+        precisions = []
         for table, seed in itertools.product(TABLES, (0, 1)):
             best, judged, waited = inf, 0.0, 0
             lr = 1e-3 if name == "deep_sad" else 5e-3
@@ -140,12 +141,12 @@ def print_scaling(folder: Path) -> None:
                 best, judged, waited = (loss, score, 0) if loss < best else (best, judged, waited + 1)
                 if waited == 10:
                     break
-            found.append(100 * judged)
-        print(f"{name:10s} {scaling:8s} labelled {share:3} average precision {np.mean(found):.1f}", flush=True)
+            precisions.append(100 * judged)
+        print(f"{name:10s} {scaling:8s} labelled {share:3} average precision {np.mean(precisions):.1f}", flush=True)
 
 
 def print_stopping(folder: Path) -> None:
-    """Standard scaling, 3,000 steps at two learning rates, seed 0: the judge's average precision by each criterion."""
+    """Standard scaling, 3,000 steps at two learning rates, seed 0: the judged average precision by each criterion."""
     for share in SHARES:
         chosen: dict[str, list[float]] = {}
         for name, lr, table in itertools.product(("devnet", "prenet", "classifier"), (1e-3, 5e-3), TABLES):
@@ -175,7 +176,7 @@ def print_stopping(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class FirstDeepSAD:
-    """DeepSAD as the configs had it at first; the fields are what was varied."""
+    """DeepSAD as in the first configs; the fields are what was varied."""
 
     scaling: str = "min_max"
     hidden: tuple[int, ...] = (100, 20)
@@ -212,7 +213,7 @@ class FirstDeepSAD:
 
 
 def print_why(folder: Path) -> None:
-    """One thing changed at a time, then together; seeds 0 and 1."""
+    """One change at a time, then several together; seeds 0 and 1."""
     first = FirstDeepSAD()
     for what, variant in {
         "as it was": first,

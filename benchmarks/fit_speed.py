@@ -1,15 +1,15 @@
-"""What `imbsam fit` adds: images per second under Lightning against a bare PyTorch loop doing the same, in one run.
+"""The overhead of `imbsam fit`: images per second under Lightning and in an equivalent bare PyTorch loop, in one run.
 
-    python benchmarks/fit_speed.py --root data     # CIFAR-100-LT; where it is missing, random images of the same shape
-    python benchmarks/fit_speed.py --help-start    # `imbsam --help` against importing LightningCLI, in new processes
+    python benchmarks/fit_speed.py --root data     # CIFAR-100-LT; if it is missing, random images of the same shape
+    python benchmarks/fit_speed.py --help-start    # `imbsam --help` and importing LightningCLI, in new processes
 
-Both train ResNet-20 by ImbSAM with the same loader, network, engine and optimizer. They take turns: after every few
+Both train ResNet-20 with ImbSAM and the same loader, network, engine and optimizer. They take turns: after every few
 batches a callback stops the Trainer's clock, lets the bare loop do as many, and starts it again, so that a busy machine
-slows both alike. The Trainer has the callbacks, checkpoints and logger that `imbsam fit` gives it, and its time covers
-everything between two batches: the loader, the log, and the checkpoint at the end of an epoch. The bare loop makes
-neither log nor checkpoint. Windows with the end of an epoch are shown apart.
+slows both equally. The Trainer has the callbacks, checkpoints and logger that `imbsam fit` gives it, and its time
+covers everything between two batches: the loader, the log, and the checkpoint at the end of an epoch. The bare loop
+writes neither log nor checkpoint. Windows with the end of an epoch are listed separately.
 
-With one thread (the default) times are the process's CPU time, to which other programs do not add.
+With one thread (the default), times are the process's CPU time, which other programs do not affect.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from lightning_modules.callbacks.result_tables import AccuracyTable
 
 
 class RandomImages(CIFAR100LTDataModule):
-    """Random images of CIFAR-100's shape and number, for a machine without the data."""
+    """As many random images as CIFAR-100 has, of the same shape, for machines without the data."""
 
     def prepare_data(self) -> None:
         """Nothing to fetch."""
@@ -76,7 +76,7 @@ class TakeTurns(Callback):
 
     def __init__(self, bare: Iterator[int], window: int, clock: Callable[[], float]) -> None:
         self.rates: list[tuple[float, float, bool]] = []
-        """Images per second of the Trainer and of the bare loop, and whether an epoch ended in the Trainer's window."""
+        """Images per second of Trainer and bare loop, and whether an epoch ended in the Trainer's window."""
         self._bare = bare
         self._window = window
         self._clock = clock
@@ -86,7 +86,7 @@ class TakeTurns(Callback):
         self._start: float | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before a batch: hand over to the bare loop when the window is full."""
+        """Before a batch: switch to the bare loop when the window is full."""
         if self._start is not None and self._batches < self._window:
             return
         elapsed = self._clock() - self._start if self._start is not None else None
@@ -102,7 +102,7 @@ class TakeTurns(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count."""
+        """Count images and batches."""
         self._images += len(batch[0])
         self._batches += 1
 
@@ -137,7 +137,7 @@ def fit(
 
 
 def start_up(repeats: int) -> dict[str, float]:
-    """CPU seconds to `imbsam --help` and to importing LightningCLI: the least of several new processes, in turns."""
+    """CPU seconds of `imbsam --help` and of importing LightningCLI: the minimum of several processes, taking turns."""
     commands = {
         "import lightning.pytorch.cli": [sys.executable, "-c", "import lightning.pytorch.cli"],
         "imbsam --help": [sys.executable, "-m", "lightning_modules.cli", "--help"],
@@ -161,15 +161,15 @@ def _children_seconds() -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data", help="folder that holds cifar-100-python")
+    parser.add_argument("--root", default="data", help="folder with cifar-100-python")
     parser.add_argument("--batches", type=int, default=120, help="batches of each")
-    parser.add_argument("--epoch", type=int, default=40, help="batches of an epoch; a whole one of CIFAR-100-LT has 85")
+    parser.add_argument("--epoch", type=int, default=40, help="batches per epoch; a full epoch of CIFAR-100-LT has 85")
     parser.add_argument("--window", type=int, default=4, help="batches before the other takes its turn")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--help-start", action="store_true", help="measure the start of the command line instead")
-    parser.add_argument("--repeats", type=int, default=5, help="processes of each command under --help-start")
-    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--help-start", action="store_true", help="measure the start-up of the command line instead")
+    parser.add_argument("--repeats", type=int, default=5, help="processes per command with --help-start")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     if arguments.help_start:
         seconds = start_up(arguments.repeats)

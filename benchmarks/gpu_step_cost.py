@@ -1,18 +1,18 @@
-"""What a training step costs on a GPU: eager, captured, compiled and both; the part of `step_cost.py` that needs one.
+"""The cost of a training step on a GPU: eager, captured, compiled and both; the part of `step_cost.py` that needs one.
 
     python benchmarks/step_cost.py --modes eager captured --sizes "ResNet-34 at 32, 64" --rounds 30 --json gpu.json
 
-bfloat16 autocast, channels-last for the convolutional networks, SGD with momentum in its fused form; images lie on the
-GPU, labels on the host. Labels are drawn by CIFAR-100-LT's class counts at ratio 100, eta is 20, and a batch without a
-tail row gets one, so that every step of ImbSAM perturbs. Every method trains a network of its own, alone on the GPU: it
-meets all batches once, which compiles and captures, and then again on the clock.
+bfloat16 autocast, channels-last for the convolutional networks, fused SGD with momentum; images are on the GPU, labels
+on the host. Labels are drawn with CIFAR-100-LT's class counts at ratio 100, eta is 20, and a batch without a tail
+sample gets one, so that every step of ImbSAM perturbs. Every method trains its own network, alone on the GPU: it sees
+all batches once, which compiles and captures, and then again, timed.
 
 Columns:
-    ms          median of a step, the optimizer's with it
+    ms          median time of a step, including the optimizer's
     / SGD       multiple of SGD in the same mode
     / eager SGD multiple of eager SGD
-    first pass  seconds for the batches on the first meeting: compiling, warming up and capturing are in it
-    memory      peak of what the caching allocator held, in MB
+    first pass  seconds for seeing the batches the first time, including compilation, warm-up and capture
+    memory      peak memory of the caching allocator, in MB
 """
 
 import gc
@@ -74,7 +74,7 @@ MODES = ("eager", "captured", "compiled", "captured + compiled")
 
 
 def draw(size: Size, rounds: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Images of one batch on the device, and labels of every round on the host; none is without a tail row."""
+    """Images of one batch on the device, and labels of every round on the host, each with a tail sample."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size.batch, 3, size.pixels, size.pixels, generator=generator).to(device)
     shares = torch.tensor(COUNTS, dtype=torch.float64)
@@ -111,7 +111,7 @@ def stepper(method: str, mode: str, model: nn.Module, x: Tensor) -> Callable[[Te
 
 
 def measure(method: str, mode: str, size: Size, rounds: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of every step but the first of each batch, and what the first ones and the memory were."""
+    """Milliseconds of every step but the first of each batch; the seconds of the first ones; the peak memory."""
     cuda = device.type == "cuda"
     torch.manual_seed(0)
     model = size.model().to(device)
@@ -149,7 +149,7 @@ def measure(method: str, mode: str, size: Size, rounds: int, device: torch.devic
 
 
 def table(sizes: Sequence[str], modes: Sequence[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measure and print one Markdown table a size; a mode that fails is a line with its reason."""
+    """Measure and print one Markdown table per size; a mode that fails is a line with the reason."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU: the passes are called, not captured"
     rows: list[dict[str, Any]] = []
     for size in sizes:

@@ -1,9 +1,9 @@
-"""Is the loader fast enough? CIFAR-100-LT batches alone against training steps of ResNet-20, in one run.
+"""Is the loader fast enough? Times CIFAR-100-LT batches alone and training steps of ResNet-20, in one run.
 
     python benchmarks/loader_speed.py --root data
 
-prints a Markdown table; `docs/data.md` shows one. Both rows use the same batch size, the main process
-(`num_workers` 0) and the same threads, so their ratio says which part of a step's time the loader takes.
+It prints a Markdown table, as in `docs/data.md`. Both rows use the same batch size, the main process (`num_workers` 0)
+and the same number of threads, so their ratio tells how much of a step's time the loader takes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
 
 
 def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
-    """Images per second of SGD steps on batches that are already there."""
+    """Images per second of SGD steps on batches that are already loaded."""
     model = CifarResNet20(num_classes=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = list(islice(data.train_dataloader(), steps + 2))
@@ -43,7 +43,7 @@ def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
 def main() -> None:
     """Measure both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data", help="folder that holds cifar-100-python")
+    parser.add_argument("--root", default="data", help="folder with cifar-100-python")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the loader alone")
     parser.add_argument("--steps", type=int, default=20, help="training steps")
     arguments = parser.parse_args()

@@ -1,15 +1,15 @@
-"""What the cost model predicts for large data sets on several GPUs, before any of them is rented.
+"""Predict the cost of a step on large data sets and several GPUs, before renting any.
 
     python benchmarks/predicted_cost.py --ranks 8 --batches 64 128 256
 
-The class counts of ImageNet-LT and iNaturalist 2018 are not in this repository. They are estimated: the quantiles of a
-Pareto distribution that starts at 0 (a Lomax distribution), rounded, cut at the smallest and largest class that the
-data set is known to have, and scaled to its number of images. ImageNet-LT was drawn from a Pareto with alpha 6; for
-iNaturalist no alpha is published, so two are shown. For a data set of your own, `class_counts` of its DataModule gives
-the share of tail rows t exactly: `n[n < eta].sum() / n.sum()`.
+The class counts of ImageNet-LT and iNaturalist 2018 are not in this repository, so they are estimated: the quantiles of
+a Pareto distribution that starts at 0 (a Lomax distribution), rounded, clipped to the known sizes of the smallest and
+largest class, and scaled to the number of images. ImageNet-LT was drawn from a Pareto with alpha 6; for iNaturalist no
+alpha is published, so two are shown. For your own data set, `class_counts` of its DataModule gives the share of tail
+samples t exactly: `n[n < eta].sum() / n.sum()`.
 
-A step waits for the rank with the most tail rows, so the prediction is 1 + 2 E[rows of the longest extra pass] / batch,
-by a simulation of the ranks' batches.
+A step waits for the rank with the most tail samples, so the prediction is 1 + 2 E[samples in the longest extra pass] /
+batch, from simulated batches of the ranks.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DATA_SETS = (  # name, classes, alpha, largest class, smallest class, images
 
 
 def pareto_counts(classes: int, alpha: float, largest: int, smallest: int, images: int) -> Tensor:
-    """Class counts, float64 (classes,), whose sum is `images` up to rounding."""
+    """Class counts, float64 (classes,), which sum to `images` up to rounding."""
     quantiles = (torch.arange(classes, dtype=torch.float64) + 0.5) / classes
     shape: Tensor = (1 - quantiles) ** (-1 / alpha) - 1
     low, high = 1e-3, 1e7
@@ -50,7 +50,7 @@ def main() -> None:
     """Print one row for each data set and eta."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256], help="rows of each rank")
+    parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256], help="samples on each rank")
     parser.add_argument("--etas", nargs="+", type=int, default=[20, 100])
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -1,23 +1,23 @@
-"""What a training step costs: time and peak memory of every method, in SGD's units, measured in one run.
+"""The cost of a training step: time and peak memory of every method relative to SGD, measured in one run.
 
     python benchmarks/step_cost.py                    # the whole table: an hour on one CPU core
     python benchmarks/step_cost.py --short            # about a minute; `make bench`
     python benchmarks/step_cost.py --models resnet32_batchnorm --batches 128 256 --etas 20 --json cost.json
 
-Where there is a GPU it prints the table of `gpu_step_cost.py` instead (`--sizes`, `--modes`, `--rounds`, `--json`),
-unless CUDA_VISIBLE_DEVICES is empty.
+On a GPU it prints the table of `gpu_step_cost.py` instead (`--sizes`, `--modes`, `--rounds`, `--json`), unless
+CUDA_VISIBLE_DEVICES is empty.
 
-The methods take turns on the same batch, step by step, so that a busy machine slows all of them alike; a ratio is a
+The methods take turns on the same batch, step by step, so that a busy machine slows all of them equally; a ratio is a
 method's step over SGD's in the same round, and the table gives its median and quartiles. With one thread on the CPU
-(the default) a step's time is the process's CPU time, to which other programs do not add; otherwise it is the clock's.
-Labels are drawn by CIFAR-100-LT's class counts at ratio 100, so the number of tail rows varies as in training; images
-are random. Rounds whose batch has no tail row are part of the medians.
+(the default) a step's time is the process's CPU time, which other programs do not affect; otherwise it is wall time.
+Labels are drawn with CIFAR-100-LT's class counts at ratio 100, so the number of tail samples varies as in training;
+images are random. The medians include rounds whose batch has no tail sample.
 
 Columns:
     rows        sharp rows, as a share of the batch (mean over the rounds), and rows of an extra pass (median)
     time        ratio to SGD: median (first to third quartile)
-    bookkeeping perturb, restore and everything else outside the passes, as a share of an SGD step (median); not of "by
-                hand", which has its backward passes inside
+    bookkeeping ascend, restore and everything else outside the passes, as a share of an SGD step (median); not for "by
+                hand", which runs its backward passes itself
     memory      peak beyond SGD's peak, in MB; SGD reads its batch directly, the others through `x[rows]`, a copy of it
     copies      parameter-sized copies beyond SGD's one (the gradient), at their peak, between the passes
 """
@@ -77,7 +77,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Passes:
-    """The forward and backward passes of a step, and the time that they take."""
+    """The forward and backward passes of a step, and their time."""
 
     def __init__(self, model: nn.Module, clock: Callable[[], float]) -> None:
         self.model = model
@@ -87,7 +87,7 @@ class Passes:
 
     @contextmanager
     def timed(self, graph_alive: bool) -> Iterator[None]:
-        """Count what happens inside as a pass, which leaves a graph behind or not."""
+        """Time the block as a pass, which leaves a graph alive or not."""
         start = self._clock()
         with record_function("pass, graph alive" if graph_alive else "pass, graph freed"):
             yield
@@ -108,7 +108,7 @@ class Passes:
 
 
 Step = Callable[[Passes, Tensor, Tensor], None]
-"""Leaves the gradient of images (B, 3, 32, 32) with labels (B,) in `.grad`."""
+"""Leaves in `.grad` the gradient for images (B, 3, 32, 32) and labels (B,)."""
 
 
 def plain(passes: Passes, x: Tensor, y: Tensor) -> None:
@@ -138,7 +138,7 @@ def by_hand(tail: Tensor) -> Step:
 
 
 def methods(model: nn.Module, etas: list[int], context_rows: list[int]) -> dict[str, Step]:
-    """The steps to compare, SGD first, by the name that the table gives them."""
+    """The steps to compare, SGD first, by their names in the table."""
     batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     steps = {"SGD": plain, "SAM": engine(SAM(model, rho=RHO)), "Focal-SAM": engine(FocalSAM(model, COUNTS, rho=RHO))}
     family = {"GSAM": GSAM, "SSE-SAM": SSESAM, "CC-SAM": CCSAM}
@@ -152,11 +152,11 @@ def methods(model: nn.Module, etas: list[int], context_rows: list[int]) -> dict[
 
 @dataclass
 class Cost:
-    """What was measured of one method."""
+    """The measurements of one method."""
 
     seconds: list[float] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
-    """Seconds outside the passes, the optimizer's step not counted."""
+    """Seconds outside the passes, without the optimizer's step."""
     rows: list[int] = field(default_factory=list)
     """Rows of the last pass."""
     peak: int = 0
@@ -166,7 +166,7 @@ class Cost:
 
 
 def host_memory(step: Callable[[], object]) -> tuple[int, int]:
-    """Peak of the bytes that a step allocates on the CPU, and their peak while no graph is alive."""
+    """Peak bytes that a step allocates on the CPU, and their peak while no graph is alive."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
@@ -231,7 +231,7 @@ def measure(
     return costs, drawn
 
 
-def rows_of_table(
+def table_rows(
     setting: dict[str, Any], model: nn.Module, costs: dict[str, Cost], drawn: list[Tensor]
 ) -> list[dict[str, Any]]:
     """The measurements as ratios to SGD, one dict for each method."""
@@ -295,12 +295,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--etas", nargs="+", type=int, default=[20, 100])
-    parser.add_argument("--context-rows", nargs="*", type=int, default=[16, 64], help="beside batch and auto")
-    parser.add_argument("--methods", nargs="+", help="only the methods whose name holds one of these")
+    parser.add_argument("--context-rows", nargs="*", type=int, default=[16, 64], help="in addition to batch and auto")
+    parser.add_argument("--methods", nargs="+", help="only the methods whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
-    parser.add_argument("--short", action="store_true", help="about a minute: one batch of each model, few methods")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--short", action="store_true", help="about a minute: one batch size, few methods")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--sizes", nargs="+", choices=list(gpu_step_cost.SIZES), default=list(gpu_step_cost.SIZES))
     parser.add_argument("--modes", nargs="+", choices=gpu_step_cost.MODES, default=gpu_step_cost.MODES, help="on a GPU")
     arguments = parser.parse_args()
@@ -313,7 +313,7 @@ def main() -> None:
         arguments.batches, arguments.etas, arguments.context_rows, arguments.rounds = [64], [20], [], 3
         arguments.methods = arguments.methods or ["ImbSAM", "by hand"]
     torch.set_num_threads(arguments.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler on standard error
     device = f"CPU, {arguments.threads} thread(s)"
     table: list[dict[str, Any]] = []
     for name in arguments.models:
@@ -334,7 +334,7 @@ def main() -> None:
                 "sgd_peak_mb": costs["SGD"].peak / 1e6,
                 "parameters_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
             }
-            new = rows_of_table(setting, model, costs, drawn)
+            new = table_rows(setting, model, costs, drawn)
             print(markdown(new) + "\n", flush=True)
             table += new
             if arguments.json:

@@ -13,6 +13,9 @@ PACKAGES = ("imbsam", "lightning_modules", "datamodules")
 ENGINE = (
     "sam",
     "class_aware_sam",
+    "partitioned_sam",
+    "partition",
+    "surrogate_gap",
     "step",
     "batch",
     "extra_passes",
@@ -24,13 +27,13 @@ ENGINE = (
     "row_weights",
     "reference",
 )
-BESIDE = {"errors": "imbsam: the engine", "report": "imbsam.report", "command": "imbsam: the command"}
+OTHER_MODULES = {"errors": "imbsam: the engine", "report": "imbsam.report", "command": "imbsam: the command"}
 
 Graph = dict[str, set[str]]
 
 
 def module_imports(root: Path) -> Graph:
-    """Which of our modules each of our modules imports, by dotted names."""
+    """The modules of ours that each of our modules imports, by dotted names."""
     files = {_name(path.relative_to(root)): path for package in PACKAGES for path in (root / package).rglob("*.py")}
     found: Graph = {}
     for name, path in files.items():
@@ -46,31 +49,31 @@ def module_imports(root: Path) -> Graph:
 
 
 def folders(imports: Graph) -> Graph:
-    """The same between folders; the engine is a room of its own."""
+    """The imports between folders; the engine counts as a folder."""
 
-    def room(module: str) -> str:
+    def folder_of(module: str) -> str:
         parts = module.split(".")
         if parts[0] == "imbsam":
             if len(parts) == 1 or parts[1] in (*ENGINE, "capture"):
                 return "imbsam: the engine"
-            return BESIDE.get(parts[1], "imbsam: losses, metrics, sharpness")
+            return OTHER_MODULES.get(parts[1], "imbsam: losses, metrics, sharpness")
         return ".".join(parts[:2]) if len(parts) > 2 else parts[0]
 
     found: Graph = {}
     for module, targets in imports.items():
-        into = found.setdefault(room(module), set())
-        into |= {room(target) for target in targets} - {room(module)}
+        into = found.setdefault(folder_of(module), set())
+        into |= {folder_of(target) for target in targets} - {folder_of(module)}
     return found
 
 
 def engine(imports: Graph) -> Graph:
-    """The same between the files of the engine."""
+    """The imports between the files of the engine."""
     names = {f"imbsam.{name}": f"{name}.py" for name in ENGINE if f"imbsam.{name}" in imports}
     return {shown: {names[t] for t in imports[module] if t in names} for module, shown in names.items()}
 
 
 def draw(graph: Mapping[str, Iterable[str]], path: Path) -> None:
-    """An SVG with what imports above what is imported."""
+    """Draw the graph as an SVG, with importing modules above the imported ones."""
     layers = _layers(graph)
     width, height = max(len(layer) for layer in layers), len(layers)
     figure, axes = plt.subplots(figsize=(max(8.0, 2.7 * width), 1.15 * height))
@@ -94,7 +97,7 @@ def draw(graph: Mapping[str, Iterable[str]], path: Path) -> None:
 
 
 def _layers(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """From what nothing imports down; two that import each other share a layer."""
+    """Layers from what nothing imports downwards; modules that import each other share a layer."""
     depth: dict[str, int] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-import architecture  # noqa: E402  beside this file
+import architecture  # noqa: E402  in this folder
 
 architecture.main(ROOT, ROOT / "docs" / "_static")
 

@@ -1,7 +1,7 @@
 """ImbSAM for any PyTorch loop: a backward pass that flattens the loss of the rare classes.
 
-The engine, and with it torch, is imported when it is first asked for, so that ``imbsam --version`` and
-``imbsam report`` need not wait for torch.
+The engine, and with it torch, is imported on first use, so that ``imbsam --version`` and ``imbsam report`` need not
+wait for torch.
 """
 
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """The engine's classes, when they are first asked for (PEP 562)."""
+        """The engine's classes, imported on first use (PEP 562)."""
         if name in __all__:
             globals()[name] = value = getattr(import_module("imbsam.sam"), name)
             return value

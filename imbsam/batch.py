@@ -1,4 +1,4 @@
-"""A batch and what is decided for it on the host, before its first pass: weights, rows, and where g_s(w) comes from."""
+"""A batch and what the host decides before its first pass: weights, rows, and where g_s(w) comes from."""
 
 import enum
 import math
@@ -25,18 +25,18 @@ class SharpGradient(enum.Enum):
     NONE = "no row is sharp: g_s is 0"
     EVERY_ROW = "every row has c = 1: g_s is the whole gradient and g_rest is 0"
     SAME_GRAPH = "the extra passes see the whole batch: the graph of the first forward gives g_s too"
-    OWN_FORWARD = "from a forward of its own, on the sharp rows and their context; g_rest is then g_all - g_s"
-    BY_GROUP = "several groups of classes, each with a g_s: `Batch.parts` has each group's sharp rows"
+    OWN_FORWARD = "a second forward, on the sharp rows and their context, gives g_s; g_rest is then g_all - g_s"
+    BY_GROUP = "several groups of classes, each with its own g_s: `Batch.parts` has each group's sharp rows"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided for all batches, from the settings alone, and so alike on all ranks."""
+    """What the settings alone decide for all batches, and so the same on all ranks."""
 
     sharpness_weight: Tensor
     """c for every class, float64 (C,), or () for all of them."""
     class_weight: Tensor | None
-    """a for every class, float64 (C,); None where all are 1."""
+    """a for every class, float64 (C,); None if all are 1."""
     context_rows: int | None
     """Rows to add to the sharp ones; None for the whole batch."""
     perturbs: bool
@@ -44,7 +44,7 @@ class Plan:
     in_step: bool
     """Whether every rank runs the extra passes, with or without sharp rows, because a pass waits for the others."""
     may_be_empty: bool
-    """Whether a batch may have no rows: other ranks have some, and average with this one."""
+    """Whether a batch may be empty: other ranks have rows, and average with this one."""
     rho: float
     """Length of e."""
 
@@ -59,17 +59,17 @@ class Plan:
             )
         if targets is not None or sharpness_weight is not None:
             raise SettingError(
-                "targets and sharpness_weight go with one batch: a list of micro-batches brings its own targets"
+                "targets and sharpness_weight are for a single batch: a list of micro-batches has its own targets"
             )
         if not losses:
             raise SettingError("losses is an empty list: give at least one micro-batch")
         return [self._batch(*micro_batch) for micro_batch in losses]
 
     def _batch(self, losses: Losses, targets: Any, sharpness_weight: Any = None) -> "Batch":
-        """Decide for one batch; `sharpness_weight` (B,) are the rows' own c_i, in place of their classes'."""
+        """Decide for one batch; `sharpness_weight` (B,) are the rows' own c_i, instead of their classes'."""
         if targets is None and (sharpness_weight is None or self.class_weight is not None):
             raise SettingError(
-                "targets is None: give the labels, or the rows' own sharpness_weight= where no class_weight is set"
+                "targets is None: give the labels, or, if no class_weight is set, sharpness_weight= for each row"
             )
         a = None
         if targets is not None:
@@ -84,15 +84,15 @@ class Plan:
                 raise SettingError(f"sharpness_weight= has shape {tuple(c.shape)}: give one number for each row")
             if not ((c.numpy() >= 0) & (c.numpy() < math.inf)).all():
                 raise SettingError(
-                    "sharpness_weight= holds a negative or non-finite number: every row needs one from 0"
+                    "sharpness_weight= holds a negative or non-finite number: every row needs a finite number from 0"
                 )
         if len(c) == 0 and not self.may_be_empty:
-            raise SettingError("the batch has no rows: leave it out")
+            raise SettingError("the batch is empty: skip it")
         rows = self._extra_pass_rows(c)
         return Batch(losses, a, c, rows, self._source(c, len(rows), own=sharpness_weight is not None))
 
     def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
-        """Each e of the step: its length, and the batches whose sharp rows it is for. Here there is one."""
+        """Each e of the step: its length, and the batches whose sharp rows it is for. Here just one e."""
         return [(self.rho, [batch for batch in batches if batch.takes_extra_passes])]
 
     def _extra_pass_rows(self, c: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Plan:
             context = size if self.context_rows is None else self.context_rows
             rows = extra_pass_rows(sharp, size, max(context, not sharp))
         if len(rows) == size:
-            rows.sort()  # the batch in its own order, so that the first forward may serve g_s(w) too
+            rows.sort()  # the batch in its own order, so that the graph of the first forward can give g_s(w) too
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def _source(self, c: Tensor, rows: int, own: bool) -> SharpGradient:
@@ -123,20 +123,20 @@ class Batch:
 
     losses: Losses
     a: Tensor | None
-    """Loss weight of each row, float64 (B,) on the CPU; None where all are 1."""
+    """Loss weight of each row, float64 (B,) on the CPU; None if all are 1."""
     c: Tensor
     """Sharpness weight of each row, float64 (B,) on the CPU."""
     rows: Tensor
-    """Rows of the extra passes, int64: the whole batch in order, or the sharp rows and then their context; or none."""
+    """Rows of the extra passes, int64: the whole batch in order, the sharp rows and then their context, or none."""
     source: SharpGradient
     buffers: Buffers | None = None
     """The buffers that its passes at w and at w + e start from."""
     generators: RandomState | None = None
-    """Where the generators stood before the pass that g_s(w) comes from: w + e must see the same dropout masks."""
+    """The generators' state before the pass that gave g_s(w): the pass at w + e must see the same dropout masks."""
     sharp_of_group: dict[int, Tensor] = field(default_factory=dict)
     """With several groups of classes, c_ik of each that has sharp rows, float64 (B,) each."""
     parts: "list[Batch]" = field(default_factory=list)
-    """With several groups of classes, the batch as each of them sees it; it does not run at w + e itself."""
+    """With several groups of classes, the batch as each of them sees it; only these parts run at w + e."""
     _sharp: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -173,7 +173,7 @@ class Batch:
         return counted, (factor if self.a is None else self.a * factor)[counted]
 
     def _taken(self, losses: Tensor, counted: Tensor) -> Tensor:
-        """The other rows' losses may be infinite, and 0 * inf is nan: they are taken out, not multiplied by 0."""
+        """Selects rather than multiplying by 0: the other rows' losses may be infinite, and 0 * inf is nan."""
         return losses if len(counted) == self.size else losses[to_device(counted, losses.device)]
 
 

@@ -1,4 +1,4 @@
-"""Checks of settings: whole numbers, numbers from 0 or in an interval, names from a list."""
+"""Checks of settings: whole numbers, numbers from 0 or in an interval, one of several names."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from imbsam.errors import SettingError
 
 
 def check_whole_numbers(least: int = 1, **settings: int | Sequence[int]) -> None:
-    """Refuse a setting that is not a whole number, or one of whose numbers is too small.
+    """Refuse a setting that is not a whole number (or a list of them), or is too small.
 
     Args:
         least: The smallest number that can work.
@@ -62,7 +62,7 @@ def check_interval(interval: str, **settings: float) -> None:
     """Refuse a setting that is outside an interval, or not a number.
 
     Args:
-        interval: Such as ``[0, 1)`` or ``(0, inf)``; a round bracket leaves the end out.
+        interval: Such as ``[0, 1)`` or ``(0, inf)``; a round bracket excludes the end.
         settings: The settings by name.
 
     Raises:
@@ -82,14 +82,14 @@ def check_interval(interval: str, **settings: float) -> None:
 
 
 def check_choice(choices: Any, **settings: str) -> None:
-    """Refuse a setting that is none of the values of a ``Literal``.
+    """Refuse a setting that is not one of the values of a ``Literal``.
 
     Args:
         choices: The ``Literal`` type.
         settings: The settings by name.
 
     Raises:
-        SettingError: It names the first setting that is none of them.
+        SettingError: It names the first setting that is not one of them.
 
     Example:
         >>> from typing import Literal

@@ -47,42 +47,42 @@ class ClassAwareSAM(Capturable):
     :math:`g_s` needs only the *sharp rows*, those with :math:`c_i > 0`, so the extra passes run on them alone.
     :func:`imbsam.reference.backward` is the same method in thirty plain lines.
 
-    It is no optimizer and keeps nothing between calls, so any optimizer, scheduler, ``GradScaler``, clipping and
+    It is not an optimizer and keeps nothing between calls, so any optimizer, scheduler, ``GradScaler``, clipping and
     checkpointing work as they do after ``loss.backward()``. :class:`SAM`, :class:`ImbSAM`, :class:`FocalSAM` and
     :class:`Plain` choose the sharpness weights; this class takes them from you.
 
-    After a call (and after an exception or Ctrl-C inside it, then with ``.grad`` too) parameters are bit-identical to
-    before it, buffers are as the one ordinary pass left them, and the random generators of torch, NumPy and Python
-    stand where ``loss.backward()`` would have left them.
+    After a call, parameters are bit-identical to before it, and buffers and the random generators of torch, NumPy and
+    Python are as one ordinary pass leaves them. After an exception or Ctrl-C inside a call, all of these and ``.grad``
+    are as they were before it.
 
     Args:
         module: the model whose parameters are perturbed, wrapped or not. Frozen parameters are left out. Every
-            trained parameter must be in it: one outside would gather the gradients of all three passes.
-        class_counts: training samples per class, shape (C,). Needed where ``tail_weight`` is not 1.
+            trained parameter must be in it: one outside would accumulate the gradients of all three passes.
+        class_counts: training samples per class, shape (C,). Needed if ``tail_weight`` is not 1.
         sharpness_weight: c for every class, shape (C,), or one number for all classes.
-        rho: length of the perturbation e. May be changed between calls; 0 trains plainly.
+        rho: length of the perturbation e. May be changed between calls; 0 is plain training.
         eta: classes with fewer than eta training samples are tail classes.
-        tail_classes: the tail classes, by index or as a mask of shape (C,), in place of eta.
+        tail_classes: the tail classes, by index or as a mask of shape (C,), instead of eta.
         tail_weight: multiplies the loss weight of the tail classes. The published code uses 2 for ImbSAM alone; a fair
-            comparison has it for every method. It is in the attribute ``class_weight`` from then on: what is set there
-            later replaces it.
-        class_weight: loss weight a for every class, shape (C,). Default: 1. It weighs g_s too, and so the direction of
-            the perturbation. May be changed between calls (deferred re-weighting).
-        adaptive: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., ICML 2021) in place of rho * g / ||g||.
+            comparison uses it for every method. It is multiplied into the attribute ``class_weight`` once: setting that
+            attribute later replaces it.
+        class_weight: loss weight a for every class, shape (C,). Default: 1. It also weights g_s, and so the direction
+            of the perturbation. May be changed between calls (deferred re-weighting).
+        adaptive: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., ICML 2021) instead of rho * g / ||g||.
         context_rows: the extra passes run on the sharp rows and this many other rows of the batch, whose losses do not
-            count; they are there so that BatchNorm sees a batch. ``0`` is exact where rows do not see each other;
-            ``"batch"`` is the published gradient, with the whole batch in every pass, and what a loss that couples
-            rows needs; ``"auto"`` is 32 where the module has BatchNorm in training mode, else 0.
+            count, so that BatchNorm sees a batch. ``0`` is exact for a network and loss that treat each row
+            independently; ``"batch"`` is the published gradient, with the whole batch in every pass, and what a loss
+            that couples rows needs; ``"auto"`` is 32 if the module has BatchNorm in training mode, else 0.
         perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
             process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
-            all-reduces a step.
-        no_sync: context manager under which backward passes do not communicate. Default: the module's own where it is
+            all-reduces per step.
+        no_sync: context manager under which backward passes do not communicate. Default: the module's own if it is
             or wraps ``DistributedDataParallel``.
-        process_group: average gradients over this group. Default: the module's own where it is or wraps
+        process_group: average gradients over this group. Default: the module's own if it is or wraps
             ``DistributedDataParallel``, else none. A module under FSDP2 (``fully_shard``) needs neither.
 
     Raises:
-        SettingError: where a setting cannot work.
+        SettingError: if a setting cannot work.
 
     Example:
         >>> import torch
@@ -144,7 +144,7 @@ class ClassAwareSAM(Capturable):
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Loss weight a for every class, float64 (C,) on the CPU; None where all are 1."""
+        """Loss weight a for every class, float64 (C,) on the CPU; None if all are 1."""
         return self._class_weight
 
     @class_weight.setter
@@ -165,24 +165,24 @@ class ClassAwareSAM(Capturable):
         sharpness_weight: Any = None,
         backward: Callable[..., Any] = Tensor.backward,
     ) -> Tensor:
-        """Add the gradient of the objective to ``.grad``, in place of ``loss.backward()``.
+        """Add the gradient of the objective to ``.grad``; replaces ``loss.backward()``.
 
         Args:
             losses: a function from row indices (int64, shape (R,), on the parameters' device) to the losses of those
                 rows, shape (R,). Its first call is for all rows in order, at w: keep predictions for metrics there.
                 Or a list of ``(losses, targets)``: micro-batches that count as one batch.
-            targets: class indices (B,), or probabilities (B, C) (c_i and a_i are then the expected ones). Best on the
-                CPU: which rows are sharp is decided on the host, and a GPU tensor has to be waited for.
+            targets: class indices (B,), or probabilities (B, C) (c_i and a_i are then expectations). Best on the CPU:
+                the sharp rows are chosen on the host, which has to wait for a GPU tensor.
             sharpness_weight: c_i for every row, shape (B,), instead of the one from ``targets`` (``targets`` is then
                 needed only for ``class_weight``).
-            backward: what runs a backward pass; ``lambda loss, **kw: scaler.scale(loss).backward(**kw)`` for a
-                ``GradScaler``. Where the extra passes see the whole batch it is called with ``retain_graph=True``.
+            backward: runs a backward pass; ``lambda loss, **kw: scaler.scale(loss).backward(**kw)`` for a
+                ``GradScaler``. If the extra passes see the whole batch, it is called with ``retain_graph=True``.
 
         Returns:
             1/B * sum_i a_i l_i(w), detached.
 
         Raises:
-            SettingError: for a label outside the classes, or losses that are not one for each row.
+            SettingError: if a label is outside the classes, or ``losses`` does not return one loss for each row.
         """
         modules = list(self.module.modules())  # walking them costs as much as a layer of a small net
         sharded = fsdp_modules(modules)
@@ -192,9 +192,9 @@ class ClassAwareSAM(Capturable):
                 m.reshard()
 
         reshard()  # after a forward without a backward (validation) the registered parameters are gathered copies
-        # as module.parameters() orders them, tied ones once, without another walk of the modules
-        found = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
-        params = list({id(p): p for p in found}.values())
+        # in the order of module.parameters(), tied ones once, without another walk of the modules
+        trained = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
+        params = list({id(p): p for p in trained}.values())
         if not params:
             raise SettingError("module has no parameter that requires a gradient: unfreeze one")
         group = None if sharded else self.process_group
@@ -225,7 +225,7 @@ class ClassAwareSAM(Capturable):
     def broadcast_buffers(self) -> None:
         """Copy rank 0's buffers (BatchNorm's running statistics) to all ranks, before evaluating or saving.
 
-        The passes run without communication, and that ends DistributedDataParallel's own broadcast too.
+        The passes run without communication, and so without DistributedDataParallel's own broadcast.
         """
         if self.process_group is not None or fsdp_modules(list(self.module.modules())):
             broadcast_buffers(self.module, self.process_group)

@@ -47,7 +47,7 @@ def class_counts_tensor(class_counts: Tensor | Sequence[int]) -> Tensor:
 
 
 def nonzero_class_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
-    """Validate class counts that a class prior is computed from: at least one must be above 0.
+    """Validate class counts for a class prior: at least one must be above 0.
 
     Args:
         class_counts: as for :func:`class_counts_tensor`.
@@ -78,7 +78,7 @@ def tail_mask(
         eta: the threshold :math:`\eta` >= 0; a class with exactly ``eta`` samples is a head class. ``inf``
             makes every class tail (SAM), 0 none (SGD). Not used when ``tail_classes`` is given.
         tail_classes: indices of the tail classes, each in 0..C-1, or a bool tensor or array of shape (C,); ``[]`` means
-            that there is none.
+            that no class is tail.
 
     Returns:
         bool tensor of shape (C,) on the CPU, True for a tail class.
@@ -168,7 +168,7 @@ def focal_sharpness(
 
     Args:
         class_counts: training samples per class, C integers, at least one of them above 0.
-        focal_lambda: :math:`\lambda` >= 0, finite; its authors use up to 1.1.
+        focal_lambda: :math:`\lambda` >= 0, finite; the authors use up to 1.1.
         focal_gamma: :math:`\gamma` >= 0, finite.
 
     Returns:

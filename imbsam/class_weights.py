@@ -1,4 +1,4 @@
-"""Loss weights of the classes from their counts: re-weighting that goes with any loss."""
+"""Loss weights of the classes from their counts: re-weighting that works with any loss."""
 
 from collections.abc import Sequence
 
@@ -20,20 +20,21 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
         N = \sum_k n_k
 
     scaled so that :math:`\sum_j n_j a_j = N`: the mean weight of the training samples is 1, and re-weighting changes
-    what counts in the loss but not its size. Over the whole training set this is the weighted mean of
+    which samples count but not the size of the loss. Over the whole training set this is the weighted mean of
     ``torch.nn.CrossEntropyLoss(weight=...)``, which the LDAM-DRW code takes of every batch, dividing by the batch's own
     sum of weights. The paper scales to :math:`\sum_j a_j = C` and takes the plain mean: its weights are these times
-    :math:`C / \sum_j a_j`, one constant (0.2 for CIFAR-100-LT at ratio 100 and beta 0.9999).
+    :math:`C / \sum_j a_j`, a constant (0.2 for CIFAR-100-LT at ratio 100 and beta 0.9999).
 
     Multiply the per-sample losses by ``weights[labels]``, or give the weights to the engine as ``class_weight``.
     A class without training samples counts as if it had one.
 
     Args:
         class_counts: training samples per class :math:`n_j`, C integers, at least one above 0.
-        beta: :math:`\beta` in [0, 1): 0 weighs every class alike, towards 1 the weights go to :math:`N / (C n_j)`.
+        beta: :math:`\beta` in [0, 1): 0 weights every class equally; as it goes to 1, the weights go to
+            :math:`N / (C n_j)`.
 
     Returns:
-        float64 tensor of shape (C,) on the CPU, above 0.
+        float64 tensor of shape (C,) on the CPU, all positive.
 
     Raises:
         SettingError: if ``beta`` is outside [0, 1) or every class count is 0.
@@ -63,10 +64,10 @@ def with_tail_weight(
 
     Args:
         class_weight: loss weight of each class, float64 (C,); None for 1.
-        tail_weight: the factor, finite, from 0.
+        tail_weight: the factor, a finite number from 0.
         class_counts: training samples per class (C,).
         eta: classes with fewer than eta training samples are tail classes.
-        tail_classes: the tail classes in place of eta, as for :func:`~imbsam.class_groups.tail_mask`.
+        tail_classes: the tail classes, instead of eta, as for :func:`~imbsam.class_groups.tail_mask`.
 
     Returns:
         float64 tensor of shape (C,) on the CPU.
@@ -76,7 +77,9 @@ def with_tail_weight(
     """
     check_numbers(tail_weight=tail_weight, hint="1 leaves the loss as it is")
     if class_counts is None:
-        raise SettingError(f"tail_weight is {tail_weight} and class_counts None: give the training samples per class")
+        raise SettingError(
+            f"tail_weight is {tail_weight} but class_counts is None: give the training samples per class"
+        )
     tail = tail_mask(class_counts, eta, tail_classes)
     weight = torch.ones(len(tail), dtype=torch.float64, device="cpu") if class_weight is None else class_weight
     return torch.where(tail, tail_weight * weight, weight)

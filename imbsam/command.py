@@ -1,7 +1,6 @@
-"""The console script `imbsam`: help, version and `report` are answered at once, the rest by LightningCLI.
+"""The console script `imbsam`: answers help, version and `report` at once, and leaves the rest to LightningCLI.
 
-LightningCLI, torch and the packages below this one take seconds to import; whoever asks what the commands are called
-need not wait for them.
+LightningCLI and torch take seconds to import; a list of the commands should not wait for them.
 """
 
 import difflib
@@ -15,54 +14,54 @@ from types import FrameType
 
 COMMANDS = {
     "fit": "train a model, then test the last epoch's weights",
-    "check": "look at the data without training: the classes, and files that cannot be read",
+    "check": "check the data without training: list the classes, and files that cannot be read",
     "validate": "evaluate a checkpoint on the validation set",
     "test": "evaluate a checkpoint on the test set",
     "predict": "write a checkpoint's predictions to a CSV file",
     "sharpness": "measure how flat the loss of each class group is at a checkpoint",
-    "report": "compare runs: a table, a web page, a picture",
+    "report": "compare runs in a table, a web page or a picture",
 }
 
-CONFIG = ("--config FILE", "settings from a file, such as configs/data/digits_lt.yaml; give several, the last one wins")
+CONFIG = ("--config FILE", "settings from a file, such as configs/data/digits_lt.yaml; of several files, the last wins")
 
 SETTINGS = {
     "--model.sam": (
         "ImbSAM",
-        "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, CCSAM, SSESAM, GSAM, or a class of your own",
+        "the method: Plain (plain training), SAM, ImbSAM, FocalSAM, CCSAM, SSESAM, GSAM, or your own class",
     ),
     "--model.sam.rho": ("0.05", "length of the perturbation; choose it on a validation split"),
     "--model.sam.eta": ("20", "classes with fewer training samples than eta are the tail"),
     "--model.sam.tail_weight": ("2", "multiply the loss of the tail classes, for every method"),
-    "--model.sam.context_rows": ("auto", "samples in the extra passes beside the tail's: auto, batch or a number"),
+    "--model.sam.context_rows": ("auto", "samples in the extra passes besides the tail's: auto, batch or a number"),
     "--model.optimizer.lr": ("0.05", "learning rate"),
-    "--data.batch_size": ("32", "samples of a training batch"),
+    "--data.batch_size": ("32", "samples per training batch"),
     "--data.val_share": ("0.2", "share of the training samples to hold out for validation"),
-    "--data.seed": ("0", "seed of the split and the draw of the samples"),
+    "--data.seed": ("0", "seed of the split and of drawing the samples"),
     "--seed_everything": ("0", "seed of weights, order and augmentation"),
     "--trainer.max_epochs": ("200", "epochs; ImbSAM shows its effect once the rare classes are learned"),
-    "--trainer.devices": ("1", "processes, one a GPU"),
+    "--trainer.devices": ("1", "processes, one per GPU"),
 }
-"""The settings that matter in a training, each with an example."""
+"""The settings that matter most for training, each with an example."""
 
 CHECKPOINT = ("--ckpt_path FILE", "the checkpoint; `last` is that of the newest run of this config")
 
 OPTIONS = {
     "fit": [
-        ("--data.root FOLDER", "where images are"),
+        ("--data.root FOLDER", "folder of the data set"),
         *((f"{name} {example}", text) for name, (example, text) in SETTINGS.items()),
-        ("--seeds 0 1 2", "train once for each seed, of the run and of the data"),
+        ("--seeds 0 1 2", "train once per seed, which is that of the run and of the data"),
         ("--ckpt_path last", "resume the newest run of this config"),
         ("--print_config", "print every setting with its value, and stop"),
     ],
-    "check": [("--data.root FOLDER", "where images are")],
+    "check": [("--data.root FOLDER", "folder of the data set")],
     "validate": [CHECKPOINT],
     "test": [CHECKPOINT],
-    "predict": [CHECKPOINT, ("--predictions.path FILE", "where the predictions go")],
+    "predict": [CHECKPOINT, ("--predictions.path FILE", "CSV file to write")],
     "sharpness": [
         CHECKPOINT,
         ("--split train", "the training samples, or test"),
         ("--samples 1000", "at most this many samples of each class group"),
-        ("--slices true", "write slices of the loss too"),
+        ("--slices true", "also write slices of the loss"),
     ],
 }
 
@@ -82,7 +81,7 @@ def main() -> None:
     elif not command.startswith("-") and command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"imbsam: error: there is no command {command}: {meant}", file=sys.stderr)
+        print(f"imbsam: error: unknown command {command}: {meant}", file=sys.stderr)
         sys.exit(2)
     elif {"-h", "--help"} & set(args):
         print(command_help(command))
@@ -93,16 +92,16 @@ def main() -> None:
         sys.exit(2)
     else:
         sys.argv[1:] = ["--help" if arg == "--help-all" else arg for arg in sys.argv[1:]]
-        sys.path.append(os.getcwd())  # class paths of the user's own; at the end, where it hides nothing
+        sys.path.append(os.getcwd())  # for class paths in the user's code; at the end, where it shadows nothing
         from lightning_modules.cli.run import (
-            main as lightning,  # the one import that hands over, see tests/test_imports.py
+            main as lightning,  # the one import of lightning_modules, see tests/test_imports.py
         )
 
         lightning()
 
 
 def overview() -> str:
-    """The commands."""
+    """The help text that lists the commands."""
     return "\n".join(
         [
             "usage: imbsam COMMAND [--SETTING VALUE ...]",
@@ -112,13 +111,13 @@ def overview() -> str:
             *_columns(COMMANDS.items()),
             "",
             "imbsam COMMAND --help shows the settings that matter, imbsam --version the versions.",
-            "To begin: imbsam fit --config configs/data/digits_lt.yaml --config configs/method/imbsam.yaml",
+            "To start: imbsam fit --config configs/data/digits_lt.yaml --config configs/method/imbsam.yaml",
         ]
     )
 
 
 def command_help(command: str) -> str:
-    """The settings of a command that matter, and where the others are."""
+    """The help text of a command: the settings that matter, and how to list the others."""
     rest = [
         (f"imbsam {command} --help-all", "every setting of the command"),
         (f"imbsam {command} --model.help CLASS", "every setting of a model, such as LongTailedClassifier"),
@@ -132,7 +131,7 @@ def command_help(command: str) -> str:
             "",
             *_columns([CONFIG, *OPTIONS[command]]),
             "",
-            "The rest:",
+            "All settings:",
             "",
             *_columns(rest),
         ]
@@ -140,15 +139,15 @@ def command_help(command: str) -> str:
 
 
 def versions() -> str:
-    """Our version and those of what we stand on, without importing them."""
-    found = {}
+    """The versions of imbsam, torch and Lightning, without importing them."""
+    installed = {}
     for name in ("imbsam", "torch", "lightning"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    below = ", ".join(f"{name} {found[name]}" for name in ("torch", "lightning"))
-    return f"imbsam {found['imbsam']} ({below}, Python {platform.python_version()})"
+            installed[name] = "not installed"
+    others = ", ".join(f"{name} {installed[name]}" for name in ("torch", "lightning"))
+    return f"imbsam {installed['imbsam']} ({others}, Python {platform.python_version()})"
 
 
 def _columns(lines: Iterable[tuple[str, str]]) -> list[str]:
@@ -158,7 +157,7 @@ def _columns(lines: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C during the imports: an exception there would be taken for a broken library, in many lines."""
+    """Ctrl-C during the imports: an exception there would look like a broken library, with a long traceback."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"imbsam: interrupted by SIGINT\n")
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""Several processes: who averages the gradients of the ranks, and what cannot work between the passes of a step."""
+"""Several processes: averaging the gradients of the ranks, and refusing what cannot work with several passes."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from imbsam.gradients import Gradients
 
 
 class Reduction:
-    """One process: its gradients are the gradients.
+    """One process: nothing to average.
 
     Args:
         params: the trained parameters.
@@ -61,15 +61,15 @@ class Averaged(Reduction):
 
 
 class PerRank(Averaged):
-    """As `Averaged`, but each rank ascends along its own g_s: one all-reduce."""
+    """Like `Averaged`, but each rank ascends along its own g_s: one all-reduce."""
 
     def mean_g_s(self, g_s: Gradients) -> Gradients:
-        """This rank's own."""
+        """This rank's own g_s."""
         return g_s
 
 
 def reduction_over(group: Any, params: Sequence[Tensor], perturbation: str, perturbs: bool) -> Reduction:
-    """Over the ranks of `group`; None where there is one process, or FSDP2 reduces."""
+    """The reduction over the ranks of `group`, which is None for one process, or if FSDP2 reduces."""
     if group is None:
         return Reduction(params)
     if perturbation == "per_rank":
@@ -81,7 +81,7 @@ def reduction_over(group: Any, params: Sequence[Tensor], perturbation: str, pert
 def mean(grads: Gradients, params: Sequence[Tensor], group: Any, *, keep_none: bool = False) -> Gradients:
     """The mean of the ranks' gradients, in one all-reduce.
 
-    Every rank brings every parameter, zeros where it has no gradient, so that none waits in vain.
+    Every rank sends every parameter, zeros where it has no gradient, so that no rank waits forever.
 
     Args:
         grads: this rank's gradients.
@@ -98,14 +98,14 @@ def mean(grads: Gradients, params: Sequence[Tensor], group: Any, *, keep_none: b
     means: list[Tensor | None] = [
         part.view_as(piece).to(piece.dtype) for part, piece in zip(parts, pieces, strict=True)
     ]
-    if keep_none and any(g is None for g in grads.tensors):  # only then does the host have to know, and wait
+    if keep_none and any(g is None for g in grads.tensors):  # only then the host has to wait for the answer
         means = [g if r > 0 else None for g, r in zip(means, reached.tolist(), strict=True)]
     return Gradients(means)
 
 
 @torch.no_grad()
 def union(numbers: set[int], device: torch.device, most: int, group: Any) -> set[int]:
-    """The numbers, each from 0 and below `most`, that some rank of the group holds; the host waits for the answer."""
+    """The numbers in [0, most) that any rank of the group has; the host waits for the answer."""
     held = torch.tensor([float(number in numbers) for number in range(most)], device="cpu")
     held = to_device(held, device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
@@ -113,15 +113,15 @@ def union(numbers: set[int], device: torch.device, most: int, group: Any) -> set
 
 
 def communication_of(module: nn.Module) -> tuple[Callable[[], AbstractContextManager[Any]], Any]:
-    """`no_sync` and the process group of DistributedDataParallel, where the module is it or wraps it; or none."""
-    # wrapped by Fabric or torch.compile, it may lie deeper
+    """`no_sync` and the process group of DistributedDataParallel, if the module is one or wraps one; or none."""
+    # Fabric and torch.compile wrap it
     ddp = next((m for m in module.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
     return (nullcontext, None) if ddp is None else (ddp.no_sync, ddp.process_group)
 
 
 def fsdp_modules(modules: Sequence[nn.Module]) -> list[Any]:
     """Those under FSDP2 (``fully_shard``), which reduces the gradients of every pass itself."""
-    return _of_kind(modules, "FSDPModule") if _several() else []
+    return _fsdp_instances(modules, "FSDPModule") if _several() else []
 
 
 def forward_communicates(modules: Sequence[nn.Module]) -> bool:
@@ -135,8 +135,8 @@ def check_modules(modules: Sequence[nn.Module], perturbation: str, group: Any) -
     """Refuse what would run in each of the three passes, or between them.
 
     Raises:
-        SettingError: for a hook on a parameter's gradient (an optimizer in the backward pass, among others),
-            parametrizations that are cached, and on several processes what :func:`_check_processes` names.
+        SettingError: for a hook on a parameter's gradient (such as an optimizer in the backward pass), cached
+            parametrizations, and, on several processes, what :func:`_check_processes` names.
     """
     for owner in modules:
         for name, p in owner._parameters.items():
@@ -146,8 +146,8 @@ def check_modules(modules: Sequence[nn.Module], perturbation: str, group: Any) -
                 raise SettingError(_hooked(modules, p, name))
     if parametrize._cache_enabled and any(parametrize.is_parametrized(m) for m in modules):
         raise SettingError(
-            "module has parametrizations under parametrize.cached(), which keeps the weights of w: the pass at w + e "
-            "would not see e; call backward() outside of it"
+            "module has parametrizations under parametrize.cached(), which caches the weights at w, so the pass at "
+            "w + e would not see e: call backward() outside of it"
         )
     if _several():
         _check_processes(modules, perturbation, group)
@@ -157,12 +157,12 @@ def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any
     for ddp in (m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)):
         if ddp._comm_hooks:
             raise SettingError(
-                "module has a DDP communication hook, which would see none of the passes: the gradients are averaged "
-                "here; leave the hook out"
+                "module has a DDP communication hook, which would never run, since the engine averages the gradients: "
+                "remove the hook"
             )
         if ddp.static_graph:
             raise SettingError(
-                "module is DistributedDataParallel with static_graph=True, and the extra passes are "
+                "module is DistributedDataParallel with static_graph=True, but the extra passes have "
                 "another graph: leave static_graph out"
             )
         if ddp._join_config.enable:
@@ -170,24 +170,24 @@ def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any
                 "module is under DistributedDataParallel.join(), which waits for the reductions of its "
                 "own backward: leave join() out and give every rank the same number of batches"
             )
-    if _of_kind(modules, "FullyShardedDataParallel"):
+    if _fsdp_instances(modules, "FullyShardedDataParallel"):
         raise SettingError("module is FullyShardedDataParallel (FSDP1): shard it with fully_shard (FSDP2)")
     sharded = fsdp_modules(modules)
     if sharded and perturbation == "per_rank":
         raise SettingError(
-            'perturbation is "per_rank" and module is sharded by FSDP2, where no rank has its own gradient: '
+            'perturbation is "per_rank", but module is sharded by FSDP2, where no rank has its own gradient: '
             'set "global"'
         )
     groups = [g for m in sharded for g in _fsdp_parameter_groups(m)]
     if any(not (g.reduce_grads and g.all_reduce_grads) for g in groups):
         raise SettingError(
-            "module has set_requires_gradient_sync(False): the perturbation needs the gradient of all ranks; leave it "
-            "out and give micro-batches as a list, backward([(losses, targets), ...])"
+            "module has set_requires_gradient_sync(False), but the perturbation needs the gradient of all ranks: leave "
+            "it out and give micro-batches as a list, backward([(losses, targets), ...])"
         )
     spread = any(hasattr(p, "placements") for m in modules for p in m._parameters.values())
     if group is None and not sharded and not spread and dist.get_world_size() > 1:
         raise SettingError(
-            "process_group is None on several processes, so that nobody averages their gradients: build the engine "
+            "process_group is None on several processes, so their gradients would not be averaged: build the engine "
             "from the DistributedDataParallel module, or set process_group=torch.distributed.group.WORLD"
         )
 
@@ -204,14 +204,14 @@ def _several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _of_kind(modules: Sequence[nn.Module], kind: str) -> list[nn.Module]:
-    """The modules of a class of torch.distributed.fsdp, which takes a second to import."""
+def _fsdp_instances(modules: Sequence[nn.Module], kind: str) -> list[nn.Module]:
+    """Instances of a class of torch.distributed.fsdp, without importing it, which takes a second."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [m for m in modules if isinstance(m, getattr(fsdp, kind))]
 
 
 def _fsdp_parameter_groups(module: Any) -> list[Any]:
-    """FSDP2's own records, which have no public getter; one a module until torch 2.12."""
+    """FSDP2's own records, which have no public getter; one per module until torch 2.12."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -219,6 +219,7 @@ def _fsdp_parameter_groups(module: Any) -> list[Any]:
 
 
 def _hooked(modules: Sequence[nn.Module], p: Tensor, name: str) -> str:
+    """The message for a parameter with a hook."""
     name = next((n for n, q in modules[0].named_parameters() if q is p), name)
     if p._backward_hooks:
         return (

@@ -1,4 +1,4 @@
-"""The one exception for a setting or an input that cannot work."""
+"""The exception for a setting or an input that cannot work."""
 
 
 class SettingError(ValueError):

@@ -16,14 +16,14 @@ AUTO_CONTEXT_ROWS = 32
 
 
 def check_context_rows(context_rows: ContextRows) -> None:
-    """Refuse what is no number of rows, and none of the two words for one."""
+    """Refuse anything but a number of rows, ``"auto"`` or ``"batch"``."""
     a_number = isinstance(context_rows, int) and not isinstance(context_rows, bool) and context_rows >= 0
     if context_rows not in ("auto", "batch") and not a_number:
         raise SettingError(f'context_rows is {context_rows!r}: give "auto", "batch" or a number from 0')
 
 
 def normalises_over_rows(module: nn.Module) -> bool:
-    """Whether it is BatchNorm in training mode, also a hand-written, scripted or exported one, by its statistics."""
+    """Whether it is BatchNorm in training mode; hand-written, scripted and exported ones are told by their buffers."""
     name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
     if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
         return False
@@ -34,16 +34,16 @@ def normalises_over_rows(module: nn.Module) -> bool:
 def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) -> list[int]:
     """The sharp rows, then at least `context_rows` other rows, evenly spaced over the rest of the batch.
 
-    No random draw: the same batch gives the same rows. The number of rows is rounded up by `pass_size` and cut at
-    the batch; the filling comes from the same evenly spaced rows.
+    Nothing is random: the same batch gives the same rows. The number of rows is rounded up by `pass_size`, to at most
+    the batch size; the padding is more of the evenly spaced rows.
 
     Args:
         sharp: indices of the rows with c_i > 0, ascending.
         batch_size: number of rows of the batch.
-        context_rows: how many non-sharp rows to add at least.
+        context_rows: minimum number of non-sharp rows to add.
 
     Returns:
-        Distinct row indices, the sharp ones first; their losses are the only ones that count.
+        Distinct row indices, the sharp ones first; only their losses count.
 
     >>> extra_pass_rows([2, 5], batch_size=8, context_rows=3)
     [2, 5, 0, 1, 4, 6]
@@ -58,8 +58,8 @@ def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) ->
 def pass_size(rows: int) -> int:
     """Round a number of rows up to one of few sizes: 2, 4, 6, ..., 32, 36, 40, ..., 64, 72, ...
 
-    Even up to 32, then eight sizes an octave, so that compilers and CUDA graphs meet few shapes and at most a ninth
-    of a larger pass is filling. Never below 2: BatchNorm in training mode refuses a batch of one.
+    Even up to 32, then eight sizes per octave, so that compilers and CUDA graphs see few shapes and at most a ninth
+    of a larger pass is padding. Never below 2: BatchNorm in training mode refuses a batch of one.
 
     >>> [pass_size(n) for n in (1, 3, 9, 17, 33, 100)]
     [2, 4, 10, 18, 36, 104]

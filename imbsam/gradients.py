@@ -1,4 +1,4 @@
-"""The gradients of all trained parameters as one thing, with `+=` and `-=`."""
+"""The gradients of all trained parameters as one object, with `+=` and `-=`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Gradients:
-    """One gradient for each trained parameter; None, which counts as 0, where no pass has reached it.
+    """One gradient for each trained parameter; None, which counts as 0, if no pass has reached it.
 
     Args:
         tensors: the gradients, in the parameters' order.
@@ -18,7 +18,7 @@ class Gradients:
         self.tensors = list(tensors)
 
     def __iadd__(self, others: "Gradients") -> "Gradients":
-        """Add in place, in one multi-tensor call; a tensor of `others` is taken over where there was none."""
+        """Add in place, in one multi-tensor call; where this has None, it takes over the tensor of `others`."""
         return self._add(others, 1)
 
     def __isub__(self, others: "Gradients") -> "Gradients":

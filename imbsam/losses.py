@@ -1,6 +1,6 @@
 r"""Per-sample classification losses, some of which know the class prior.
 
-Each returns one loss per sample, shape (N,), because class-aware sharpness weights the samples itself. Reduce with
+Each returns one loss per sample, shape (N,), because the engine weights the samples itself. Reduce with
 ``.mean()`` for plain training.
 
 Shapes of a call ``loss(logits, target)``:
@@ -8,7 +8,7 @@ Shapes of a call ``loss(logits, target)``:
 * logits: floating (N, C), on the module's device. 16-bit logits are raised to float32 first, so that the losses are the
   same inside and outside autocast.
 * target: int64 class indices (N,), or floating probabilities :math:`q` (N, C), as mixup and CutMix make them. A sample
-  with probabilities has the expected loss :math:`\sum_j q_j\, \ell(x, j)`, which for cross-entropy is its usual
+  with probabilities has the expected loss :math:`\sum_j q_j\, \ell(x, j)`; for cross-entropy that is the usual
   definition.
 * returns: losses >= 0 of shape (N,), float64 for float64 logits, else float32.
 
@@ -31,7 +31,7 @@ __all__ = ["LDAM", "CrossEntropy", "Focal", "LogitAdjusted", "VectorScaling"]
 
 
 class _Loss(nn.Module):
-    """What the losses share: class counts, settings in ``repr``, and the checks of logits and target."""
+    """Shared by the losses: class counts, settings in ``repr``, and the checks of logits and target."""
 
     class_counts: Tensor
 
@@ -103,7 +103,7 @@ class CrossEntropy(_Loss):
 
 
 class LogitAdjusted(_Loss):
-    r"""Cross-entropy of logits shifted by the class prior, so that the raw logits serve a balanced test set.
+    r"""Cross-entropy of logits shifted by the class prior, so that the raw logits suit a balanced test set.
 
     .. math::
         \ell_i = -\sum_j q_{ij}
@@ -153,7 +153,7 @@ class LogitAdjusted(_Loss):
 
 
 class Focal(_Loss):
-    r"""Focal loss in its softmax form: cross-entropy that counts less for samples that are classified well.
+    r"""Focal loss in its softmax form: cross-entropy that down-weights well-classified samples.
 
     .. math::
         \ell_i = -\sum_j q_{ij}\, (1 - p_j(x_i))^\gamma \log p_j(x_i), \qquad
@@ -170,7 +170,7 @@ class Focal(_Loss):
 
     Source:
         Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017, arXiv 1708.02002, equation 4, with the softmax
-        probability in place of the sigmoid's, as in Cui et al. (CVPR 2019, arXiv 1901.05555) and the LDAM code.
+        probability instead of the sigmoid's, as in Cui et al. (CVPR 2019, arXiv 1901.05555) and the LDAM code.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -187,7 +187,7 @@ class Focal(_Loss):
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         against = _log_odds_against(logits)
         # log(1 - p) and not 1 - p: a power below 1 has no finite slope at 0
-        return _of_target(torch.exp(-self.gamma * _softplus(-against)) * _softplus(against), target)
+        return _target_loss(torch.exp(-self.gamma * _softplus(-against)) * _softplus(against), target)
 
 
 class LDAM(_Loss):
@@ -203,9 +203,9 @@ class LDAM(_Loss):
     :math:`f = s \cos` with s = ``scale``; then this is :math:`\operatorname{CE}(s (\cos - \Delta_y))`, the loss of the
     paper's code, which scales inside the loss. Here the head scales, so that its softmax gives probabilities and the
     losses can be compared. ``scale`` must be the head's. With an ordinary linear head the margins have no fixed
-    meaning, since its logits may grow at will.
+    meaning, since its logits can grow without bound.
 
-    A class without training samples has the margin of the smallest class that has some.
+    A class without training samples has the margin of the smallest class that has samples.
 
     Args:
         class_counts: training samples per class :math:`n_j`, C integers, at least one above 0.
@@ -237,7 +237,7 @@ class LDAM(_Loss):
         counts = self.class_counts.to(logits.dtype)
         smallest = counts.masked_fill(counts == 0, math.inf).min()
         margins = self.max_margin * (smallest / counts.clamp(min=smallest)) ** 0.25
-        return _of_target(_softplus(_log_odds_against(logits) + self.scale * margins), target)
+        return _target_loss(_softplus(_log_odds_against(logits) + self.scale * margins), target)
 
 
 class VectorScaling(_Loss):
@@ -266,7 +266,7 @@ class VectorScaling(_Loss):
 
     Source:
         Kini et al., *Label-Imbalanced and Group-Sensitive Classification under Overparameterization*, NeurIPS 2021,
-        arXiv 2103.01550; how the two depend on n_j, and the defaults, are as in its code.
+        arXiv 2103.01550; the dependence on n_j and the defaults are its code's.
 
     Example:
         >>> logits = torch.tensor([[2.0, 2.0], [2.0, 2.0]])
@@ -289,9 +289,9 @@ class VectorScaling(_Loss):
 
 
 def _log_odds_against(logits: Tensor) -> Tensor:
-    """log((1 - p_j) / p_j) for every class, (N, C), exact to rounding also where p_j is nearly 1."""
+    """log((1 - p_j) / p_j) for every class, (N, C), exact to rounding even if p_j is nearly 1."""
     top = logits.argmax(1, keepdim=True)
-    # log sum of exp over the other classes: from p_j, and for the top class, where 1 - p_j cancels, summed anew
+    # log sum of exp over the other classes: from p_j, and for the top class, where 1 - p_j cancels, summed directly
     others = logits.logsumexp(1, keepdim=True) + torch.log1p(-logits.softmax(1).scatter(1, top, 0.0))
     others = others.scatter(1, top, logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True))
     return others - logits
@@ -301,8 +301,8 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, x.new_zeros(()))  # F.softplus is cut off at 20, which float64 sees
 
 
-def _of_target(class_losses: Tensor, target: Tensor) -> Tensor:
-    """The sample's loss from those of all classes: its class's, or the expected one."""
+def _target_loss(class_losses: Tensor, target: Tensor) -> Tensor:
+    """The loss of each sample from those of all classes: its own class, or the expectation."""
     if target.is_floating_point():
         return (target.to(class_losses.dtype) * class_losses).sum(1)
     return F.nll_loss(-class_losses, target, reduction="none")

@@ -1,4 +1,4 @@
-"""Names in messages, cut short where there are many."""
+"""Lists of names in messages, shortened if there are many."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Classes in several groups, each with a g_s and an e of its own: which rows are whose, alike on all ranks."""
+"""Classes in several groups, each with its own g_s and e: which rows belong to which group, the same on all ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from imbsam.row_weights import on_host, per_row
 
 
 def class_partition(partition: Tensor | Sequence[int]) -> Tensor:
-    """The group of every class, int64 (C,) on the CPU; refuses what is no whole number from 0.
+    """The group of every class, int64 (C,) on the CPU; refuses anything but whole numbers from 0.
 
     Example:
         >>> class_partition([0, 0, 1])
@@ -22,7 +22,7 @@ def class_partition(partition: Tensor | Sequence[int]) -> Tensor:
     groups = on_host("partition", partition)
     whole = groups.dim() == 1 and not groups.is_floating_point() and groups.dtype != torch.bool
     if not whole or len(groups) == 0 or int(groups.min()) < 0:
-        raise SettingError(f"partition is {partition!r}: give the number of its group, from 0, for each class")
+        raise SettingError(f"partition is {partition!r}: give each class the number of its group, from 0")
     return groups.long()
 
 
@@ -35,14 +35,14 @@ class PartitionedPlan(Plan):
     rhos: dict[int, float]
     """Length of e of each group that perturbs."""
     agree: Callable[[set[int]], set[int]]
-    """From the groups that have sharp rows on this rank to those that have some on any rank."""
+    """Maps the groups with sharp rows on this rank to those with sharp rows on any rank."""
 
     def _batch(self, losses: Losses, targets: Any, sharpness_weight: Any = None) -> Batch:
-        """Decide for one batch; its parts come with :meth:`ascents`."""
+        """Decide for one batch; :meth:`ascents` adds its parts."""
         if sharpness_weight is not None:
             raise SettingError(
-                "sharpness_weight= goes by row, and this method has a perturbation for each group of classes: give "
-                "targets alone"
+                "sharpness_weight= is per row, and this method has a perturbation for each group of classes: give "
+                "targets instead"
             )
         batch = super()._batch(losses, targets)
         batch.source = SharpGradient.NONE
@@ -50,7 +50,7 @@ class PartitionedPlan(Plan):
         return batch
 
     def ascents(self, batches: list[Batch]) -> list[tuple[float, list[Batch]]]:
-        """For each group its rho, and the batches as it sees them: its own rows are sharp, and the others context."""
+        """For each group, its rho and the batches as it sees them: its own rows are sharp, the others context."""
         present = {group for batch in batches for group in batch.sharp_of_group}
         return [(self.rhos[group], self._parts(batches, group)) for group in sorted(self.agree(present))]
 
@@ -60,7 +60,7 @@ class PartitionedPlan(Plan):
             c = batch.sharp_of_group.get(group, torch.zeros_like(batch.c))
             rows = self._extra_pass_rows(c)
             if len(rows):
-                # not from the first forward's graph: once the weights were w + e_1 it is of no use for g_2(w)
+                # not from the first forward's graph, which is useless for g_2(w) once the weights have been w + e_1
                 part = Batch(batch.losses, batch.a, c, rows, SharpGradient.OWN_FORWARD)
                 batch.source = SharpGradient.BY_GROUP
                 batch.parts.append(part)

@@ -20,8 +20,8 @@ from imbsam.row_weights import class_vector
 class PartitionedSAM(ClassAwareSAM):
     r"""Sharpness-aware minimization with one perturbation for each of several groups of classes.
 
-    Where :class:`ClassAwareSAM` has one e along the gradient of all sharp rows, here every group k of classes has its
-    own. With :math:`c_{ik} = c_i` where row i is of group k and 0 elsewhere (targets that are probabilities spread it
+    :class:`ClassAwareSAM` has one e along the gradient of all sharp rows; here every group k of classes has its own.
+    With :math:`c_{ik} = c_i` if row i belongs to group k and 0 otherwise (targets that are probabilities spread it
     over the groups), :meth:`backward` leaves in ``.grad`` the gradient of
 
     .. math::
@@ -30,25 +30,26 @@ class PartitionedSAM(ClassAwareSAM):
     .. math::
         e_k = \rho\, r_k \frac{g_k(w)}{\|g_k(w)\|}, \qquad g_k(w) = \nabla_w \frac1B \sum_i a_i c_{ik}\, l_i(w)
 
-    with every e held fixed, :math:`g_\text{rest}(w) + \sum_k g_k(w + e_k)`. One group is :class:`ClassAwareSAM`, and so
-    SAM where it is all classes with c = 1; a group of radius 0 counts at w alone, so that two groups, the head with
-    radius 0, are ImbSAM. Both give the very bits of those methods, at their cost.
+    with every e held fixed, :math:`g_\text{rest}(w) + \sum_k g_k(w + e_k)`. With one group it is
+    :class:`ClassAwareSAM`, and so SAM if c = 1 for all classes; a group of radius 0 counts at w alone, so two groups,
+    the head with radius 0, are ImbSAM. Both are bit-identical to those methods, at the same cost.
 
-    A group costs two passes on its rows of the batch and their context, ``1 + 2 K`` passes a step with K groups in the
-    batch; without BatchNorm these are together the rows of ``1 + 2 t`` batches, t the share of the sharp rows. On
+    A group costs two passes on its rows of the batch and their context: ``1 + 2 K`` passes per step with K groups in
+    the batch. Without BatchNorm they add up to the rows of ``1 + 2 t`` batches, t being the share of sharp rows. On
     several processes the ranks first agree on the groups in the joint batch, for which the host waits, and all-reduce
     one gradient for each of them.
 
     Args:
         module: as for :class:`ClassAwareSAM`.
         class_counts: as for :class:`ClassAwareSAM`.
-        partition: the number of its group, from 0, for each class, shape (C,).
-        radius: :math:`r_k` of every group, shape (K,): how long its e is beside rho. May be changed between calls.
+        partition: the group of each class, numbered from 0, shape (C,).
+        radius: :math:`r_k` of every group, shape (K,): the length of its e, relative to rho. May be changed between
+            calls.
         sharpness_weight: c for every class, shape (C,), or one number for all classes.
         **settings: the other settings of :class:`ClassAwareSAM`.
 
     Raises:
-        SettingError: where a setting cannot work.
+        SettingError: if a setting cannot work.
 
     Example:
         >>> sam = PartitionedSAM(nn.Linear(4, 3), partition=[0, 0, 1], radius=[0.5, 1.0], rho=0.1)
@@ -77,7 +78,7 @@ class PartitionedSAM(ClassAwareSAM):
 
     @property
     def radius(self) -> Tensor:
-        """How long the perturbation of each group is beside rho, float64 (K,) on the CPU."""
+        """Length of each group's perturbation, relative to rho, float64 (K,) on the CPU."""
         return self._radius
 
     @radius.setter
@@ -121,23 +122,23 @@ class CCSAM(PartitionedSAM):
         \rho_j = \rho \left( \frac{n_\text{max}}{n_j} \right)^{p}, \qquad p = \frac14,
 
     so that ``rho`` is the length of the largest class's e; at ratio 100 the smallest class's is 3.2 times as long.
-    Every class in the batch takes two passes, see docs/cost.md.
+    Every class in the batch takes two passes; see docs/cost.md.
 
     Source:
         Zhou, Li, Zhao, Heng and Gong, *Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed
-        Recognition*, CVPR 2023: its first stage. Read from the abstract, the authors' released program and the account
-        in Li et al., *Focal-SAM*, ICML 2025; the paper itself could not be read, so no equation is cited. That program
-        differs from this class in three ways: it perturbs the classifier's parameters only, each tensor by itself; its
-        radius has :math:`n_j - 1` for :math:`n_j` and a factor :math:`\sqrt{\|w\| / \|g_j\|}`, :math:`g_j` being the
-        gradient of the class's mean loss; and it trains by mixup. Its second stage is classifier re-training on
-        balanced classes (:class:`lightning_modules.SecondStageClassifier`) with adversarial features, which are not
-        here.
+        Recognition*, CVPR 2023: its first stage. Based on the abstract, the authors' released code and the account
+        in Li et al., *Focal-SAM*, ICML 2025; we could not read the paper itself, so no equation is cited. The released
+        code differs from this class in three ways: it perturbs only the classifier's parameters, each tensor
+        separately; its radius has :math:`n_j - 1` for :math:`n_j` and a factor :math:`\sqrt{\|w\| / \|g_j\|}`,
+        :math:`g_j` being the gradient of the class's mean loss; and it trains with mixup. Its second stage is
+        classifier re-training on balanced classes (:class:`lightning_modules.SecondStageClassifier`) with adversarial
+        features, which are not implemented.
 
     Args:
         module: as for :class:`ClassAwareSAM`.
         class_counts: training samples per class, shape (C,); a class without samples counts as if it had one.
         radius_power: p, a finite number from 0; 0 gives every class an e of length rho.
-        flat_ratio: how much of the loss is that at w + e; the released program has 0.5 for CIFAR-100, 0.3 for CIFAR-10.
+        flat_ratio: share of the loss taken at w + e; the released code has 0.5 for CIFAR-100, 0.3 for CIFAR-10.
         **settings: the other settings of :class:`ClassAwareSAM`.
 
     Raises:
@@ -171,7 +172,7 @@ class CCSAM(PartitionedSAM):
 
 
 class SSESAM(PartitionedSAM):
-    r"""Stage-wise saddle-escaping SAM (Lyu et al., AAAI 2025): head and tail each with its own e, then the tail alone.
+    r"""Stage-wise saddle-escaping SAM (Lyu et al., AAAI 2025): an e each for head and tail, later for the tail alone.
 
     A :class:`PartitionedSAM` of two groups with c = 1:
 
@@ -179,25 +180,25 @@ class SSESAM(PartitionedSAM):
         L(w) = \frac1B \sum_{i \in \text{head}} a_i\, l_i(w + e_\text{head})
              + \frac1B \sum_{i \in \text{tail}} a_i\, l_i(w + e_\text{tail})
 
-    The second stage is ImbSAM: from ``gamma`` of the epochs on, :math:`\rho_\text{head}` is 0. That is the callback
-    :class:`lightning_modules.callbacks.schedules.TailStage`; in a loop of your own, ``sam.radius = [0, 1]``.
+    The second stage is ImbSAM: after a share ``gamma`` of the epochs, :math:`\rho_\text{head}` is 0. Use the callback
+    :class:`lightning_modules.callbacks.schedules.TailStage`, or set ``sam.radius = [0, 1]`` in your own loop.
 
     Source:
         Lyu, Xu, Yang, Lyu and Huang, *SSE-SAM: Balancing Head and Tail Classes Gradually through Stage-Wise SAM*,
-        AAAI 2025, arXiv 2412.13715. Read from the abstract and the authors' released program, whose example for
+        AAAI 2025, arXiv 2412.13715. Based on the abstract and the authors' released code, whose example for
         CIFAR-100-LT has the defaults here (eta 100, 0.05 and 0.1, gamma 0.7); no equation of the paper is cited.
 
     Args:
         module: as for :class:`ClassAwareSAM`.
         class_counts: training samples per class, shape (C,).
         eta: classes with fewer than eta training samples are tail classes.
-        tail_classes: the tail classes, by index or as a mask of shape (C,), in place of eta.
-        rho: length of the tail's e, their :math:`\rho_\text{tail}`; 0 trains plainly.
-        head_rho: length of the head's e; where ``rho`` is changed later, it changes in proportion.
+        tail_classes: the tail classes, by index or as a mask of shape (C,), instead of eta.
+        rho: length of the tail's e, the paper's :math:`\rho_\text{tail}`; 0 is plain training.
+        head_rho: length of the head's e; if ``rho`` is changed later, it changes in proportion.
         **settings: the other settings of :class:`ClassAwareSAM`.
 
     Raises:
-        SettingError: where a setting cannot work, or there is no head or no tail.
+        SettingError: if a setting cannot work, or leaves no head or no tail class.
 
     Example:
         >>> sam = SSESAM(nn.Linear(4, 3), class_counts=[500, 120, 5], rho=0.1, head_rho=0.05)

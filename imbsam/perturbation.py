@@ -16,11 +16,10 @@ def perturbation(g: Sequence[Tensor], rho: float | Tensor, *, weights: Sequence[
     r"""The perturbation :math:`e = \rho\, g / \|g\|` (SAM, Foret et al., ICLR 2021, equation 2).
 
     Args:
-        g: the gradient to ascend, one tensor for each parameter; one norm is taken over all of them. Where any element
-            is not finite, e is 0, and so it is where g is 0 or so small that rho / ||g|| overflows.
+        g: the gradient to ascend, one tensor for each parameter, with one norm over all of them. e is 0 if any element
+            is not finite, and if g is 0 or so small that rho / ||g|| overflows.
         rho: length of e; in a captured step a scalar on the device.
-        weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); `g` is
-            overwritten then.
+        weights: w, for ASAM's :math:`e = \rho\, w^2 g / \|w g\|` (Kwon et al., ICML 2021); this overwrites `g`.
 
     Returns:
         e, one tensor for each of `g`, of its shape and dtype; of a DTensor this rank's shard.
@@ -40,13 +39,13 @@ def perturbation(g: Sequence[Tensor], rho: float | Tensor, *, weights: Sequence[
 
 
 class Ascent:
-    """The weights w, which `ascend` takes to w + e in place and `restore` brings back bit for bit.
+    """The weights w: `ascend` takes them to w + e in place, and `restore` restores them bit for bit.
 
-    The way back is a copy of w: adding e and then subtracting it would drift.
+    It restores from a copy of w: adding e and then subtracting it would drift.
 
     Args:
         params: the tensors to perturb in place.
-        after_write: called after every change of the weights (FSDP2 must drop what it gathered of the old ones).
+        after_write: called after every change of the weights (FSDP2 must drop what it has gathered of the old ones).
     """
 
     def __init__(self, params: Sequence[Tensor], after_write: Callable[[], None] = lambda: None) -> None:
@@ -68,12 +67,12 @@ class Ascent:
             self._written()
 
     def _written(self) -> None:
-        torch.clear_autocast_cache()  # it holds casts of the weights before: the pass at w + e would be one at w
+        torch.clear_autocast_cache()  # it holds casts of the old weights: the pass at w + e would be one at w
         self._after_write()
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all elements, and all shards of DTensors, at least in float32; on the first one's device."""
+    """Euclidean norm over all elements and all shards of DTensors, in float32 or better, on the first one's device."""
     local = [torch.view_as_real(t) if t.is_complex() else t for t in local_shards(tensors)]
     dtype = reduce(torch.promote_types, {t.dtype for t in local}, torch.float32)
     norms = torch._foreach_norm(local, 2, dtype=dtype)
@@ -85,31 +84,31 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Tensor]:
-    """Copies of the tensors times `scale`, or 0 where `zeroed`, as views of one flat tensor a device and dtype."""
+    """Copies of the tensors times `scale`, or 0 if `zeroed`, as views of one flat tensor per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         groups.setdefault((t.device, t.dtype), []).append(i)
-    found: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for (device, _), members in groups.items():
         dense = [_dense(tensors[i]) for i in members]
         flat = torch.cat([t.as_strided((t.numel(),), (1,)) for t in dense])
         flat.mul_(scale.to(device)).masked_fill_(zeroed.to(device), 0.0)  # filled, not multiplied: 0 * inf is nan
         offset = 0
         for i, t in zip(members, dense, strict=True):
-            found[i] = flat.as_strided(t.shape, t.stride(), offset)
+            copies[i] = flat.as_strided(t.shape, t.stride(), offset)
             offset += t.numel()
-    return [found[i] for i in range(len(tensors))]
+    return [copies[i] for i in range(len(tensors))]
 
 
 def _dense(t: Tensor) -> Tensor:
-    """The tensor itself where its elements fill its memory without gaps, in any order (channels-last, transposed)."""
+    """The tensor itself if its elements fill its memory without gaps, in any order (channels-last, transposed)."""
     if t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride():
         return t
     return t.contiguous()
 
 
 def _mesh(tensor: Any) -> tuple[Any, Any] | None:
-    """Where the shards of a DTensor lie; None for other tensors."""
+    """Mesh and placements of a DTensor; None for other tensors."""
     return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "placements") else None
 
 

@@ -1,7 +1,7 @@
-"""The method in thirty plain lines, beside the paper: whole batch, all gradients, no shortcuts.
+"""The method in thirty plain lines, to be read with the paper: whole batch, all gradients, no shortcuts.
 
-The engine (:mod:`imbsam.step`) gives the same gradient at a lower price. This is what its tests and benchmarks compare
-it with, and the place to read first.
+The engine (:mod:`imbsam.step`) computes the same gradient at a lower cost; tests and benchmarks compare the two. Start
+reading here.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,15 +27,15 @@ def backward(
         e = \rho \frac{g_s}{\|g_s\|}, \qquad g_s = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
 
     Args:
-        losses: the per-sample losses of the whole batch, shape (B,), at the weights as they are.
+        losses: returns the per-sample losses of the whole batch, shape (B,), at the current weights.
         params: the weights w, each of which the losses depend on.
-        c: sharpness weight of each sample, shape (B,): 1 where its class is tail and 0 elsewhere for ImbSAM. Of shape
-            (K, B) with one row for each group of classes that has a g_s and an e of its own, in place of one for all
-            samples: L has then the sum over k of c_ik l_i(w + e_k), and 1 - sum c_ik for 1 - c_i (CC-SAM, SSE-SAM).
+        c: sharpness weight of each sample, shape (B,): for ImbSAM 1 if its class is tail, else 0. Or shape (K, B), one
+            row for each group of classes with its own g_s and e: L then has the sum over k of c_ik l_i(w + e_k), and
+            1 - sum c_ik instead of 1 - c_i (CC-SAM, SSE-SAM).
         a: loss weight of each sample, shape (B,); 2 for the tail in the published code.
-        rho: length of e; K of them where c has K rows.
+        rho: length of e; K of them if c has K rows.
         adaptive: e = rho w^2 g_s / ||w g_s|| (ASAM).
-        alpha: of the gradient, take away this much of the part of g_s(w) that is orthogonal to it (GSAM; c = 1).
+        alpha: subtract this much of the part of g_s(w) that is orthogonal to the gradient (GSAM; c = 1).
 
     Returns:
         1/B sum_i a_i l_i(w), detached.

@@ -1,4 +1,4 @@
-"""What a row takes from its class: values for every class, and from them and the targets one for every row."""
+"""Weights of the rows of a batch from those of their classes."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 
 
 def per_row(name: str, vector: Tensor, targets: Tensor) -> Tensor:
-    """The classes' values for each row, float64 (B,); expected ones where the targets are probabilities."""
+    """The value of each row's class, float64 (B,); its expectation if the targets are probabilities."""
     if targets.dim() == 1 and not targets.is_floating_point():
         labels = targets.tolist()
         if vector.dim() == 0:
@@ -61,13 +61,13 @@ def on_host(name: str, values: Any) -> Tensor:
     try:
         return torch.as_tensor(values, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SettingError(f"{name} is a {type(values).__name__} that is no tensor: {error}") from error
+        raise SettingError(f"{name} is a {type(values).__name__}, which is not a tensor: {error}") from error
 
 
 def _check_probabilities(targets: Tensor) -> None:
     sums = targets.double().sum(dim=1).numpy()
     if len(sums) and not (sums <= 1.01).all():  # half precision rounds
         raise SettingError(
-            f"targets has a row that sums to {sums.max():.3g}: probabilities sum to 1; for several labels a row give "
+            f"targets has a row that sums to {sums.max():.3g}: probabilities sum to 1; for multi-label targets give "
             "sharpness_weight=, one number for each row"
         )

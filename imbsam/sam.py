@@ -22,7 +22,7 @@ __all__ = ["CCSAM", "GSAM", "SAM", "SSESAM", "ClassAwareSAM", "FocalSAM", "ImbSA
 
 
 class Plain(ClassAwareSAM):
-    """Plain training, the SGD rows of the papers: c = 0 for every class, and one pass a step.
+    """Plain training, "SGD" in the papers' tables: c = 0 for every class, and one pass per step.
 
     Args:
         module: as for :class:`ClassAwareSAM`.
@@ -50,21 +50,21 @@ class SAM(ClassAwareSAM):
 class GSAM(SAM):
     r"""Surrogate gap guided SAM (Zhuang et al., ICLR 2022, arXiv 2203.08065): SAM that also closes the surrogate gap.
 
-    The gap is the loss at w + e less the loss at w. With g the gradient at w + e, which SAM leaves in ``.grad``, and
-    :math:`g(w)_\perp` the part of the gradient at w that is orthogonal to g, it leaves
+    The gap is the loss at w + e minus the loss at w. With g the gradient at w + e, which SAM leaves in ``.grad``, and
+    :math:`g(w)_\perp` the part of the gradient at w that is orthogonal to g, GSAM leaves
 
     .. math::
         g - \alpha\, g(w)_\perp
 
-    A step along the second term raises the loss at w and, to first order, leaves the loss at w + e as it is. Both
-    gradients are there in SAM's two passes; g(w) is held through the second, one more copy of the parameters. With
-    ``perturbation="per_rank"`` every rank takes its own part away before the mean, as the authors have it. Their rho
-    falls with the learning rate: :class:`lightning_modules.callbacks.schedules.RhoSchedule`.
+    A step along the second term raises the loss at w and, to first order, leaves the loss at w + e unchanged. SAM's two
+    passes already compute both gradients; g(w) is kept through the second, one more copy of the parameters. With
+    ``perturbation="per_rank"`` every rank subtracts its own part before the mean, as in the authors' code. Their rho
+    falls with the learning rate: use :class:`lightning_modules.callbacks.schedules.RhoSchedule`.
 
     Args:
         module: as for :class:`ClassAwareSAM`.
         class_counts: as for :class:`ClassAwareSAM`.
-        alpha: how much of the orthogonal part is taken away, a finite number from 0; 0 is SAM.
+        alpha: how much of the orthogonal part is subtracted, a finite number from 0; 0 is SAM.
         **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.
 
     Example:
@@ -88,7 +88,7 @@ class GSAM(SAM):
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
         if own:
             raise SettingError(
-                "sharpness_weight= makes some rows less sharp, and GSAM's gap is that of the whole loss: give targets"
+                "sharpness_weight= is per row, and GSAM's gap is that of the whole loss: give targets instead"
             )
         return super()._plan(modules, own=own, group=group)
 
@@ -103,11 +103,11 @@ class ImbSAM(ClassAwareSAM):
         module: as for :class:`ClassAwareSAM`.
         class_counts: training samples per class, shape (C,).
         eta: classes with fewer than eta training samples are tail classes.
-        tail_classes: the tail classes, by index or as a mask of shape (C,), in place of eta.
+        tail_classes: the tail classes, by index or as a mask of shape (C,), instead of eta.
         **settings: the other settings of :class:`ClassAwareSAM`.
 
     Warns:
-        UserWarning: where no class is tail (plain training), or every class is (SAM).
+        UserWarning: if no class is tail (plain training), or every class is (SAM).
 
     Example:
         >>> ImbSAM(nn.Linear(4, 3), class_counts=[500, 50, 5], eta=20).sharpness_weight
@@ -151,8 +151,8 @@ class FocalSAM(ClassAwareSAM):
     Args:
         module: as for :class:`ClassAwareSAM`.
         class_counts: training samples per class, shape (C,).
-        focal_lambda: weight of the sharpness term (its authors use up to 1.1).
-        focal_gamma: how much less the common classes count.
+        focal_lambda: weight of the sharpness term (the authors use up to 1.1).
+        focal_gamma: the larger, the less the common classes count.
         **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.
     """
 

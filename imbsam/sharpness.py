@@ -49,14 +49,14 @@ MEASURES = ("loss", "sam_rise", "max_rise", "average_rise", "top_eigenvalue", "t
 
 
 class Estimate(NamedTuple):
-    """A measured value, with its standard error where it is a mean over random draws."""
+    """A measured value, with its standard error if it is a mean over random draws."""
 
     value: float
     standard_error: float | None = None
 
 
 def mean_loss(module: nn.Module, losses: BatchLosses, batches: Iterable[Any]) -> float:
-    """The loss L(w) that all measures are of.
+    """The loss L(w) of which all measures are taken.
 
     Args:
         module: the model, wrapped or not.

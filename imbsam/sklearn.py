@@ -28,14 +28,14 @@ Method = Literal["sgd", "sam", "imbsam"]
 Array = NDArray[Any]
 
 MIN_SAMPLES = 5
-"""Fewer are refused: nothing can be learned from them, and a mistake in slicing is the likelier reason."""
+"""Fewer are refused: nothing can be learned from so few, and a slicing mistake is more likely."""
 
 CHUNK = 65536
 """Samples predicted at once, so that a long table needs little memory."""
 
 
 class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: checks of the data, standardised columns, the training loop."""
+    """Shared by both estimators: data checks, standardised columns, the training loop."""
 
     def _table(self, X: Any, y: Any = "no_validation", **checks: Any) -> Any:
         """X as float64 (N, F), with y if given, by scikit-learn's own checks."""
@@ -65,7 +65,7 @@ class _NetworkEstimator(BaseEstimator):  # type: ignore[misc]
         self, table: Array, outputs: Sequence[int], bias: bool, activation: type[nn.Module] = nn.ReLU
     ) -> tuple[nn.Sequential, Tensor, torch.Generator]:
         """An untrained perceptron and its standardised inputs, both on the device, and the generator that shuffles."""
-        # a generator of our own: the global ones are neither read nor moved
+        # our own generator: the global ones are neither read nor advanced
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         self.scaler_ = StandardScaler().fit(table)
         layers: list[nn.Module] = []

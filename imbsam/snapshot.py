@@ -1,4 +1,4 @@
-"""What the extra passes must leave as they found it: buffers and random generators."""
+"""State that the extra passes must leave unchanged: buffers and random generators."""
 
 import copy
 import ctypes
@@ -15,10 +15,10 @@ from imbsam.gradients import local_shards
 
 
 class Buffers:
-    """The values of a module's buffers (BatchNorm's running statistics, among others) at one moment.
+    """The values of a module's buffers (such as BatchNorm's running statistics) at one moment.
 
-    With them the tensors that a hook computes before a forward and leaves as a plain attribute (the ``weight`` of
-    weight normalisation and of pruning): they are put back as they were, by reference.
+    It also has the tensors that a hook computes before a forward and leaves as a plain attribute (the ``weight`` of
+    weight normalisation and of pruning), and restores them by reference.
 
     Args:
         module: the owner, with all its submodules; or a list of them, as ``list(module.modules())`` gives it.
@@ -37,7 +37,7 @@ class Buffers:
         self._remember()
 
     def now(self) -> "Buffers":
-        """The values at this moment of the same module's buffers."""
+        """The current values of the same module's buffers."""
         if any(name not in place or place[name] is not buffer for place, name, buffer in self._registered):
             return Buffers(self._owners)  # a forward has replaced one
         same = copy.copy(self)
@@ -45,7 +45,7 @@ class Buffers:
         return same
 
     def restore(self) -> None:
-        """Copy the values back, into the very tensors that were registered (a forward may have replaced them)."""
+        """Copy the values back, into the tensors that were registered then (a forward may have replaced them)."""
         for place, name, tensor in (*self._registered, *self._computed):
             place[name] = tensor
         if self._memory:
@@ -65,7 +65,7 @@ class Buffers:
 
 
 def _memory_of(buffer: Tensor) -> Tensor | None:
-    """The buffer as bytes, so that one call copies buffers of all dtypes; None where torch forbids an in-place change.
+    """The buffer as bytes, so that one call copies buffers of all dtypes; None if torch forbids an in-place change.
 
     Inference tensors and expanded ones cannot be written to, and so cannot have changed.
     """
@@ -83,7 +83,7 @@ class RandomState:
 
     Args:
         devices: the devices in use.
-        known: an earlier state of the same generators, to spare the work where NumPy's has not moved.
+        known: an earlier state of the same generators, which saves work if NumPy's has not changed.
     """
 
     def __init__(self, devices: set[torch.device], known: "RandomState | None" = None) -> None:
@@ -98,7 +98,7 @@ class RandomState:
         self._numpy: _NumPyState = _NumPyState(known._numpy if known else None)
 
     def now(self) -> "RandomState":
-        """The states at this moment."""
+        """The current states."""
         return RandomState(self._devices, self)
 
     def host_moved(self) -> bool:
@@ -111,7 +111,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Put every generator back to where it stood."""
+        """Restore every generator."""
         torch.set_rng_state(self._cpu)
         for device, state in self._accelerators.items():
             torch.get_device_module(device).set_rng_state(state, device)
@@ -122,7 +122,7 @@ class RandomState:
 class _NumPyState:
     """The state of NumPy's global generator, which layers draw from.
 
-    To get or set it takes as long as a layer of a small net (36 microseconds), to compare its memory 0.5.
+    Getting or setting it takes as long as a layer of a small net (36 microseconds); comparing its memory takes 0.5.
     """
 
     def __init__(self, known: "_NumPyState | None" = None) -> None:
@@ -135,12 +135,12 @@ class _NumPyState:
             np.random.set_state(self._state)  # noqa: NPY002
 
     def _is_current(self, memory: bytes | None) -> bool:
-        # the second number of a pair of normals is kept elsewhere, and drawn without a trace
+        # the second number of a pair of normals is cached elsewhere: drawing it does not change this memory
         return memory is not None and memory == self._memory and not self._state[3]
 
 
 def _memory() -> bytes | None:
-    """The memory of NumPy's global generator where it is the usual one: 624 words and a position."""
+    """The memory of NumPy's global generator if it is the usual one: 624 words and a position."""
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     usual = type(generator) is np.random.MT19937
     return ctypes.string_at(generator.ctypes.state_address, 2500) if usual else None

@@ -1,4 +1,4 @@
-"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w); or a sum of such g_s, each at its own w + e."""
+"""One step: grad L(w) = g_rest(w) + g_s(w + e), with e along g_s(w); or a sum of several g_s, each at its own w + e."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +17,17 @@ from imbsam.snapshot import Buffers, RandomState
 
 
 class Step:
-    """The passes of one call of `backward`, and the way back to the start from anywhere inside them.
+    """The passes of one call of `backward`, which can be undone at any point.
 
         g_rest = grad of 1/B sum a_i (1 - c_i) l_i        g_s = grad of 1/B sum a_i c_i l_i
 
-    With several groups of classes c_i is a sum of one c_ik for each, and so g_s is one of g_k, each with its own e_k.
+    With several groups k of classes, c_i is the sum of their c_ik and g_s the sum of their g_k, each with its own e_k.
 
     Args:
         modules: the module's submodules, itself first.
         params: its trained parameters.
         batches: the micro-batches, which count as one batch of B rows.
-        ascents: for each e its length, and the parts of the batches that its g_s is the gradient of (``Plan.ascents``).
+        ascents: for each e, its length and the parts of the batches that give its g_s (``Plan.ascents``).
         adaptive: ASAM's e.
         reduction: averages over the ranks.
         run_backward: runs a backward pass: ``Tensor.backward``, or a scaler's.
@@ -81,7 +81,7 @@ class Step:
         return loss
 
     def undo(self) -> None:
-        """Put `.grad`, parameters, generators and buffers back to where they were at entry."""
+        """Restore `.grad`, parameters, generators and buffers to their state at entry."""
         for p, grad in zip(self._params, self._grads, strict=True):
             p.grad = grad
         if self._accumulated is not None:
@@ -96,8 +96,8 @@ class Step:
         """The ordinary forward of every micro-batch and what its graph gives.
 
         Returns:
-            The loss; g_rest, and g_s; of a batch whose g_s takes a forward of its own, g_rest + g_s and 0; the buffers
-            as one ordinary pass leaves them, where a second backward has moved them since.
+            The loss; g_rest and g_s, or g_rest + g_s and 0 for a batch whose g_s needs its own forward; the buffers
+            as one ordinary pass leaves them, if a second backward has changed them since.
         """
         loss = torch.zeros((), device=self._params[0].device)
         g_rest, g_s = self._no_gradient(), self._no_gradient()
@@ -120,10 +120,10 @@ class Step:
                 g_s = self._gradient(objective, g_s)
                 continue
             if batch.source is SharpGradient.SAME_GRAPH:
-                found = self._retained_gradient(batch.sharp(losses) / self._total)
-                if found is not None:
-                    g_s += found
-                    buffers = self._buffers.now()  # activation checkpointing moves them again in the second backward
+                increment = self._retained_gradient(batch.sharp(losses) / self._total)
+                if increment is not None:
+                    g_s += increment
+                    buffers = self._buffers.now()  # activation checkpointing updates them again in the second backward
                     g_rest = self._gradient(batch.rest(losses) / self._total, g_rest)
                     continue
                 batch.source = SharpGradient.OWN_FORWARD
@@ -136,13 +136,13 @@ class Step:
         for part in parts:
             if part.source is SharpGradient.OWN_FORWARD:
                 part.generators = self._generators.now()
-                found = self._sharp_gradient(part)
-                g_rest -= found
-                g_s += found
+                increment = self._sharp_gradient(part)
+                g_rest -= increment
+                g_s += increment
 
     @contextlib.contextmanager
     def _ascended(self, g_s: Gradients, rho: float) -> Iterator[None]:
-        """Inside, the weights are w + e. Uses up `g_s`, or its memory would be held through the passes at w + e."""
+        """Inside, the weights are w + e. Consumes `g_s`, or its memory would be held through the passes at w + e."""
         reached = [(p, g) for p, g in zip(self._params, g_s.tensors, strict=True) if g is not None]
         g_s.tensors = []
         if not reached:
@@ -162,7 +162,7 @@ class Step:
             self._ascent.restore()
 
     def _sharp_gradient(self, batch: Batch, add_to: Gradients | None = None) -> Gradients:
-        """g_s of one micro-batch at the weights as they are, w or w + e, with the same rows, buffers and masks."""
+        """g_s of one micro-batch at the current weights, w or w + e, with the same rows, buffers and masks."""
         assert batch.buffers is not None
         assert batch.generators is not None
         batch.buffers.restore()
@@ -174,9 +174,9 @@ class Step:
         begin_pass(self._params[0].device)
         losses = batch.losses(to_device(rows, self._params[0].device))
         if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise SettingError(
-                f"losses(rows) returned {found} for {len(rows)} rows: return one loss for each row, "
+                f"losses(rows) returned {returned} for {len(rows)} rows: return one loss for each row, "
                 f'shape ({len(rows)},), for example with reduction="none"'
             )
         return losses
@@ -198,7 +198,7 @@ class Step:
         return outlive_pass(gradients, self._params[0].device) if add_to is None else gradients
 
     def _retained_gradient(self, loss: Tensor) -> Gradients | None:
-        """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
+        """The gradient of `loss` with its graph kept, or None if the graph does not allow that (torch.compile)."""
         try:
             return self._gradient(loss, retain_graph=True)
         except RuntimeError as error:
@@ -209,7 +209,7 @@ class Step:
             if "retain_graph" not in str(error):
                 raise
             raise SettingError(
-                "backward= does not take retain_graph: pass keyword arguments on, "
+                "backward= does not take retain_graph: forward keyword arguments, "
                 "as in lambda loss, **kw: scaler.scale(loss).backward(**kw)"
             ) from error
 
@@ -223,7 +223,7 @@ class Step:
 
     @torch.no_grad()
     def _add_to_grad(self, g: Gradients) -> None:
-        """As `backward()` does: in place where there is a gradient, which may be a view of a larger tensor."""
+        """As `backward()` does: in place if `.grad` is set, since it may be a view of a larger tensor."""
         pairs = zip(self._grads, g.tensors, strict=True)
         both = [(entry, grad) for entry, grad in pairs if entry is not None and grad is not None]
         self._accumulated = clones(self._entries())

@@ -1,4 +1,4 @@
-"""GSAM's ascent of the loss at w, across the gradient at w + e, which closes the gap between the two."""
+"""GSAM's ascent of the loss at w, orthogonal to the gradient at w + e, which closes the gap between the two."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from imbsam.perturbation import norm_of
 
 
 class SurrogateGap(Reduction):
-    r"""A reduction that keeps g(w) and takes alpha times its part across g(w + e) from the step's gradient.
+    r"""A reduction that keeps g(w) and subtracts alpha times its part orthogonal to g(w + e) from the gradient.
 
     Args:
-        reduction: averages over the ranks; where each perturbs by itself, each also takes its own part away.
-        alpha: how much of it.
-        copied: whether the ascent overwrites g(w), as ASAM's does.
+        reduction: averages over the ranks; with a perturbation per rank, each rank also subtracts its own part.
+        alpha: how much of that part.
+        copied: whether to copy g(w), because the ascent overwrites it, as ASAM's does.
     """
 
     def __init__(self, reduction: Reduction, alpha: float, copied: bool) -> None:
@@ -50,11 +50,11 @@ class SurrogateGap(Reduction):
 
 @torch.no_grad()
 def take_across_(g: Sequence[Tensor], at_w: Sequence[Tensor], alpha: float) -> None:
-    r"""Subtract from g, in place, alpha times the component of `at_w` that is orthogonal to g; `at_w` is used up.
+    r"""Subtract from g, in place, alpha times the component of `at_w` that is orthogonal to g; overwrites `at_w`.
 
     That component is the one of :math:`d = g(w) - g`, which is :math:`d - \kappa g` with
     :math:`\kappa = \langle d, g \rangle / \|g\|^2 = (\|g(w)\|^2 - \|d\|^2 - \|g\|^2) / (2 \|g\|^2)`: three norms, which
-    know of shards, in place of a product for each parameter.
+    handle shards, instead of a product for each parameter.
     """
     square, square_at_w = norm_of(g).square(), norm_of(at_w).square()
     torch._foreach_sub_(local_shards(at_w), local_shards(g))

@@ -4,7 +4,7 @@ from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.callbacks.early_stopping import RestoringEarlyStopping
 from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule, TailStage
-from lightning_modules.callbacks.sharpness import SharpnessOfGroups
+from lightning_modules.callbacks.sharpness import GroupSharpness
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cosine_to_end import CosineToEnd
 from lightning_modules.second_stage import SecondStageClassifier
@@ -13,11 +13,11 @@ __all__ = [
     "AnomalyDetector",
     "CosineToEnd",
     "DeferredReweighting",
+    "GroupSharpness",
     "LongTailedClassifier",
     "MaxNorm",
     "RestoringEarlyStopping",
     "RhoSchedule",
     "SecondStageClassifier",
-    "SharpnessOfGroups",
     "TailStage",
 ]

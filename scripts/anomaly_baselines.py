@@ -1,10 +1,10 @@
-"""The command line on five held-out tables, beside our scikit-learn estimators and scikit-learn's trees.
+"""Compare the command line on five held-out tables with our scikit-learn estimators and with scikit-learn's trees.
 
-python scripts/anomaly_baselines.py ADBENCH_FOLDER    # every fit, then the table; started again it goes on
+python scripts/anomaly_baselines.py ADBENCH_FOLDER    # run every fit, then print the table; run it again to resume
 
-Each config of CONFIGS is trained by `imbsam fit` as it stands, with 10 % and with all of the training anomalies
-labelled. The others learn from the same rows, the validation part of the command line among them, with the same labels
-known; hidden anomalies count as normal there. All are tested on the same rows. No setting was chosen on these tables.
+`imbsam fit` trains each config of CONFIGS unchanged, with 10 % and with all of the training anomalies labelled. The
+estimators train on the same samples, including those of the command line's validation part, and with the same labels;
+hidden anomalies count as normal there. All are tested on the same samples. No setting was chosen on these tables.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score
 
 from imbsam.sklearn import ImbSAMClassifier, ImbSAMOutlierDetector
 
-# of the data sets that nothing was chosen on, every third in the order of their names
+# every third, in alphabetical order, of the data sets on which nothing was tuned
 TABLES = (
     "CV_by_ResNet18/CIFAR10_4",
     "CV_by_ResNet18/MVTec-AD_screw",
@@ -43,7 +43,7 @@ COLUMNS = ("method", "data", "labelled_share", "seed", "average_precision")
 
 
 def command_line(config: str, path: Path, share: float, seed: int) -> float:
-    """Average precision on the test part, of `imbsam fit` with a detector and a method: "devnet_sgd"."""
+    """Average precision of `imbsam fit` on the test part; `config` is a detector and a method, such as "devnet_sgd"."""
     from lightning_modules.cli.run import main
 
     detector, _, method = config.rpartition("_")
@@ -57,12 +57,12 @@ def command_line(config: str, path: Path, share: float, seed: int) -> float:
         main()
         (log,) = Path(folder).rglob("metrics.csv")
         with log.open(newline="") as file:
-            found = [row["test/average_precision"] for row in csv.DictReader(file) if row.get("test/average_precision")]
-    return float(found[-1])
+            logged = [row["test/average_precision"] for row in csv.DictReader(file)]
+    return float([value for value in logged if value][-1])
 
 
 def estimator(kind: Any, path: Path, share: float, seed: int) -> float:
-    """Average precision on the same test part, of an estimator with its default settings."""
+    """Average precision of an estimator with its default settings on the same test part."""
     from datamodules import AnomalyDataModule
 
     data = AnomalyDataModule(path=path, labelled_share=share, val_share=0.2, scaling="none", seed=seed)
@@ -84,7 +84,7 @@ def estimator(kind: Any, path: Path, share: float, seed: int) -> float:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Mean average precision of each method over the tables, over the seeds that are there."""
+    """Mean average precision of each method over the tables and the finished seeds."""
     lines = ["| | seeds | 10 % labelled | all labelled |", "| --- | --- | --- | --- |"]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
@@ -103,11 +103,11 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def whole_seeds(rows: list[dict[str, str]], method: str) -> set[str]:
     """The seeds with which a method was trained on every table and with both shares."""
-    there = {(row["seed"], row["data"], float(row["labelled_share"])) for row in rows if row["method"] == method}
+    finished = {(row["seed"], row["data"], float(row["labelled_share"])) for row in rows if row["method"] == method}
     return {
         seed
-        for seed in {seed for seed, _, _ in there}
-        if all((seed, data, share) in there for data, share in itertools.product(TABLES, SHARES))
+        for seed in {seed for seed, _, _ in finished}
+        if all((seed, data, share) in finished for data, share in itertools.product(TABLES, SHARES))
     }
 
 
@@ -129,8 +129,8 @@ def main() -> None:
         if (name, data, str(share), str(seed)) in done:
             continue
         run: Any = command_line if isinstance(method, str) else estimator
-        found = run(method, (settings.folder / f"{data}.npz").resolve(), share, seed)
-        rows.append(dict(zip(COLUMNS, (name, data, str(share), str(seed), f"{found:.6f}"), strict=True)))
+        precision = run(method, (settings.folder / f"{data}.npz").resolve(), share, seed)
+        rows.append(dict(zip(COLUMNS, (name, data, str(share), str(seed), f"{precision:.6f}"), strict=True)))
         print(rows[-1], file=sys.stderr, flush=True)
         with settings.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

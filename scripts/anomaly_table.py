@@ -1,11 +1,11 @@
-"""Does ImbSAM help anomaly detection? Every detector, sampling, method, data set and seed, then a table.
+"""Does ImbSAM help anomaly detection? Fits every detector, sampling, method, data set and seed, and prints a table.
 
-python scripts/anomaly_table.py ADBENCH_FOLDER --tune   # rho, on validation parts of four data sets
-python scripts/anomaly_table.py ADBENCH_FOLDER          # the grid, then the table; started again it goes on
-python scripts/anomaly_table.py ADBENCH_FOLDER --table  # the table of what is there
+python scripts/anomaly_table.py ADBENCH_FOLDER --tune   # tune rho on the validation parts of four data sets
+python scripts/anomaly_table.py ADBENCH_FOLDER          # run the grid, then print the table; run it again to resume
+python scripts/anomaly_table.py ADBENCH_FOLDER --table  # print the table of the finished fits
 
 ADBENCH_FOLDER holds ADBench's npz files in folders (Classical, CV_by_ResNet18, NLP_by_BERT). Results go to
-results/anomaly/{tuning,fits}.csv, one row a fit, whole seeds first.
+results/anomaly/{tuning,fits}.csv, one row per fit, one seed after another.
 """
 
 import argparse
@@ -28,15 +28,15 @@ METHODS = ("sgd", "sam", "imbsam")
 RHOS = (0.02, 0.1, 0.5, 1.0)  # 1.0 was added when 0.5, then the highest, came out best in most rows
 COLUMNS = ("data", "detector", "sampling", "method", "rho", "seed", "max_epochs")
 RESULTS = ("auroc", "average_precision", "train_auroc", "train_loss", "learned", "constant", "steps", "seconds")
-"""``train_auroc`` is the AUROC of the labelled training anomalies against the training rows that are none; ``learned``
-the share of them that score above the median of the unlabelled rows, 0.5 by chance; ``constant`` is 1 where all
-training rows have one score; ``steps`` is how many there were, those after the best epoch included."""
+"""``train_auroc`` is the AUROC of the labelled training anomalies against the normal training samples; ``learned`` is
+the share of them that score above the median of the unlabelled samples, 0.5 by chance; ``constant`` is 1 if all
+training samples have the same score; ``steps`` includes those after the best epoch."""
 
 LEARNED = 0.75
-"""A row of the table with a lower share is marked."""
+"""A row of the table with a lower ``learned`` is marked."""
 
-# Chosen before any result, by a rule: of the classical tables the narrowest and the one of median width, and the first
-# data set of images and of texts.
+# Chosen before any result, by a rule: the classical tables of smallest and of median width, and the first data set each
+# of images and of texts.
 TUNING_SETS = (
     "Classical/2_annthyroid",
     "Classical/6_cardio",
@@ -49,15 +49,16 @@ BATCHES_PER_EPOCH = 50
 MAX_EPOCHS = 200
 PATIENCE = 10
 VAL_SHARE = 0.2
-"""As in configs/anomaly: until the validation loss has not fallen for 500 steps. At most 10,000 steps, for time."""
+"""As in configs/data/anomaly_table.yaml: until the validation loss has not fallen for 500 steps; to save time, at most
+10,000 steps."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a detector is trained under one sampling, the same for all three methods: that of configs/anomaly.
+    """How a detector is trained with one sampling, the same for all three methods: as in configs/detector.
 
-    The papers take 600 (FEAWAD) to 1,000 (DevNet, PReNet) steps of 512 rows at a learning rate of 1e-3 or 1e-4. Adam
-    stands for RMSprop in all of them.
+    The papers take 600 (FEAWAD) to 1,000 (DevNet, PReNet) steps of 512 samples at a learning rate of 1e-3 or 1e-4. Here
+    Adam replaces RMSprop in all of them.
     """
 
     sampling: str
@@ -77,7 +78,7 @@ RECIPES = {
     ("classifier", "own"): Recipe("natural"),
     ("classifier", "natural"): Recipe("natural", {"weighted": False}),
 }
-"""By detector, and by its own and by natural sampling. The classifier's own is inverse-frequency weights."""
+"""By detector and sampling, its own or natural. The classifier's "own" is inverse-frequency weights."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class Fit:
     tuning: bool = False
 
     def key(self) -> tuple[str, ...]:
-        """What tells it from the other fits of its file."""
+        """Identifies it among the fits of its file."""
         return tuple(str(getattr(self, name)) for name in COLUMNS)
 
 
 def run(fit: Fit, folder: Path) -> dict[str, Any]:
-    """Train and judge; the seconds are this process's CPU seconds of the training, with preparation and validation.
+    """Train and evaluate; the seconds are this process's CPU seconds of training, with preparation and validation.
 
-    The validation loss knows the labels that training knows; a tuning fit is then judged by all true labels of that
+    The validation loss sees the same labels as training; a tuning fit is then evaluated by all true labels of that
     part, any other by those of the test part.
     """
     import torch
@@ -149,7 +150,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    data.setup()  # reading the file is not training
+    data.setup()  # reading the file does not count as training
     start = time.process_time()
     trainer.fit(detector, datamodule=data)
     seconds = time.process_time() - start
@@ -161,7 +162,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
     learned = 0.0 if constant else float((anomalies > unlabelled.median()).float().mean())
     part, judge = ("val", trainer.validate) if fit.tuning else ("test", trainer.test)
     metrics = judge(detector, datamodule=data, verbose=False)[0]
-    found = {
+    results = {
         "auroc": f"{metrics[f'{part}/auroc']:.6f}",
         "average_precision": f"{metrics[f'{part}/average_precision']:.6f}",
         "train_auroc": f"{auroc_of_labelled(scores, data.train_labels, data.train_true_labels):.6f}",
@@ -171,11 +172,11 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
         "steps": steps,
         "seconds": f"{seconds:.3f}",
     }
-    return {name: value for name, value in asdict(fit).items() if name in COLUMNS} | found
+    return {name: value for name, value in asdict(fit).items() if name in COLUMNS} | results
 
 
 def auroc_of_labelled(scores: Any, labels: Any, true_labels: Any) -> float:
-    """AUROC of the labelled anomalies against the rows that are none, without the hidden anomalies."""
+    """AUROC of the labelled anomalies against the normal samples, without the hidden anomalies."""
     from torchmetrics.functional.classification import binary_auroc
 
     known = (labels == 1) | (true_labels == 0)
@@ -188,7 +189,7 @@ def start_worker() -> None:
 
     import lightning_modules  # noqa: F401  Lightning sets the variable below
 
-    # with NVML asked, every optimizer step on a machine without a GPU looks for its library again: 0.3 ms
+    # with the NVML check, every optimizer step on a machine without a GPU searches for NVML again: 0.3 ms
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -197,7 +198,7 @@ def start_worker() -> None:
 
 
 def work(task: tuple[Fit, Path]) -> dict[str, Any] | str:
-    """A row of the results, or what went wrong."""
+    """A row of the results, or the error message."""
     try:
         return run(*task)
     except Exception as error:
@@ -209,13 +210,13 @@ def data_sets(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.npz"))
 
 
-def variants_of(detectors: Iterable[str]) -> list[tuple[str, str]]:
-    """Their (detector, sampling) pairs, in the order of the table."""
+def detector_variants(detectors: Iterable[str]) -> list[tuple[str, str]]:
+    """The (detector, sampling) pairs of these detectors, in the order of the table."""
     return [variant for variant in RECIPES if variant[0] in detectors]
 
 
 def tuning_fits(seeds: Iterable[int], variants: list[tuple[str, str]], max_epochs: int = MAX_EPOCHS) -> Iterator[Fit]:
-    """Every rho for SAM and ImbSAM, and SGD for comparison, judged on the validation part."""
+    """Every rho for SAM and ImbSAM, and SGD for comparison, evaluated on the validation part."""
     for seed, data, variant in itertools.product(seeds, TUNING_SETS, variants):
         yield Fit(data, *variant, "sgd", 0.0, seed, max_epochs, tuning=True)
         for rho, method in itertools.product(RHOS, ("sam", "imbsam")):
@@ -229,41 +230,41 @@ def grid_fits(
     rhos: dict[tuple[str, str, str], float],
     max_epochs: int = MAX_EPOCHS,
 ) -> Iterator[Fit]:
-    """Whole seeds first, so that a stop halfway leaves a table."""
+    """One seed after another, so that an interrupted grid still gives a table."""
     for seed, data, variant, method in itertools.product(seeds, names, variants, METHODS):
         yield Fit(data, *variant, method, rhos.get((*variant, method), 0.0), seed, max_epochs)
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The fits that are there; a last line cut short by a crash is left out."""
+    """The finished fits; a last line that a crash has truncated is left out."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if all(row.get(name) for name in (*COLUMNS, *RESULTS))]
 
 
-def of_recipe(rows: list[dict[str, str]], max_epochs: int = MAX_EPOCHS) -> list[dict[str, str]]:
-    """The fits of at most so many epochs: shorter looks are kept apart."""
+def select_max_epochs(rows: list[dict[str, str]], max_epochs: int = MAX_EPOCHS) -> list[dict[str, str]]:
+    """The fits with this max_epochs: shorter trials are kept apart."""
     return [row for row in rows if row["max_epochs"] == str(max_epochs)]
 
 
-def of_rhos(rows: list[dict[str, str]], rhos: dict[tuple[str, str, str], float]) -> list[dict[str, str]]:
+def select_rhos(rows: list[dict[str, str]], rhos: dict[tuple[str, str, str], float]) -> list[dict[str, str]]:
     """The fits with these rhos, and SGD's."""
     keyed = [((row["detector"], row["sampling"], row["method"]), row) for row in rows]
     return [row for key, row in keyed if key[2] == "sgd" or float(row["rho"]) == rhos.get(key)]
 
 
 def run_missing(fits: list[Fit], path: Path, folder: Path, workers: int) -> int:
-    """Run the fits that `path` lacks, appending a row for each as soon as it is done; returns how many failed."""
+    """Run the fits that `path` lacks, appending a row as each finishes; returns how many failed."""
     rows = read(path)
     done = {tuple(row[name] for name in COLUMNS) for row in rows}
     missing = [fit for fit in fits if fit.key() not in done]
-    print(f"{path}: {len(fits) - len(missing)} of {len(fits)} fits are there", file=sys.stderr)
+    print(f"{path}: {len(fits) - len(missing)} of {len(fits)} fits are finished", file=sys.stderr)
     if not missing:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:  # without a line cut short
+    with temporary.open("w", newline="") as file:  # drops a truncated line
         writer = csv.DictWriter(file, (*COLUMNS, *RESULTS))
         writer.writeheader()
         writer.writerows(rows)
@@ -287,22 +288,22 @@ def run_missing(fits: list[Fit], path: Path, folder: Path, workers: int) -> int:
                 left = (time.monotonic() - started) / n * (len(tasks) - n)
                 print(f"{n} of {len(tasks)} fits, {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
     if failed:
-        print(f"{failed} fits failed; start again to repeat them", file=sys.stderr)
+        print(f"{failed} fits failed: run the same command again to retry", file=sys.stderr)
     return failed
 
 
 def best_rhos(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], float]:
     """For each detector, sampling and method the rho of the best mean average precision on the validation parts.
 
-    Only (data set, seed) pairs that have every rho count, so that a tuning cut short compares like with like.
+    Only (data set, seed) pairs that have every rho count, so that an interrupted tuning compares like with like.
     """
-    found: dict[tuple[str, str, str], dict[tuple[str, str], dict[float, float]]] = {}
+    tuned: dict[tuple[str, str, str], dict[tuple[str, str], dict[float, float]]] = {}
     for row in rows:
         if row["method"] != "sgd":
-            cell = found.setdefault((row["detector"], row["sampling"], row["method"]), {})
+            cell = tuned.setdefault((row["detector"], row["sampling"], row["method"]), {})
             cell.setdefault((row["data"], row["seed"]), {})[float(row["rho"])] = float(row["average_precision"])
     best = {}
-    for key, cells in found.items():
+    for key, cells in tuned.items():
         whole = [cell for cell in cells.values() if set(cell) >= set(RHOS)]
         if whole:
             best[key] = max(RHOS, key=lambda rho: mean(cell[rho] for cell in whole))
@@ -332,7 +333,7 @@ def tuning_table(rows: list[dict[str, str]]) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The results in Markdown: overall, with and without the sets of the tuning, cost, then each data set."""
+    """The results in Markdown: overall, with and without the tuning data sets, cost, then each data set."""
     values: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         cell = values.setdefault((row["detector"], row["sampling"], row["method"]), {})
@@ -357,7 +358,7 @@ def _comparable(
 ) -> Iterator[tuple[str, str, list[dict[tuple[str, str], dict[str, str]]], list[tuple[str, str]]]]:
     """Detector, sampling, the methods' fits, and the (data set, seed) pairs that all methods have.
 
-    A stop halfway leaves fits of some methods only.
+    An interrupted grid has fits of some methods only.
     """
     for detector, sampling in variants:
         cells = [values.get((detector, sampling, method), {}) for method in METHODS]
@@ -366,7 +367,7 @@ def _comparable(
 
 
 def _overall(values: dict[Any, Any], variants: list[tuple[str, str]], metric: str, title: str) -> str:
-    """Means over data sets, wins and losses, and whether the labelled anomalies were learned at all."""
+    """Means over data sets, wins and losses, and whether the labelled anomalies were learned."""
     lines = [
         f"### {title}",
         "",
@@ -415,7 +416,7 @@ def _compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
 
 
 def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
-    """How much better the labelled anomalies are told from normal rows than those of the test part."""
+    """How much better the labelled training anomalies are separated from normal samples than the test part's."""
     lines = [
         "### AUROC in % of the labelled training anomalies, and how far behind it the test part is",
         "",
@@ -435,9 +436,9 @@ def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str
 
 
 def _cost(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
-    """Median seconds of a training, and the methods' ratio to SGD on the same data sets and seeds."""
+    """Median seconds per fit, and the methods' ratio to SGD on the same data sets and seeds."""
     lines = [
-        "### Steps and CPU seconds of a fit, median (in brackets: of SGD's on the same data and seed, median ratio)",
+        "### Steps and CPU seconds per fit, median (in brackets the median ratio to SGD on the same data and seed)",
         "",
         "| detector | sampling | steps: SGD / SAM / ImbSAM | SGD | SAM | ImbSAM |",
         "| --- " * 6 + "|",
@@ -474,39 +475,41 @@ def _each_data_set(values: dict[Any, Any], variants: list[tuple[str, str]], metr
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is asked for."""
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="ADBench's npz files")
-    parser.add_argument("--tune", action="store_true", help="choose rho on validation parts")
-    parser.add_argument("--table", action="store_true", help="only print the table of the fits that are there")
+    parser.add_argument("--tune", action="store_true", help="tune rho on the validation parts of four data sets")
+    parser.add_argument("--table", action="store_true", help="only print the table of the finished fits")
     parser.add_argument("--out", type=Path, default=Path("results/anomaly"), help="folder of tuning.csv and fits.csv")
     parser.add_argument("--seeds", type=int, default=None, help="number of seeds from 0 (default: 2, tuning: 1)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--only", default="", help="data sets whose name holds this, for a short look")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, of one thread each")
+    parser.add_argument("--only", default="", help="only data sets whose name contains this, for a short trial")
     parser.add_argument(
         "--detectors",
         nargs="+",
         default=["devnet", "deep_sad", "prenet", "classifier"],
         choices=sorted({detector for detector, _ in RECIPES}),
-        help="which; feawad is left out by default: a fit of 512 columns takes one to three minutes",
+        help="default: all but feawad, whose fits on 512 columns take one to three minutes",
     )
-    parser.add_argument("--max_epochs", type=int, default=MAX_EPOCHS, help="fewer epochs, for a short look, kept apart")
+    parser.add_argument(
+        "--max_epochs", type=int, default=MAX_EPOCHS, help="fewer epochs for a short trial, whose fits are kept apart"
+    )
     settings = parser.parse_args(arguments)
     names = [name for name in data_sets(settings.folder) if settings.only in name]
     if not names and not settings.table:
-        raise SystemExit(f"anomaly_table: no npz file in {settings.folder} whose name holds {settings.only!r}")
-    variants = variants_of(settings.detectors)
+        raise SystemExit(f"anomaly_table: no npz file in {settings.folder} whose name contains {settings.only!r}")
+    variants = detector_variants(settings.detectors)
     tuning, fits = settings.out / "tuning.csv", settings.out / "fits.csv"
     if settings.tune:
         if missing := set(TUNING_SETS) - set(names):
             raise SystemExit(
-                f"anomaly_table: {settings.folder} lacks what rho is tuned on: {', '.join(sorted(missing))}"
+                f"anomaly_table: {settings.folder} lacks data sets to tune rho on: {', '.join(sorted(missing))}"
             )
         todo = list(tuning_fits(range(1 if settings.seeds is None else settings.seeds), variants, settings.max_epochs))
         failed = run_missing(todo, tuning, settings.folder, settings.workers)
-        print(tuning_table(of_recipe(read(tuning), settings.max_epochs)))
+        print(tuning_table(select_max_epochs(read(tuning), settings.max_epochs)))
         sys.exit(1 if failed else 0)
-    rhos, failed = best_rhos(of_recipe(read(tuning), settings.max_epochs)), 0
+    rhos, failed = best_rhos(select_max_epochs(read(tuning), settings.max_epochs)), 0
     seeds = range(2 if settings.seeds is None else settings.seeds)
     if not settings.table:
         wanted = {(*variant, method) for variant in variants for method in ("sam", "imbsam")}
@@ -514,8 +517,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"anomaly_table: {tuning} has no rho for {sorted(wanted - set(rhos))}: run --tune first")
         todo = list(grid_fits(names, seeds, variants, rhos, settings.max_epochs))
         failed = run_missing(todo, fits, settings.folder, settings.workers)
-    rows = [row for row in of_rhos(of_recipe(read(fits), settings.max_epochs), rhos) if int(row["seed"]) in seeds]
-    print(table(rows))
+    rows = select_rhos(select_max_epochs(read(fits), settings.max_epochs), rhos)
+    print(table([row for row in rows if int(row["seed"]) in seeds]))
     sys.exit(1 if failed else 0)
 
 

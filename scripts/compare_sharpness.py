@@ -1,10 +1,10 @@
-"""Compare what `imbsam sharpness` found: mean ± standard error over the runs of a folder, and differences to the first.
+"""Compare the measures of `imbsam sharpness`: mean ± standard error over each folder's runs, and ratios to the first.
 
     python scripts/compare_sharpness.py logs/digits_lt/sgd logs/digits_lt/imbsam --group few
 
-Reads the newest rows of each version_*/sharpness.csv. Measures are compared by their logarithms, since they range over
-decades: the mean is the geometric one, with its standard error in %, and a run stands beside the run with the same
-data.seed in the first folder, as the ratio of the two.
+Reads the newest rows of each version_*/sharpness.csv. Measures range over decades, so they are compared by their
+logarithms: means are geometric, with the standard error in %, and ratios are to the run with the same data.seed in the
+first folder.
 """
 
 import argparse
@@ -19,8 +19,8 @@ PER_LOSS = ("sam_rise", "max_rise", "average_rise", "top_eigenvalue", "trace")
 
 
 def read(folder: Path, group: str, split: str, adaptive: bool) -> dict[int, dict[str, float]]:
-    """Per data.seed, the newest value of every measure, and each measure per loss."""
-    found: dict[int, dict[str, float]] = {}
+    """For each data.seed, the newest value of every measure, and of every measure divided by the loss."""
+    by_seed: dict[int, dict[str, float]] = {}
     for path in sorted(folder.glob("version_*/sharpness.csv")):
         seed = yaml.safe_load((path.parent / "config.yaml").read_text())["data"]["init_args"]["seed"]
         with path.open(newline="") as file:
@@ -30,8 +30,8 @@ def read(folder: Path, group: str, split: str, adaptive: bool) -> dict[int, dict
                 if (row["group"], row["split"]) == (group, split) and f"adaptive={adaptive} " in row["settings"]
             }
         if values:
-            found[seed] = values | {f"{name} / loss": values[name] / values["loss"] for name in PER_LOSS}
-    return found
+            by_seed[seed] = values | {f"{name} / loss": values[name] / values["loss"] for name in PER_LOSS}
+    return by_seed
 
 
 def geometric(values: list[float]) -> str:
@@ -48,21 +48,21 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path, help="folders with version_* runs; the first is the reference")
     parser.add_argument("--group", default="few", choices=["many", "medium", "few", "all"])
     parser.add_argument("--split", default="train", choices=["train", "test"])
-    parser.add_argument("--adaptive", action="store_true", help="the rows measured with --adaptive true")
+    parser.add_argument("--adaptive", action="store_true", help="use the rows measured with --adaptive true")
     args = parser.parse_args()
     runs = [read(folder, args.group, args.split, args.adaptive) for folder in args.folders]
-    for folder, found in zip(args.folders, runs, strict=True):
-        if not found:
+    for folder, by_seed in zip(args.folders, runs, strict=True):
+        if not by_seed:
             raise SystemExit(f"{folder}: no such rows in version_*/sharpness.csv; run `imbsam sharpness` first")
     measures = ["loss", *PER_LOSS, *(f"{name} / loss" for name in PER_LOSS)]
-    heads = [f"{folder.resolve().name} ({len(found)})" for folder, found in zip(args.folders, runs, strict=True)]
+    heads = [f"{folder.resolve().name} ({len(by_seed)})" for folder, by_seed in zip(args.folders, runs, strict=True)]
     print(f"| {args.group}, {args.split} | " + " | ".join(heads) + " |\n| :-- |" + " --: |" * len(heads))
     for measure in measures:
         cells = []
-        for found in runs:
-            cell = geometric([values[measure] for values in found.values()])
-            both = [seed for seed in found if seed in runs[0]]
-            if found is not runs[0] and both and all(found[s][measure] * runs[0][s][measure] > 0 for s in both):
-                cell += f"; ratio {geometric([found[s][measure] / runs[0][s][measure] for s in both])}"
+        for by_seed in runs:
+            cell = geometric([values[measure] for values in by_seed.values()])
+            both = [seed for seed in by_seed if seed in runs[0]]
+            if by_seed is not runs[0] and both and all(by_seed[s][measure] * runs[0][s][measure] > 0 for s in both):
+                cell += f"; ratio {geometric([by_seed[s][measure] / runs[0][s][measure] for s in both])}"
             cells.append(cell)
         print(f"| {measure} | " + " | ".join(cells) + " |")

@@ -1,14 +1,14 @@
-"""The tables of the papers: method after method and seed after seed, with resume, ending in Markdown.
+"""Train and print the tables of the papers: every method and seed of a benchmark, resuming where it was stopped.
 
 python scripts/reproduce.py cifar100_lt --root data                   # train what is missing, then print the table
-python scripts/reproduce.py cifar100_lt --root data --minutes 9       # at most this long; start it again to resume
-python scripts/reproduce.py cifar100_lt --table                       # the table of what is there
+python scripts/reproduce.py cifar100_lt --root data --minutes 9       # stop after 9 minutes; run it again to resume
+python scripts/reproduce.py cifar100_lt --table                       # print the table of the finished runs
 python scripts/reproduce.py cifar100_lt --root data -- --config configs/trainer/gpu.yaml --model.compile true
-python scripts/reproduce.py published                                 # the literature's numbers
-python scripts/reproduce.py pack --root data cifar100_lt_100.npz      # the images of ratio 100, seed 0, in one file
+python scripts/reproduce.py published                                 # print the published numbers
+python scripts/reproduce.py pack --root data cifar100_lt_100.npz      # pack the images of ratio 100, seed 0
 
-A benchmark is one of those below; what follows ``--`` goes to every ``imbsam fit``. Runs lie in
-logs/reproduce/BENCHMARK/ROW/seed_N: an interrupted one resumes from its last checkpoint, a finished one is left alone.
+Arguments after ``--`` go to every ``imbsam fit``. Runs are in logs/reproduce/BENCHMARK/ROW/seed_N: an interrupted run
+resumes from its last checkpoint, a finished one is left alone.
 """
 
 import argparse
@@ -38,8 +38,8 @@ class Row:
     """One line of a table.
 
     Attributes:
-        title: what the table calls it.
-        pieces: its files under configs/ beside those of the benchmark, without ".yaml".
+        title: its name in the table.
+        pieces: its files under configs/ in addition to the benchmark's, without ".yaml".
         settings: further arguments of ``imbsam fit``.
     """
 
@@ -74,7 +74,7 @@ LOSSES = [
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A table: the pieces that all of its rows have, and the rows."""
+    """A table: the pieces that all of its rows share, and the rows."""
 
     pieces: tuple[str, ...]
     rows: list[Row]
@@ -95,19 +95,19 @@ BENCHMARKS = {
 
 
 def published() -> list[dict[str, Any]]:
-    """What configs/published.yaml holds."""
+    """The entries of configs/published.yaml."""
     entries: list[dict[str, Any]] = yaml.safe_load((CONFIGS / "published.yaml").read_text())
     return entries
 
 
 def published_accuracy(benchmark: str, row: Row) -> dict[str, float]:
-    """The accuracies of the literature by group, of these very pieces."""
+    """The published accuracies of exactly these pieces, by group; empty if there are none."""
     pieces = [*BENCHMARKS[benchmark].pieces, *row.pieces]
     return next((entry["accuracy"] for entry in published() if entry["pieces"] == pieces), {})
 
 
 def published_table() -> str:
-    """Markdown: what the literature has, and by which configs."""
+    """The published numbers and their configs, in Markdown."""
     lines = ["| pieces of `configs/` | published, all classes | by |", "| :-- | --: | :-- |"]
     for entry in published():
         pieces = ", ".join(f"`{piece}`" for piece in entry["pieces"])
@@ -148,10 +148,10 @@ def command(benchmark: str, row: Row, seed: int, root: str | None, settings: Seq
 
 
 def run(arguments: Sequence[str], deadline: float | None) -> bool:
-    """Run until it ends, or at the deadline ask it to stop; returns whether it ended by itself.
+    """Run until it ends, or ask it to stop at the deadline; returns whether it ended by itself.
 
     Raises:
-        SystemExit: it failed, or SIGTERM or Ctrl-C came, which end it too.
+        SystemExit: if the run fails, or on SIGTERM or Ctrl-C, which also stop the run.
     """
     process = subprocess.Popen(arguments)
     stopped = False
@@ -164,11 +164,11 @@ def run(arguments: Sequence[str], deadline: float | None) -> bool:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)  # it saves a checkpoint after the batch
                 stopped = True
-    except KeyboardInterrupt:  # the terminal has sent it to the run too; of SIGTERM it knows nothing
+    except KeyboardInterrupt:  # Ctrl-C reaches the run too, SIGTERM does not
         process.terminate()
         process.wait()
-        raise SystemExit("interrupted; start again to resume") from None
-    # asked to stop before it began to train: it says so itself, or was still importing
+        raise SystemExit("interrupted: run the same command again to resume") from None
+    # stopped before training began: it says so itself, or was still importing
     if code != 0 and not (stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM)):
         raise SystemExit(f"imbsam fit ended with code {code}")
     return not stopped
@@ -182,12 +182,11 @@ def train_missing(
     minutes: float | None,
     settings: list[str],
 ) -> bool:
-    """Train what is not finished, whole seeds first; returns whether all is done."""
+    """Train what is not finished, one seed at a time; returns whether all runs are finished."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     missing = [(seed, row) for seed in seeds for row in rows if tested(benchmark, row, seed) is None]
-    print(
-        f"{benchmark}: {len(seeds) * len(rows) - len(missing)} of {len(seeds) * len(rows)} runs are there", flush=True
-    )
+    total = len(seeds) * len(rows)
+    print(f"{benchmark}: {total - len(missing)} of {total} runs are finished", flush=True)
     for seed, row in missing:
         print(f"{row.title}, seed {seed}", flush=True)
         arguments = command(benchmark, row, seed, root, settings)
@@ -197,30 +196,30 @@ def train_missing(
 
 
 def table(benchmark: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Markdown: mean and standard deviation over the seeds that are there, and the published numbers."""
+    """Mean and standard deviation over the finished seeds, and the published numbers, in Markdown."""
     lines = [
         f"| {benchmark} | seeds | epochs | " + " | ".join(GROUPS) + " | published: " + " / ".join(GROUPS) + " |",
         "| :-- | --: | --: " + "| --: " * len(GROUPS) + "| --: |",
     ]
     for row in rows:
-        runs = [found for seed in seeds if (found := tested(benchmark, row, seed))]
-        cells = [_cell([100 * one.final[f"test/{group}"] for one in runs]) for group in GROUPS]
+        runs = [result for seed in seeds if (result := tested(benchmark, row, seed))]
+        cells = [_cell([100 * result.final[f"test/{group}"] for result in runs]) for group in GROUPS]
         known = published_accuracy(benchmark, row)
         others = " / ".join(f"{known[group]:.1f}" if group in known else "" for group in GROUPS) if known else ""
-        # a trial of one epoch counts as a run too, and is to be seen
-        epochs = ", ".join(sorted({str(one.settings.get("trainer.max_epochs", "")) for one in runs}))
+        # a trial of one epoch counts as a run too: show its epochs
+        epochs = ", ".join(sorted({str(result.settings.get("trainer.max_epochs", "")) for result in runs}))
         lines.append(f"| {row.title} | {len(runs)} | {epochs} | " + " | ".join(cells) + f" | {others} |")
     return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:
-    if not values or not all(map(math.isfinite, values)):  # nan: no class is in the group
+    if not values or not all(map(math.isfinite, values)):  # nan: the group has no class
         return "-" if values else ""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def pack(root: str, path: Path, ratio: float, seed: int) -> None:
-    """Write CIFAR-100-LT's images to one file."""
+    """Write the images of CIFAR-100-LT to one file."""
     from datamodules import CIFAR100LTDataModule
     from datamodules.image_arrays.packed_images import pack_images
 
@@ -239,13 +238,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "published", "pack"])
     parser.add_argument("file", nargs="?", type=Path, help="pack: the file to write")
-    parser.add_argument("--root", help="where the data lie; default: the DataModule's")
+    parser.add_argument("--root", help="folder of the data; default: the DataModule's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", help="some rows only, by their folders' names")
-    parser.add_argument("--minutes", type=float, help="stop after this time; start again to resume")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there and train nothing")
-    parser.add_argument("--ratio", type=float, default=100, help="pack: imbalance ratio; larger ones are in it too")
-    args = parser.parse_intermixed_args(own)  # else a file after an option is not seen
+    parser.add_argument("--rows", nargs="+", help="only these rows, by the names of their folders")
+    parser.add_argument("--minutes", type=float, help="stop after this time; run the same command again to resume")
+    parser.add_argument("--table", action="store_true", help="print the table of the finished runs without training")
+    parser.add_argument("--ratio", type=float, default=100, help="pack: imbalance ratio; larger ones fit too")
+    args = parser.parse_intermixed_args(own)  # which also sees a file after an option
     if args.benchmark == "published":
         print(published_table())
         return
@@ -264,7 +263,7 @@ def main() -> None:
     done = args.table or train_missing(args.benchmark, rows, args.seeds, args.root, args.minutes, settings)
     print(table(args.benchmark, rows, args.seeds))
     if not done:
-        print("\nnot done yet: start again to resume", file=sys.stderr)
+        print("\nnot finished: run the same command again to resume", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the tests find real data, and how they run the command in processes of its own."""
+"""Where the tests find real data, and how they run the command in separate processes."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def cifar100_root() -> Path:
-    """The folder that holds ``cifar-100-python``: $IMBSAM_DATA, or shared/data beside the repository."""
+    """The folder with ``cifar-100-python``: $IMBSAM_DATA, or shared/data next to the repository."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     root = Path(os.environ.get("IMBSAM_DATA", default))
     if not (root / "cifar-100-python").is_dir():
@@ -138,7 +138,7 @@ def image_folder_root(image_tree: ImageTree, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def image_list(image_folder_root: Path) -> Path:
-    """A CSV file of path, label and split beside the folder of images, for ImageListLTDataModule."""
+    """A CSV file of path, label and split next to the folder of images, for ImageListLTDataModule."""
     path = image_folder_root / "images.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -161,13 +161,13 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """The tensors here are small: a second thread costs more than it brings, the more so on a busy machine."""
+    """The tensors here are small: a second thread costs more than it saves, especially on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def run_imbsam() -> Iterator[Callable[..., dict[str, Any]]]:
-    """Run `imbsam` in processes of its own, see tests/lightning_modules/run_server.py."""
+    """Run `imbsam` in separate processes, see tests/lightning_modules/run_server.py."""
     repository = Path(__file__).resolve().parents[1]
     server = subprocess.Popen(
         [sys.executable, str(repository / "tests/lightning_modules/run_server.py")],

@@ -1,4 +1,4 @@
-"""Pieces of configs/: as arguments of the command, and what they say together."""
+"""Pieces of configs/: as arguments of the command, and merged."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def anomaly(detector: str, method: str) -> list[str]:
 
 
 def merged(*pieces: str) -> dict[str, Any]:
-    """What the files of some pieces say together, without the defaults of classes."""
+    """The merged settings of several pieces, without the defaults of classes."""
     config: dict[str, Any] = {}
     for piece in pieces:
         _merge(config, yaml.safe_load((CONFIGS / f"{piece}.yaml").read_text()))

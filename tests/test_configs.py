@@ -1,4 +1,4 @@
-"""Every piece of configs/ runs two batches on data of the real set's shape; the combinations that docs name parse."""
+"""Every piece of configs/ runs two batches on data shaped like the real data set; combinations named in docs parse."""
 
 import re
 import sys
@@ -54,7 +54,7 @@ def fit(monkeypatch, *arguments):
 
 
 def data_arguments(name, request):
-    """Where the small tree lies, and images and a network of a size that takes no time."""
+    """Arguments for the small tree, with images and a network small enough to take no time."""
     if name.startswith("anomaly"):
         return ["--data.batch_size=16"]
     if name not in TREES:
@@ -139,7 +139,7 @@ def test_eta_leaves_a_tail_and_a_head(data, ratios):
 
 
 def named_in_docs():
-    """The commands of README and docs that name configs, by their configs; lines that end in a backslash go on."""
+    """The commands of README and docs that name configs, by their configs; a backslash continues a line."""
     texts = [path.read_text() for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]]
     texts += [path.read_text() for path in sorted(CONFIGS.rglob("*.yaml"))]
     lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if "--config configs/" in line]
@@ -147,7 +147,7 @@ def named_in_docs():
 
 
 @pytest.mark.parametrize("pieces", named_in_docs(), ids=" ".join)
-def test_what_docs_name_parses(pieces, monkeypatch, capsys, tmp_path):
+def test_combinations_named_in_docs_parse(pieces, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     needed = ["--model.checkpoint=first.ckpt"] if set(pieces) & {f"stage/{name}" for name in SECOND_STAGES} else []
     monkeypatch.setattr(sys, "argv", ["imbsam", "fit", *configs(*pieces), *needed, "--print_config"])
@@ -157,7 +157,7 @@ def test_what_docs_name_parses(pieces, monkeypatch, capsys, tmp_path):
     assert {"model", "data", "trainer"} <= yaml.safe_load(capsys.readouterr().out).keys()
 
 
-def test_docs_name_no_config_that_is_not_there():
+def test_docs_name_only_existing_configs():
     text = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
     for path in [*text, *CONFIGS.rglob("*.yaml"), *(REPOSITORY / "scripts").rglob("*.*"), REPOSITORY / "Makefile"]:
         for name in re.findall(r"configs/[\w/]+\.yaml", path.read_text()):

@@ -1,4 +1,4 @@
-"""Who may import what: read from the import statements, wherever in a file they stand."""
+"""Which files may import what, read from all import statements of a file."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = [path.relative_to(REPOSITORY) for path in sorted((REPOSITORY / "imbsam").rglob("*.py"))]
 
 ENGINE = {"torch", "numpy"}
-BESIDE = {
+ALSO_ALLOWED = {
     "imbsam/metrics.py": {"torchmetrics", "matplotlib"},
     "imbsam/anomaly_metrics.py": {"torchmetrics"},
     "imbsam/sklearn.py": {"sklearn"},
@@ -21,16 +21,16 @@ BESIDE = {
     "imbsam/conformal.py": {"scipy"},
     "imbsam/intervals.py": {"scipy"},
 }
-"""What single files of the method may import beside torch and NumPy."""
-ROOMS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
-"""The rooms of datamodules/: each may import those before it."""
-LIGHTNING_ROOMS = {
+"""What single files of the method may import in addition to torch and NumPy."""
+FOLDERS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
+"""The folders of datamodules/: each may import those before it."""
+LIGHTNING_FOLDERS = {
     "resuming": {"resuming"},
     "backbones": {"backbones"},
     "detectors": {"detectors"},
     "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
 }
-"""The rooms of lightning_modules/ that know nothing of the models and the command line, and what each may import."""
+"""The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}
 TORCH_FREE = {"imbsam.group_names", "imbsam.messages"}
 """What the report shares with the rest of imbsam/."""
@@ -57,14 +57,14 @@ def imported(source: str) -> set[str]:
 
 
 def refused(path: str, source: str) -> set[str]:
-    """What a file of imbsam/ imports and must not."""
+    """Imports of a file of imbsam/ that are not allowed."""
     names = imported(source)
     if path.startswith("imbsam/report/"):  # quick: neither torch nor the engine
         names -= TORCH_FREE
         return {n for n in names if not n.startswith("imbsam.report") and n.split(".")[0] not in REPORT}
     if path == "imbsam/command.py":
         return {n for n in names if not n.startswith("imbsam.report") and n.split(".")[0] != HAND_OVER[1]}
-    allowed = ENGINE | BESIDE.get(path, set())
+    allowed = ENGINE | ALSO_ALLOWED.get(path, set())
     own = {n for n in names if n.split(".")[0] == "imbsam" and not n.startswith(("imbsam.report", "imbsam.command"))}
     return {n for n in names - own if n.split(".")[0] not in allowed}
 
@@ -99,22 +99,22 @@ def test_what_the_report_shares_imports_nothing(name):
     assert imported((REPOSITORY / f"{name.replace('.', '/')}.py").read_text()) == set()
 
 
-def refused_in_room(room: str, source: str) -> set[str]:
-    """What a file of a room of datamodules/ imports and must not."""
-    allowed = {f"datamodules.{name}" for name in ROOMS[: ROOMS.index(room) + 1]}
+def refused_in_folder(folder: str, source: str) -> set[str]:
+    """Imports of a file in a folder of datamodules/ that are not allowed."""
+    allowed = {f"datamodules.{name}" for name in FOLDERS[: FOLDERS.index(folder) + 1]}
     ours = {n for n in imported(source) if n.split(".")[0] in ("datamodules", "lightning_modules")}
     return {n for n in ours if ".".join(n.split(".")[:2]) not in allowed}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_of_the_data_point_down(room):
-    files = sorted((REPOSITORY / "datamodules" / room).rglob("*.py"))
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_within_datamodules_point_down(folder):
+    files = sorted((REPOSITORY / "datamodules" / folder).rglob("*.py"))
     assert files
-    assert {p.name: names for p in files if (names := refused_in_room(room, p.read_text()))} == {}
+    assert {p.name: names for p in files if (names := refused_in_folder(folder, p.read_text()))} == {}
 
 
 @pytest.mark.parametrize(
-    ("room", "statement"),
+    ("folder", "statement"),
     [
         ("sampling", "from datamodules.base.long_tail import Profile"),
         ("tables", "from datamodules.image_files.lists import ListedImages"),
@@ -122,26 +122,26 @@ def test_rooms_of_the_data_point_down(room):
         ("base", "from datamodules import DigitsLTDataModule"),
     ],
 )
-def test_a_wrong_import_of_the_data_is_found(room, statement):
-    assert refused_in_room(room, statement)
+def test_a_wrong_import_within_datamodules_is_found(folder, statement):
+    assert refused_in_folder(folder, statement)
 
 
-def test_every_room_of_the_data_is_checked():
-    assert {p.parent.name for p in (REPOSITORY / "datamodules").rglob("*.py")} == {"datamodules", *ROOMS}
+def test_every_folder_of_datamodules_is_checked():
+    assert {p.parent.name for p in (REPOSITORY / "datamodules").rglob("*.py")} == {"datamodules", *FOLDERS}
 
 
-@pytest.mark.parametrize("room", LIGHTNING_ROOMS)
-def test_rooms_of_lightning_modules_point_down(room):
+@pytest.mark.parametrize("folder", LIGHTNING_FOLDERS)
+def test_imports_within_lightning_modules_point_down(folder):
     found = {
         f"{path.name}: {name}"
-        for path in (REPOSITORY / "lightning_modules" / room).rglob("*.py")
+        for path in (REPOSITORY / "lightning_modules" / folder).rglob("*.py")
         for name in imported(path.read_text())
-        if name.startswith("lightning_modules") and name.split(".")[1] not in LIGHTNING_ROOMS[room]
+        if name.startswith("lightning_modules") and name.split(".")[1] not in LIGHTNING_FOLDERS[folder]
     }
     assert found == set()
 
 
-def test_one_statement_hands_over_to_the_command_line():
+def test_only_one_statement_imports_the_command_line():
     found = {
         path.as_posix(): [n for n in imported((REPOSITORY / path).read_text()) if n.startswith("lightning_modules")]
         for path in FILES
@@ -149,7 +149,7 @@ def test_one_statement_hands_over_to_the_command_line():
     assert {path: names for path, names in found.items() if names} == {HAND_OVER[0]: ["lightning_modules.cli.run"]}
 
 
-def test_the_engine_comes_with_its_names_and_not_before():
+def test_the_engine_is_imported_on_first_use():
     code = """
 import sys, imbsam
 assert "torch" not in sys.modules

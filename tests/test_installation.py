@@ -1,4 +1,4 @@
-"""What `pip install .` puts into site-packages, and that it works from there, from an empty folder."""
+"""What `pip install .` puts into site-packages, and that it works from there, in an empty folder."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The wheel's files, in a folder of their own."""
+    """The wheel's files, unpacked into a folder."""
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed: pip install '.[dev]'")
     folder = tmp_path_factory.mktemp("site")
     for path in wheel.WheelBuilder(str(REPOSITORY)).build(directory=str(folder / "dist"), versions=["standard"]):
@@ -36,7 +36,7 @@ def run(site, cwd, *args):
     return done.stdout
 
 
-def test_three_names_and_no_more_are_put_into_site_packages(site):
+def test_only_three_names_are_installed_into_site_packages(site):
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"imbsam", "lightning_modules", "datamodules"}
     configs = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml")}

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, one after another."""
+"""The README's Python blocks run unchanged, one after another."""
 
 import re
 from pathlib import Path

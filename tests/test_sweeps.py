@@ -1,4 +1,4 @@
-"""Sweep files, checked by W&B's own code; what its agent starts is started."""
+"""Sweep files, checked by W&B's own code; the command that its agent runs is run."""
 
 import itertools
 import sys
@@ -33,7 +33,7 @@ def test_sweep_chooses_on_a_validation_split(path):
     assert f"{runs} runs" in path.read_text().splitlines()[0]
 
 
-def test_what_the_agent_starts_trains(tmp_path, read_wandb):
+def test_the_command_of_the_agent_trains(tmp_path, read_wandb):
     """The agent's own code builds the command and starts it; there is no server, so it stays offline."""
     from wandb.wandb_agent import Agent
 

@@ -1,4 +1,4 @@
-"""Every overlay of configs/trainer builds what it names, on one processor, and runs two batches."""
+"""Every overlay of configs/trainer builds what it names, on one CPU, and runs two batches."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from lightning_modules.cli.run import ImbSAMCLI, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OVERLAYS = sorted((REPOSITORY / "configs/trainer").glob("*.yaml"))
-# what the overlay says, and what this machine cannot have
+# the overlay's settings, and those that this machine cannot have
 CASES = {
     "cpu": (SingleDeviceStrategy, "32-true", []),
     "gpu": (SingleDeviceStrategy, "bf16-mixed", ["--trainer.accelerator=cpu"]),
@@ -80,7 +80,7 @@ def test_overlay_builds_its_trainer(path, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_overlay_sets_the_trainer_alone_and_says_how_it_is_used(path):
+def test_overlay_sets_only_the_trainer_and_says_how_to_use_it(path):
     text = path.read_text()
     assert set(yaml.safe_load(text)) == {"trainer"}
     head = text[: text.index("trainer:\n")]

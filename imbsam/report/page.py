@@ -196,7 +196,7 @@ def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
 
 
 def _sharpness(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
-    note = "Measured by SharpnessOfGroups or imbsam sharpness."
+    note = "Measured by GroupSharpness or imbsam sharpness."
     measured = sharpness_figures(groups)
     if not measured or any(len(set(trace["x"])) > 1 for figure in measured for trace in figure.data):
         return _plots("Sharpness", note, measured, figures)

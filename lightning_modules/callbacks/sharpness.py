@@ -13,7 +13,7 @@ from imbsam.snapshot import RandomState
 from lightning_modules.group_sharpness import GroupSamples, Split
 
 
-class SharpnessOfGroups(Callback):
+class GroupSharpness(Callback):
     """Measure the sharpness of the many, medium, few and all classes at the end of training, and every n epochs.
 
     Logs ``sharpness/<group>/<measure>`` and appends to ``sharpness.csv`` in the run's folder. The run itself is not
@@ -52,7 +52,7 @@ class SharpnessOfGroups(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse FSDP2, whose forward waits for all ranks, before the training."""
         if fsdp_modules(list(pl_module.modules())):
-            raise SettingError("SharpnessOfGroups cannot measure a model sharded by FSDP2: leave the callback out")
+            raise SettingError("GroupSharpness cannot measure a model sharded by FSDP2: leave the callback out")
         if self.split == "test" and trainer.world_size > 1:  # each rank's loader has only its share
             raise SettingError("split is test: with several processes only the training samples can be measured")
 

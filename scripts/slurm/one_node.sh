@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A SLURM cluster of one node, this machine, for as long as a command runs: to try job scripts without a cluster.
+# Run a command in a SLURM cluster whose only node is this machine, to try job scripts without a cluster.
 #     scripts/slurm/one_node.sh bash          # then sinfo, sbatch, squeue, ...
-# Needs the programs of Debian's packages slurmctld, slurmd, slurm-client and munge; uses nothing of their system services,
-# and everything it writes lies in a temporary folder. Partitions: batch, and urgent, whose jobs preempt those of batch
-# (signal, GRACE seconds, requeue). All daemons listen on the loopback address only.
+# Needs the programs of Debian's packages slurmctld, slurmd, slurm-client and munge, but not their system services; it
+# writes only to a temporary folder. Partitions: batch, and urgent, whose jobs preempt those of batch (signal, GRACE
+# seconds, requeue). All daemons listen on the loopback address only.
 set -euo pipefail
 
 GRACE=${GRACE:-30}  # seconds between a preempted job's SIGTERM and its end
@@ -17,7 +17,7 @@ done
 
 folder=$(mktemp -d "${TMPDIR:-/tmp}/slurm.XXXXXX")
 chmod 755 "$folder"
-mkdir -m 755 "$folder/munge"  # the socket is for everybody, the key is not
+mkdir -m 755 "$folder/munge"  # the socket is public, the key is not
 mkdir -m 700 "$folder/state" "$folder/spool"
 host=$(hostname -s)
 user=$(id -un)
@@ -86,7 +86,7 @@ stop() {
 }
 trap stop EXIT
 
-# Daemons in the foreground, as children of this script, are ended by their numbers.
+# Daemons run in the foreground, as children of this script, which stops them by process id.
 head -c 1024 /dev/urandom >"$folder/munge/key"
 chmod 400 "$folder/munge/key"
 munged --foreground --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \

@@ -1,4 +1,4 @@
-"""The programs of docs/ run as they stand: on one process, on two, and beside the same training without the engine."""
+"""The programs of docs/ run unchanged: on one process, on two, and checked against training without the engine."""
 
 import importlib.util
 import io
@@ -53,7 +53,7 @@ FLOAT16 = {
     "max_norm=1.0": "max_norm=1.0, error_if_nonfinite=False",
 }
 
-# A fork of a process that has the imports behind it: the imports are paid once, and every run has a process of its own.
+# A fork of a process that has done the imports: they are paid for once, and every run has its own process.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
@@ -78,7 +78,7 @@ def program(page: str, *changes: dict[str, str]) -> str:
 
 
 def child(text: str, name: str, environment: dict[str, str], folder: Path) -> None:
-    """Run a program in this process; leave what it printed and its weights in the folder."""
+    """Run a program in this process; write its output and weights to the folder."""
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def test_engine_perturbs(run, page):
 
 
 @pytest.mark.parametrize("page", NEEDS)
-def test_two_processes_take_the_steps_of_one(run, page):
+def test_two_processes_match_one(run, page):
     # torch's DistributedSampler and the Trainer draw the same rows on one process and on two
     order = ORDER if page in ("fabric", "accelerate") else {}
     ((_, one),), ((_, first), (_, second)) = run(page, EXACT, order), run(page, EXACT, order, ranks=2)
@@ -170,7 +170,7 @@ def test_two_processes_take_the_steps_of_one(run, page):
 
 
 @pytest.mark.parametrize("page", PLAIN_LOOPS[1:])
-def test_framework_takes_the_steps_of_the_plain_loop(run, page):
+def test_framework_matches_the_plain_loop(run, page):
     ((_, plain),), ((_, framework),) = (run(name, EXACT, ORDER, NO_ACCUMULATION) for name in ("pytorch", page))
     assert distance(plain, framework) < 1e-10
 
@@ -182,9 +182,9 @@ def test_trainer_without_perturbation_is_the_stock_trainer(run):
 
 
 @pytest.mark.parametrize("page", NEEDS)
-def test_backward_passes_retain_graph_on(run, page):
+def test_backward_forwards_retain_graph(run, page):
     ((_, sharp_rows),), ((_, whole_batch),) = run(page, EXACT), run(page, EXACT, WHOLE_BATCH)
-    assert distance(sharp_rows, whole_batch) < 1e-10  # rows do not see each other in these models
+    assert distance(sharp_rows, whole_batch) < 1e-10  # rows are independent in these models
 
 
 def test_fabric_with_a_grad_scaler(run):

@@ -1,4 +1,4 @@
-"""The gradient, against that of `imbsam.reference`."""
+"""The gradient, compared with that of `imbsam.reference`."""
 
 import copy
 import itertools
@@ -95,7 +95,7 @@ def assert_gradient(model: nn.Module, expected: list[Tensor]) -> None:
 
 
 def per_row(sam: ClassAwareSAM, y: Tensor, weights: list[float] | None) -> dict[str, Any]:
-    """What the reference needs, written out for labels or probabilities; c_ik and rho_k where there are several e."""
+    """What the reference needs, for labels or probabilities; c_ik and rho_k if there are several e."""
     p = F.one_hot(y, 4).double() if y.dim() == 1 else y
     a = p @ torch.tensor(weights or [1.0] * 4, dtype=torch.float64)
     c = sam.sharpness_weight.expand(4)
@@ -139,7 +139,7 @@ def test_micro_batches_are_one_batch(net, context_rows, method):
     sam = METHODS[method](model, rho=0.1, class_weight=CLASS_WEIGHT, context_rows=context_rows)
     settings = per_row(sam, y, CLASS_WEIGHT)
     expected = objective_gradient(model, x, y, **settings)
-    # unequal ones, the first without a tail row
+    # of unequal size, the first without a tail row
     parts = [torch.arange(0, 8), torch.arange(8, 21), torch.arange(21, BATCH)]
     loss = sam.backward([(cross_entropies(model, x[part], y[part]), y[part]) for part in parts])
     assert_gradient(model, expected)
@@ -149,7 +149,7 @@ def test_micro_batches_are_one_batch(net, context_rows, method):
 
 
 def one_group(name: str, module: nn.Module, **settings: Any) -> tuple[ClassAwareSAM, ClassAwareSAM]:
-    """A partition with one group that perturbs, and the method that it is."""
+    """A partition with one group that perturbs, and the method that it equals."""
     if name == "sam":
         return PartitionedSAM(module, COUNTS, partition=[0] * 4, rho=0.1, **settings), SAM(
             module, COUNTS, rho=0.1, **settings
@@ -170,7 +170,7 @@ def one_group(name: str, module: nn.Module, **settings: Any) -> tuple[ClassAware
 )
 @pytest.mark.parametrize("name", ["sam", "imbsam", "class aware"])
 @pytest.mark.parametrize("net", ["batch norm", "mlp"])
-def test_one_group_gives_the_very_bits_of_the_method_that_it_is(net, name, settings):
+def test_one_group_is_bit_identical_to_the_method(net, name, settings):
     model, x, y = make(net)
     grads = []
     for sam in one_group(name, model, **settings):
@@ -180,7 +180,7 @@ def test_one_group_gives_the_very_bits_of_the_method_that_it_is(net, name, setti
     assert all(torch.equal(g, h) for g, h in zip(*grads, strict=True))
 
 
-def test_rows_own_sharpness_in_place_of_the_classes():
+def test_sharpness_weight_per_row_replaces_the_classes():
     model, x, y = make("mlp")
     c = torch.zeros(BATCH, dtype=torch.float64)
     c[[3, 7, 20]] = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_sam_without_the_middle_pass_is_the_gradient_at_w_plus_e():
     assert calls == [BATCH, BATCH]
 
 
-def test_row_passes_are_no_more_than_the_method_needs():
+def test_no_more_passes_than_the_method_needs():
     """A guard against an accidental pass: rows forward and backward in one step."""
     model, x, y = make("batch norm")
     tail = int((torch.tensor(COUNTS)[y] < 20).sum())
@@ -256,7 +256,7 @@ def test_dropout_sees_the_same_masks_at_w_and_at_w_plus_e(context_rows, method):
 
 @pytest.mark.parametrize("context_rows", [BATCH, "auto"])
 @pytest.mark.parametrize("own", [False, True], ids=["classes", "rows"])
-def test_context_that_reaches_the_whole_batch_is_batch(context_rows, own):
+def test_context_rows_that_cover_the_batch_equal_batch(context_rows, own):
     model, x, y = make("batch norm")
     sharpness = torch.rand(BATCH) * (torch.tensor(COUNTS)[y] < 20) if own else None
     grads = []
@@ -269,7 +269,7 @@ def test_context_that_reaches_the_whole_batch_is_batch(context_rows, own):
         torch.testing.assert_close(given, batch, rtol=0, atol=1e-14)
 
 
-def test_sharp_rows_that_fill_all_but_one_row_of_the_batch():
+def test_all_rows_but_one_are_sharp():
     """Rounding up the size of the pass takes in the whole batch."""
     model, x, y = make("mlp")
     y[:] = 3
@@ -334,7 +334,7 @@ def test_context_rows_do_not_count_even_where_their_loss_is_infinite():
         (lambda sam, f, y: setattr(sam, "class_weight", [1.0, 2.0, 3.0, -1.0]), "class_weight holds -1"),
     ],
 )
-def test_errors_say_what_is_wrong_and_the_mend(call, message):
+def test_errors_name_the_setting_and_the_fix(call, message):
     model, x, y = make("mlp")
     sam = ImbSAM(model, COUNTS, context_rows="batch")
     with pytest.raises(SettingError, match=message) as caught:
@@ -384,7 +384,7 @@ def test_settings_that_cannot_work(settings, message):
             lambda m: PartitionedSAM(m, partition=[0, 1], sharpness_weight=[1.0] * 3),
             "partition has 2 entries for 3 classes",
         ),
-        (lambda m: PartitionedSAM(m, partition=[0.5, 1.0]), r"partition is \[0.5, 1.0\]: give the number of its group"),
+        (lambda m: PartitionedSAM(m, partition=[0.5, 1.0]), r"partition is \[0.5, 1.0\]: give each class the number"),
         (lambda m: PartitionedSAM(m, partition=[0, -1]), r"partition is \[0, -1\]"),
         (
             lambda m: PartitionedSAM(m, partition=[0, 1], radius=[1.0]),
@@ -404,9 +404,12 @@ def test_settings_of_the_family_that_cannot_work(build, message):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [(CCSAM, "sharpness_weight= goes by row"), (GSAM, "sharpness_weight= makes some rows less sharp")],
+    [
+        (CCSAM, "sharpness_weight= is per row, and this method"),
+        (GSAM, "sharpness_weight= is per row, and GSAM's gap"),
+    ],
 )
-def test_methods_that_do_not_go_with_the_rows_own_sharpness(method, message):
+def test_methods_that_do_not_take_a_sharpness_weight_per_row(method, message):
     model, x, y = make("mlp")
     with pytest.raises(SettingError, match=message):
         method(model, COUNTS).backward(cross_entropies(model, x, y), y, sharpness_weight=torch.ones(BATCH))
@@ -427,7 +430,7 @@ def test_tail_weight_multiplies_the_class_weight_of_the_tail():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_class_weight_may_be_scheduled(method):
-    """Deferred re-weighting: from the call after the change on, the passes along and at w + e are weighted too."""
+    """Deferred re-weighting: from the next call on, the extra passes are weighted too."""
     model, x, y = make("mlp")
     sam = METHODS[method](model, rho=0.1, context_rows="batch")
     for weights in (None, CLASS_WEIGHT, None):

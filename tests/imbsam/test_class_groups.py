@@ -87,7 +87,7 @@ def test_bad_eta_is_refused(eta, named):
 
 
 @pytest.mark.parametrize("index", [-1, 3, 1.5, True, "cat"])
-def test_tail_class_that_is_no_class_is_refused(index):
+def test_unknown_tail_class_is_refused(index):
     with pytest.raises(SettingError, match=r"tail_classes.*0\.\.2"):
         tail_mask([1, 2, 3], tail_classes=[0, index])
 

@@ -1,4 +1,4 @@
-"""The console script: what it answers by itself, and what it hands over."""
+"""The console script: what it answers itself, and what it leaves to LightningCLI."""
 
 import re
 import subprocess
@@ -61,14 +61,14 @@ def test_the_version_is_the_installed_one(command):
     assert command("--version")[1].startswith(f"imbsam {version('imbsam')} (torch {version('torch')}, lightning ")
 
 
-def test_help_of_fit_leads_to_rho_and_eta_and_to_the_rest(command):
+def test_help_of_fit_shows_rho_and_eta_and_how_to_list_the_rest(command):
     code, out, _ = command("fit", "--help")
     assert code == 0
     assert len(out.splitlines()) < 40
     assert {"--model.sam.rho", "--model.sam.eta", "--help-all"} <= set(out.split())
     settings = [f"{name}={example}" for name, (example, _) in SETTINGS.items()]
     code, shown, err = command("fit", "--config=configs/data/digits_lt.yaml", *settings, "--print_config")
-    assert (code, err) == (0, "")  # every setting that help names is one
+    assert (code, err) == (0, "")  # every setting that help names exists
     assert "eta: 20" in shown
 
 
@@ -81,7 +81,7 @@ def test_all_settings_are_one_flag_away(command):
 def test_an_unknown_command_is_one_line(command):
     code, out, err = command("tests")
     assert (code, out) == (2, "")
-    assert err == "imbsam: error: there is no command tests: did you mean test?\n"
+    assert err == "imbsam: error: unknown command tests: did you mean test?\n"
 
 
 def test_a_command_without_settings_is_one_line(command):
@@ -90,7 +90,7 @@ def test_a_command_without_settings_is_one_line(command):
     assert err == "imbsam: error: fit needs settings: give --config FILE, see imbsam fit --help\n"
 
 
-def test_a_datamodule_in_the_current_folder_is_found_and_its_report_folder_is_in_nobodys_way(tmp_path):
+def test_a_datamodule_in_the_current_folder_is_found_and_a_report_folder_there_does_no_harm(tmp_path):
     """From the project of a user with folders and modules of common names."""
     (tmp_path / "my_data.py").write_text(
         "from datamodules import DigitsLTDataModule\n\n\nclass MyData(DigitsLTDataModule):\n    pass\n"

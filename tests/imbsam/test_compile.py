@@ -1,4 +1,4 @@
-"""torch.compile: the same gradients, also where its graphs refuse to be used twice."""
+"""torch.compile: the same gradients, even if its graphs cannot be used twice."""
 
 import copy
 
@@ -29,7 +29,7 @@ def test_compiled_gradient_is_the_eager_one(method, context_rows):
 
 
 def test_no_compilation_after_the_warm_up():
-    """The number of tail rows changes from batch to batch; the compiler must not meet a new shape each time."""
+    """The number of tail rows changes from batch to batch; the compiler must not see a new shape each time."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")

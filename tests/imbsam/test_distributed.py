@@ -1,4 +1,4 @@
-"""Several processes take the steps of one process with the joint batch: DDP, synchronised BatchNorm and FSDP2."""
+"""Several processes match one process with the joint batch: DDP, synchronised BatchNorm and FSDP2."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def joint_batches(ranks: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class GlooSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm refuses the CPU; this one has its mathematics, over differentiable all-reduces."""
+    """SyncBatchNorm does not run on the CPU; this one computes the same, with differentiable all-reduces."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -69,8 +69,8 @@ ENGINES: dict[str, Callable[..., ClassAwareSAM]] = {
     "sgd": lambda m, **kw: Plain(m, **kw),
 }
 ONE_GROUP = len([i for i in range(STEPS) if i % 4 == 2])  # batches of the head alone
-OF_GROUPS = 4 * STEPS - ONE_GROUP  # which groups the joint batch has, a gradient of each, and the sum
-REDUCTIONS = {"sgd": STEPS, "cc_sam": OF_GROUPS, "sse_sam batch": OF_GROUPS}  # the others: 2 a step
+TWO_GROUPS = 4 * STEPS - ONE_GROUP  # which groups the joint batch has, a gradient for each, and the sum
+REDUCTIONS = {"sgd": STEPS, "cc_sam": TWO_GROUPS, "sse_sam batch": TWO_GROUPS}  # the others: 2 a step
 SHARDED = ["sam", "imbsam", "imbsam batch", "imbsam adaptive", "focal_sam", "gsam", "cc_sam", "sse_sam batch"]
 SYNCHRONISED = ["sam", "imbsam batch", "focal_sam", "sse_sam batch"]
 
@@ -113,7 +113,7 @@ def start(rank: int, ranks: int, folder: str) -> None:
 
 
 def worker(rank: int, ranks: int, folder: str) -> None:
-    """Train with every engine, in every manner, and keep what came out."""
+    """Train with every engine and setting, and keep the results."""
     start(rank, ranks, folder)
     rows = slice(rank * ROWS, (rank + 1) * ROWS)
     found: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         net = model(GlooSyncBatchNorm)
         train(
             net, ENGINES["imbsam"](net, process_group=dist.group.WORLD), ranks, rows
-        )  # rows of their own number on each rank: it must not hang
+        )  # a different number of rows on each rank: it must not hang
         found["sync imbsam"] = state(net)
         found.update(single_checks(rank, mesh))
     torch.save(found, f"{folder}/rank{rank}.pt")
@@ -210,9 +210,9 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
 
     partly = model()
     ignored = {partly[0].weight}
-    fully_shard(partly, mesh=mesh, ignored_params=ignored)  # DTensors beside a plain parameter
+    fully_shard(partly, mesh=mesh, ignored_params=ignored)  # DTensors and a plain parameter
     ENGINES["imbsam"](partly).backward(lambda rows: F.cross_entropy(partly(x[rows]), y[rows], reduction="none"), y)
-    found["plain beside sharded"] = {n: p.grad is not None for n, p in partly.named_parameters()}
+    found["plain and sharded"] = {n: p.grad is not None for n, p in partly.named_parameters()}
     found["ignored weight"] = state(partly)
 
     rows = slice(0, 4 if rank == 0 else 0)
@@ -274,14 +274,14 @@ def test_fsdp2_whose_weights_are_gathered_between_the_steps(two, name, case):
         assert_same(result[f"fsdp {case} {name}"], state(net))
 
 
-def test_plain_parameter_beside_sharded_ones(two):
+def test_plain_and_sharded_parameters_together(two):
     for result in two:
-        assert all(result["plain beside sharded"].values())
+        assert all(result["plain and sharded"].values())
         assert_same(result["ignored weight"], state(model()), atol=0)
 
 
 @pytest.mark.parametrize("name", ["imbsam", "cc_sam"])
-def test_rank_with_an_empty_batch_brings_nothing(two, name):
+def test_rank_with_an_empty_batch_contributes_nothing(two, name):
     """The others need not wait for it; the mean over the ranks counts it as 0."""
     net, y = model(), torch.tensor([0, 0, 1, 1])
     x = two[0][f"empty batch {name}"][2]
@@ -342,7 +342,7 @@ def test_broadcast_buffers_copies_rank_0(two):
     [
         ("comm hook", "module has a DDP communication hook"),
         ("hook", "0.weight has a hook on its accumulated gradient"),
-        ("per_rank under fsdp", 'perturbation is "per_rank" and module is sharded by FSDP2'),
+        ("per_rank under fsdp", 'perturbation is "per_rank", but module is sharded by FSDP2'),
         ("no gradient sync", "module has set_requires_gradient_sync(False)"),
         ("static graph", "static_graph=True"),
         ("join", "module is under DistributedDataParallel.join()"),

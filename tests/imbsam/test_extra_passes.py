@@ -29,10 +29,10 @@ def test_sharp_rows_come_first_then_evenly_spaced_others(sharp, context_rows):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_no_random_draw():
+def test_nothing_is_random():
     assert extra_pass_rows([2, 5], 64, 8) == extra_pass_rows([2, 5], 64, 8)
 
 
-def test_never_one_row_alone_where_the_batch_has_two():
+def test_a_pass_never_has_a_single_row_unless_the_batch_does():
     assert len(extra_pass_rows([1], 2, 0)) == 2
     assert extra_pass_rows([0], 1, 0) == [0]

@@ -1,4 +1,4 @@
-"""What one call of `backward` must leave as it found it, also when it is interrupted."""
+"""State that a call of `backward` must leave unchanged, even when it is interrupted."""
 
 import contextlib
 import gc
@@ -101,7 +101,7 @@ def test_parameters_buffers_and_generators_are_as_one_plain_pass_leaves_them(met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_of_a_batch_outlives_the_call(method):
-    """Not even until the garbage collector comes: it would be the images of a batch and copies of the buffers."""
+    """Not even until the garbage collector runs: it would be the images of a batch and copies of the buffers."""
     model, _, y, losses = make()
     seen = weakref.ref(losses)
     gc.collect()
@@ -129,7 +129,7 @@ def test_tied_parameters_are_perturbed_once():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_grad_is_added_to(method):
+def test_gradients_accumulate(method):
     model, _, y, losses = make()
     torch.manual_seed(1)
     METHODS[method](model).backward(losses, y)
@@ -228,7 +228,10 @@ def tracing(tracer: Any) -> Iterator[None]:
         sys.settrace(old)
 
 
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "sse_sam 4"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sam", "imbsam batch", "sse_sam 4")]
+
+
+@pytest.mark.parametrize("method", ["imbsam 4", *SLOW])
 def test_ctrl_c_at_any_line_leaves_everything_as_it_was(method):
     interrupted = 0
     for n in range(1, 10_000):
@@ -363,7 +366,7 @@ def test_no_host_device_synchronisation(method):
 
 
 class CallsOutsideThePasses(TorchDispatchMode):
-    """Collects what torch is asked to do outside the forward and backward passes; views and allocations do nothing."""
+    """Collects torch calls outside the forward and backward passes, without views and allocations."""
 
     FREE = (
         "as_strided",

@@ -228,7 +228,7 @@ def test_vector_scaling_without_scaling_is_logit_adjustment(logits, labels):
 
 
 def test_the_largest_margin_is_the_smallest_classs(logits):
-    """Margins as a row of its class feels them: the loss of large logits grows by scale * margin."""
+    """The margin of each class, measured: the loss of large logits grows by scale * margin."""
     flat = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     labels = torch.arange(CLASSES)
     odds = torch.expm1(LDAM(COUNTS, max_margin=0.4, scale=10)(flat, labels)).log() - math.log(CLASSES - 1)
@@ -251,8 +251,8 @@ def test_a_class_without_samples_changes_no_other(empty, logits, labels):
 
 @pytest.mark.parametrize("loss", [Focal(0.5), Focal(2), LDAM(COUNTS), VectorScaling(COUNTS)], ids=repr)
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
-def test_sure_rows_have_finite_gradients_and_keep_their_digits(loss, kind, request):
-    """In float32 a softmax probability is exactly 1 from a lead of 17 on, and 1 - p then nothing."""
+def test_confident_samples_have_finite_gradients_and_keep_their_precision(loss, kind, request):
+    """In float32 a softmax probability is exactly 1 from a lead of 17 on, and 1 - p is then 0."""
     target = request.getfixturevalue(kind)
     sure = torch.zeros(ROWS, CLASSES)
     sure[torch.arange(ROWS), torch.arange(ROWS) % CLASSES] = torch.linspace(10, 60, ROWS)
@@ -267,7 +267,7 @@ def test_sure_rows_have_finite_gradients_and_keep_their_digits(loss, kind, reque
 
 
 def test_vector_scaling_and_ldam_count_as_integers():
-    """Casting the module to 16 bits must not round what the counts say."""
+    """Casting the module to 16 bits must not round the counts."""
     counts = [10007, 1003, 101, 3]
     x, y = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0)), torch.arange(ROWS) % CLASSES
     for kind in (LDAM, VectorScaling):

@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module], ClassAwareSAM], float]] = {
 
 
 def wide_net() -> nn.Module:
-    """Its activations weigh nothing beside its parameters, and a single layer little beside all of them."""
+    """Its activations are negligible compared with its parameters, and each layer is a small part of all of them."""
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(192, 192) for _ in range(20)))
 
@@ -63,5 +63,5 @@ def test_copies_of_the_parameters(method):
 
     assert sgd == pytest.approx(1, abs=0.15)  # the gradient: the records are complete
     assert peak - sgd < beyond_sgd
-    # w, and the gradient so far where there is one: the direction of the climb is gone
+    # w, and the gradient so far if there is one: the direction of the ascent is freed
     assert at_w_plus_e < beyond_sgd

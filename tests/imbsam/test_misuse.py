@@ -1,4 +1,4 @@
-"""Calls that cannot work end in one line that names the fix; those that can, work."""
+"""Calls that cannot work end in one line that names the fix; unusual ones that can work do."""
 
 import copy
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def grads(model: nn.Module) -> Tensor:
             r"tail_classes is a mask of shape \(2,\)",
         ),
         (lambda: ImbSAM(net(), COUNTS, tail_classes=[False, True]), "tail_classes holds False: give class indices"),
-        (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 and class_counts None"),
+        (lambda: Plain(net(), tail_weight=2.0), "tail_weight is 2.0 but class_counts is None"),
         (lambda: ClassAwareSAM(net(), sharpness_weight="all"), "sharpness_weight is 'all': give one number"),
     ],
 )
@@ -56,7 +56,7 @@ def test_constructor(build, message):
     assert "\n" not in str(caught.value)
 
 
-def of_copy(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def copied_losses(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return losses_of(copy.deepcopy(model))
 
 
@@ -64,12 +64,12 @@ def of_copy(model: nn.Module) -> Callable[[Tensor], Tensor]:
     ("call", "message"),
     [
         (lambda sam, m: sam.backward((losses_of(m), Y)), r"losses is a tuple: .* or a list of \(losses, targets\)"),
-        (lambda sam, m: sam.backward(of_copy(m), Y), "no parameter of module got a gradient"),
+        (lambda sam, m: sam.backward(copied_losses(m), Y), "no parameter of module got a gradient"),
         (
             lambda sam, m: sam.backward(losses_of(m), torch.eye(4)[Y] + torch.eye(4)[3]),
             "row that sums to 2: .*sharpness_weight=",
         ),
-        (lambda sam, m: sam.backward(losses_of(m), "labels"), "targets is a str that is no tensor"),
+        (lambda sam, m: sam.backward(losses_of(m), "labels"), "targets is a str, which is not a tensor"),
     ],
 )
 def test_call(call, message):
@@ -151,7 +151,7 @@ def test_default_device_other_than_the_models():
 
 
 class Phases(nn.Module):
-    """Complex weights beside real ones."""
+    """Complex and real weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Phases(nn.Module):
         return self.head(self.inner(x.to(torch.complex128)).abs())
 
 
-def test_complex_parameters_beside_real_ones():
+def test_complex_and_real_parameters_together():
     torch.manual_seed(0)
     model = Phases()
     before = [p.detach().clone() for p in model.parameters()]

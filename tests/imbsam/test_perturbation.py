@@ -33,7 +33,7 @@ def test_length_is_rho_over_all_tensors_of_different_types():
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_complex_gradients_beside_real_ones(adaptive):
+def test_complex_and_real_gradients_together(adaptive):
     weights, grads = tensors(torch.complex64, torch.float32)
     grads[0] = torch.complex(*torch.randn(2, 3, 4)).conj()
     flat = torch.cat([torch.view_as_real(grads[0].resolve_conj()).flatten(), grads[1].flatten()]).clone()

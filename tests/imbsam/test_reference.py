@@ -1,4 +1,4 @@
-"""The reference, against the derivative written out by hand for least squares."""
+"""The reference, compared with the derivative worked out by hand for least squares."""
 
 import numpy as np
 import pytest

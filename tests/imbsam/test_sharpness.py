@@ -1,4 +1,4 @@
-"""Sharpness measures against closed forms, a full eigendecomposition and curvlinops."""
+"""Sharpness measures, compared with closed forms, a full eigendecomposition and curvlinops."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_more_steps_reach_the_maximum_over_the_ball(smallest):
     assert rises == sorted(rises)
 
 
-def test_no_gradient_no_rise(quadratic):
+def test_without_a_gradient_nothing_rises(quadratic):
     with torch.no_grad():
         quadratic.b.copy_(quadratic.w)
     assert worst_case_rise(quadratic, quadratic, SAMPLES, 0.3) == 0
@@ -253,7 +253,7 @@ def prepared():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_everything_is_put_back(function):
+def test_everything_is_restored(function):
     net, losses, batches = prepared()
     before = state(net)
     torch.manual_seed(5)  # the same place in the end, not the same draw
@@ -269,7 +269,7 @@ def test_everything_is_put_back(function):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_everything_is_put_back_after_an_exception(function, error):
+def test_everything_is_restored_after_an_exception(function, error):
     net, losses, batches = prepared()
     before = state(net)
     calls = 0

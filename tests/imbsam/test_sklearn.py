@@ -43,7 +43,7 @@ def test_scikit_learns_own_checks(estimator, check):
 
 @pytest.fixture(scope="module")
 def rare():
-    """300 rows, 29 of them of the rare class 1, classes overlapping."""
+    """300 samples, 29 of them of the rare class 1; the classes overlap."""
     return make_classification(300, 6, weights=[0.9], class_sep=0.7, flip_y=0, random_state=0)
 
 
@@ -72,7 +72,7 @@ def test_eta_none_takes_the_classes_below_the_mean_size():
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Every engine made, with the targets and the sharp rows of its steps."""
+    """Every engine that is built, with the targets and sharp rows of its steps."""
     made = []
     backward, batches = ClassAwareSAM.backward, Plan.batches
 
@@ -89,7 +89,7 @@ def engines(monkeypatch):
     return made
 
 
-def test_imbsam_perturbs_along_the_rows_of_the_tail_alone(rare, engines):
+def test_imbsam_perturbs_along_tail_samples_only(rare, engines):
     clone(QUICK).set_params(max_epochs=1, rho=0.3).fit(*rare)
     assert {engine.rho for engine, _, _ in engines} == {0.3}
     assert sum(len(sharp) for _, _, sharp in engines) == rare[1].sum()
@@ -97,7 +97,7 @@ def test_imbsam_perturbs_along_the_rows_of_the_tail_alone(rare, engines):
         assert sharp == (targets == 1).nonzero().flatten().tolist()
 
 
-def test_detector_perturbs_along_the_labelled_anomalies_alone(outliers, engines):
+def test_detector_perturbs_along_labelled_anomalies_only(outliers, engines):
     X, y, _ = outliers
     clone(QUICK_DETECTOR).set_params(max_epochs=1).fit(X, y)
     assert sum(len(sharp) for _, _, sharp in engines) == 5
@@ -204,7 +204,7 @@ def test_joblib_round_trip(rare, outliers, tmp_path):
         np.testing.assert_array_equal(getattr(again, method)(rows), getattr(fitted, method)(rows))
 
 
-def test_random_state_alone_decides_and_the_global_generators_stand_still(rare):
+def test_random_state_determines_the_result_and_global_generators_are_untouched(rare):
     X, y = rare
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
@@ -287,7 +287,7 @@ def test_three_rows(estimator):
     one_line(error)
 
 
-def test_one_class_alone():
+def test_a_single_class():
     X, _ = table()
     with pytest.raises(SettingError, match="y has a single class, 'fine': give samples of at least two classes"):
         clone(QUICK).fit(X, ["fine"] * 20)
@@ -295,7 +295,7 @@ def test_one_class_alone():
         clone(QUICK_DETECTOR).fit(X, -np.ones(20))
 
 
-def test_no_labelled_anomaly_is_said_in_the_callers_line():
+def test_no_labelled_anomaly_warns_at_the_callers_line():
     X, y = table()
     message = r"y has no -1 \(it has 0, 1\): without a labelled anomaly .*; mark known anomalies with -1"
     with pytest.warns(UserWarning, match=message) as caught:
@@ -303,7 +303,7 @@ def test_no_labelled_anomaly_is_said_in_the_callers_line():
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_no_tail_is_said():
+def test_no_tail_warns():
     X, y = table()
     with pytest.warns(UserWarning, match="leaves no tail class .*10 training samples"):
         clone(QUICK).fit(X, y)
@@ -366,7 +366,7 @@ def test_not_fitted(rare):
 # the page
 
 
-def test_programs_of_the_page_run_as_they_stand(capsys):
+def test_programs_of_the_page_run_unchanged(capsys):
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL):
         exec(block, namespace)

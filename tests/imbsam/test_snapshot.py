@@ -1,4 +1,4 @@
-"""Buffers and generators: what the extra passes see, and what a step leaves behind."""
+"""Buffers and generators: what the extra passes see, and their state after a step."""
 
 import copy
 import random
@@ -36,7 +36,7 @@ def losses_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor]
 
 
 class RunningScale(nn.Module):
-    """Divides by a running mean that its own forward has just moved, also in training."""
+    """Divides by a running mean that its own forward has just updated, even in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_passes_at_w_and_at_w_plus_e_start_from_the_same_buffers(method, layer):
 
 
 class LayerDrop(nn.Module):
-    """Skips a layer by Python's or NumPy's generator, as LayerDrop does."""
+    """Skips layers at random by Python's or NumPy's generator, as LayerDrop does."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class HandWritten(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["plain", "scripted", "exported", "hand-written", "without running statistics"])
-def test_auto_context_sees_batch_norm_of_any_make(kind):
+def test_auto_context_detects_any_implementation_of_batch_norm(kind):
     norms = {
         "hand-written": HandWritten(),
         "without running statistics": nn.BatchNorm1d(8, track_running_stats=False),
@@ -210,7 +210,7 @@ def test_auto_context_sees_batch_norm_of_any_make(kind):
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 2), nn.InstanceNorm1d(2, track_running_stats=True)])
-def test_auto_context_is_none_where_rows_do_not_see_each_other(norm):
+def test_auto_context_is_zero_where_rows_are_independent(norm):
     model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), norm, nn.Flatten(), nn.Linear(8, 4))
     x, y, passes = torch.randn(96, 6), torch.arange(96) % 24 // 23 * 3, []
 

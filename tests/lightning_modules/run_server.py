@@ -48,7 +48,7 @@ def arm(kind: str, number: float) -> None:
         original(*args, **kwargs)
         die()
 
-    def amid_the_file(original: Any, obj: Any, file: Any) -> None:
+    def mid_write(original: Any, obj: Any, file: Any) -> None:
         original(obj, file)
         file.flush()
         os.truncate(file.name, file.tell() // 2)
@@ -63,8 +63,8 @@ def arm(kind: str, number: float) -> None:
 
     if kind == "at w + e":
         after_calls(Ascent, "ascend", int(number), after)
-    elif kind == "amid the file":
-        after_calls(torch, "save", int(number), amid_the_file)
+    elif kind == "mid-write":
+        after_calls(torch, "save", int(number), mid_write)
     elif kind == "between the renames":  # two a checkpoint, but one for the first
         after_calls(Path, "replace", 2 * int(number), before)
     elif kind == "any moment":  # 2.5: half a tenth of a second after the second batch began

@@ -152,10 +152,10 @@ def test_gradient_is_that_of_the_objective(detector, tail_weight, monkeypatch):
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
-    head, climb = gradient(1 - sharp), gradient(sharp)
-    length = sum(g.square().sum() for g in climb).sqrt()
+    head, direction = gradient(1 - sharp), gradient(sharp)
+    length = sum(g.square().sum() for g in direction).sqrt()
     with torch.no_grad():
-        for p, g in zip(params, climb, strict=True):
+        for p, g in zip(params, direction, strict=True):
             p += 0.3 * g / length
     expected = [a + b for a, b in zip(head, gradient(sharp), strict=True)]
     for a, b in zip(found, expected, strict=True):
@@ -167,7 +167,7 @@ def test_gradient_is_that_of_the_objective(detector, tail_weight, monkeypatch):
     [({}, False), ({}, True), ({"check_val_every_n_epoch": 50}, False), ({"val_check_interval": 0.5}, False)],
 )
 def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
-    """Neither the sanity check's nor that of a validation amid the training; and it is in the last checkpoint."""
+    """Neither the sanity check's nor that of a mid-training validation; and it is in the last checkpoint."""
     data = AnomalyDataModule(sampling="balanced", batch_size=64, batches_per_epoch=4, val_share=0.3)
     module = AnomalyDetector(DevNet, sam=Plain)
     trainer = Trainer(
@@ -211,7 +211,7 @@ def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detec
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DevNet, "natural"), (PReNet, "pairs")])
-def test_stopped_amid_an_epoch_it_ends_bit_identically(detector, sampling, tmp_path):
+def test_stopped_mid_epoch_and_resumed_it_ends_bit_identically(detector, sampling, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (trainer.current_epoch, batch_idx) == (1, 1):

@@ -251,7 +251,7 @@ def test_an_interrupted_step_leaves_no_batches_behind(tmp_path):
     assert rows == [32, 32, 32]
 
 
-def test_a_fit_stopped_amid_accumulation_leaves_no_batches_behind(tmp_path):
+def test_a_fit_stopped_mid_accumulation_leaves_no_batches_behind(tmp_path):
     rows = []
 
     class Stopped(LongTailedClassifier):

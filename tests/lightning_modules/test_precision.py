@@ -58,7 +58,7 @@ def weights(model: LongTailedClassifier) -> torch.Tensor:
     return torch.cat([p.detach().float().flatten() for p in model.backbone.parameters()])
 
 
-def test_overflows_are_skipped_and_logged_and_training_goes_on(tmp_path):
+def test_overflows_are_skipped_and_logged_and_training_continues(tmp_path):
     model = fit(tmp_path / "16", plugins=[scaled(2.0**40)], max_epochs=24)
     whole = fit(tmp_path / "32", max_epochs=24)
     skipped, scale = logged(tmp_path / "16", "train/skipped_steps"), logged(tmp_path / "16", "train/loss_scale")

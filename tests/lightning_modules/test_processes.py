@@ -68,7 +68,7 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
             assert values[0] == pytest.approx(values[1], rel=1e-6), name
 
 
-def test_two_processes_stop_together_and_go_on(run_imbsam, tmp_path):
+def test_two_processes_stop_together_and_resume(run_imbsam, tmp_path):
     """SIGTERM to rank 1 alone; BatchNorm, dropout, and 67 validation images in 2 batches on rank 0 and 1 on rank 1."""
     settings = ["--trainer.devices=2", "--data.batch_size=16", "--data.eval_batch_size=33"]
     settings += ["--model.backbone.width=8", "--model.backbone.norm=batch", "--model.backbone.dropout=0.2"]

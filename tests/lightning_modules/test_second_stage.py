@@ -96,7 +96,7 @@ def test_fine_tuning_trains_all(tmp_path, first):
     assert any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
 
 
-def test_crt_starts_anew_and_weight_balancing_does_not(tmp_path, first):
+def test_crt_reinitialises_the_classifier_and_weight_balancing_does_not(tmp_path, first):
     start = state(first[0])["fc.weight"]
     still = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
     crt = state(second(tmp_path, first, stage="crt", **still)[0])["fc.weight"]

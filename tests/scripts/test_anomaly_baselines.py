@@ -1,4 +1,4 @@
-"""The table of the baselines: means over whole seeds, the same rows for everybody."""
+"""The table of the baselines: means over whole seeds, the same samples for every method."""
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,7 @@ def script():
     return module
 
 
-def test_a_seed_that_was_cut_short_does_not_count(script):
+def test_an_unfinished_seed_does_not_count(script):
     rows = [
         dict(zip(script.COLUMNS, ("forest", data, str(share), seed, ap), strict=True))
         for seed, ap in (("0", "0.25"), ("1", "0.75"))
@@ -31,7 +31,7 @@ def test_a_seed_that_was_cut_short_does_not_count(script):
     assert "| forest | 1 | 25.0 (25 / 25 / 25 / 25 / 25) | 25.0 (" in script.table(rows[:-1])
 
 
-def test_an_estimator_learns_from_all_rows_but_the_test_part(script, tmp_path):
+def test_an_estimator_trains_on_all_samples_but_the_test_part(script, tmp_path):
     random = np.random.default_rng(0)
     y = (np.arange(200) < 40).astype(int)
     x = (random.normal(size=(200, 3)) + y[:, None]).astype(np.float32)

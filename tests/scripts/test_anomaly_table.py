@@ -1,4 +1,4 @@
-"""The anomaly table: a short grid on two small data sets, resumed, and the table of it."""
+"""The anomaly table: a short grid on two small data sets, resumed, and its table."""
 
 import csv
 import importlib.util
@@ -51,7 +51,7 @@ def row(
     }
 
 
-def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monkeypatch):
+def test_finished_fits_are_not_repeated(script, adbench, tmp_path, monkeypatch):
     """The fits run in this process here; `run_missing` starts others."""
     ran = []
 
@@ -86,7 +86,7 @@ def test_a_fit_and_what_is_there_is_not_repeated(script, adbench, tmp_path, monk
     assert all(0 <= float(r["learned"]) <= 1 and r["constant"] == "0" for r in rows)
     assert all(0 <= float(r["train_auroc"]) <= 1 for r in rows)
 
-    # a crash in mid-line: that fit, and only that, is run again
+    # a crash mid-line: that fit alone is run again
     path.write_text(path.read_text()[:-20])
     script.run_missing(fits, path, adbench, workers=1)
     assert ran == [*fits, fits[1]]
@@ -106,7 +106,7 @@ def test_auroc_of_labelled_leaves_out_hidden_anomalies(script):
 
 
 def test_grid_is_seed_major_and_whole(script):
-    variants = script.variants_of(["classifier", "devnet"])
+    variants = script.detector_variants(["classifier", "devnet"])
     assert variants == [("devnet", "own"), ("classifier", "own"), ("classifier", "natural")]
     fits = list(script.grid_fits(["a", "b"], range(2), variants, {}))
     assert len(fits) == len({fit.key() for fit in fits}) == 2 * 2 * 3 * 3
@@ -141,13 +141,13 @@ def test_table(script):
     assert "| a | 50.0 / 60.0 / 80.0 |" in text
 
 
-def test_how_far_the_test_part_is_behind(script):
+def test_gap_between_training_and_test(script):
     aps = zip(script.METHODS, (0.5, 0.6, 0.8), strict=True)
     rows = [row(script, data, "devnet", "own", method, 0, ap) for method, ap in aps for data in "ab"]
     assert "| devnet | own | 2 x 1 | 90.0 | 90.0 | 90.0 | 40.0 | 30.0 | 10.0 | 2 / 0 / 0, " in script.table(rows)
 
 
-def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
+def test_table_without_the_tuning_sets_marks_what_was_not_learned(script):
     tuned = script.TUNING_SETS[0]
     rows = [row(script, tuned, "devnet", "own", method, 0, 0.9) for method in script.METHODS]
     rows += [row(script, "other", "devnet", "own", m, 0, 0.5, learned=0.2, constant=1) for m in script.METHODS]
@@ -157,22 +157,22 @@ def test_table_without_the_tuning_sets_and_with_what_was_not_learned(script):
     assert " | 20 / 20 / 20 | 1 / 1 / 1 of 1 |" in without
 
 
-def test_short_looks_and_other_rhos_stay_out_of_the_table(script):
+def test_short_trials_and_other_rhos_stay_out_of_the_table(script):
     rows = [
         row(script, "a", "devnet", "own", "imbsam", 0, 0.1, rho, max_epochs=n) for rho in (0.05, 0.2) for n in (5, 200)
     ]
     rows += [row(script, "a", "devnet", "own", "sgd", 0, 0.1)]
-    kept = script.of_rhos(script.of_recipe(rows), {("devnet", "own", "imbsam"): 0.05})
+    kept = script.select_rhos(script.select_max_epochs(rows), {("devnet", "own", "imbsam"): 0.05})
     assert [(r["method"], r["rho"], r["max_epochs"]) for r in kept] == [
         ("imbsam", "0.05", "200"),
         ("sgd", "0.0", "200"),
     ]
-    assert len(script.of_recipe(rows, 5)) == 2
+    assert len(script.select_max_epochs(rows, 5)) == 2
     one, other = (script.Fit("a", "devnet", "own", "sgd", 0.0, 0, n).key() for n in (5, 200))
     assert one != other
 
 
-def test_the_table_is_of_the_seeds_asked_for(script, adbench, tmp_path, monkeypatch, capsys):
+def test_the_table_has_the_requested_seeds(script, adbench, tmp_path, monkeypatch, capsys):
     rho = script.RHOS[1]
     rows = [
         row(script, "a", "devnet", "own", method, seed, 0.5, 0.0 if method == "sgd" else rho)
@@ -197,7 +197,7 @@ def test_the_table_is_of_the_seeds_asked_for(script, adbench, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("detector", ["devnet", "deep_sad", "prenet", "feawad", "classifier"])
-def test_the_recipe_is_that_of_the_configs(script, detector):
+def test_the_recipe_matches_the_configs(script, detector):
     config = merged("data/anomaly_table", f"detector/{detector}")
     recipe = script.RECIPES[detector, "own"]
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
@@ -218,7 +218,7 @@ def test_the_recipe_is_that_of_the_configs(script, detector):
     assert stopping["init_args"]["patience"] == script.PATIENCE
 
 
-def test_a_failed_fit_is_exit_code_1(script, adbench, tmp_path, monkeypatch):
+def test_a_failed_fit_exits_with_1(script, adbench, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "TUNING_SETS", ("Classical/1_small",))
     monkeypatch.setattr(script, "run_missing", lambda *args: 1)
     with pytest.raises(SystemExit) as stop:
@@ -226,11 +226,11 @@ def test_a_failed_fit_is_exit_code_1(script, adbench, tmp_path, monkeypatch):
     assert stop.value.code == 1
 
 
-def test_command_line_says_what_is_missing(script, adbench, tmp_path):
+def test_command_line_names_what_is_missing(script, adbench, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="run --tune first"):
         script.main([str(adbench), *out])
-    with pytest.raises(SystemExit, match="lacks what rho is tuned on: CV_by_ResNet18/CIFAR10_0"):
+    with pytest.raises(SystemExit, match="lacks data sets to tune rho on: CV_by_ResNet18/CIFAR10_0"):
         script.main([str(adbench), *out, "--tune"])
     with pytest.raises(SystemExit, match="no npz file"):
         script.main([str(tmp_path / "none"), *out])

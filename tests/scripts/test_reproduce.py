@@ -39,12 +39,11 @@ def test_every_row_names_a_config():
                 assert (REPOSITORY / f"configs/{piece}.yaml").exists(), row
 
 
-def test_published_numbers_stand_beside_their_rows_and_in_the_docs():
+def test_published_numbers_match_their_rows_and_the_docs():
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     from reproduce import METHODS, published, published_accuracy, published_table
 
-    found = [published_accuracy("cifar100_lt", row).get("all") for row in METHODS]
-    assert found == [47.6, None, 48.9, None, 51.1]
+    assert [published_accuracy("cifar100_lt", row).get("all") for row in METHODS] == [47.6, None, 48.9, None, 51.1]
     assert published_accuracy("cifar100_lt_50", METHODS[0]) == {}
     for entry in published():
         for piece in entry["pieces"]:
@@ -52,20 +51,20 @@ def test_published_numbers_stand_beside_their_rows_and_in_the_docs():
     assert published_table() in (REPOSITORY / "docs/benchmarks.md").read_text()
 
 
-def test_a_table_in_pieces(tmp_path):
+def test_a_table_is_interrupted_and_resumed(tmp_path):
     rows = ["--rows", "imbsam_doubled_tail", "--seeds", "0"]
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--minutes", "0.001", "--", *SHORT)
     assert code == 0, err
-    assert "digits_lt: 0 of 1 runs are there" in out
-    assert "not done yet: start again to resume" in err
+    assert "digits_lt: 0 of 1 runs are finished" in out
+    assert "not finished: run the same command again to resume" in err
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--", *SHORT)
     assert code == 0, err
     header, _, imbsam = table = out.strip().splitlines()[-3:]
     assert header.startswith("| digits_lt | seeds | epochs | many | medium | few | all |")
     assert imbsam.startswith("| ImbSAM, tail loss doubled | 1 | 2 | ")
     assert (tmp_path / "logs/reproduce/digits_lt/imbsam_doubled_tail/seed_0/version_0/checkpoints/last.ckpt").exists()
-    again = reproduce(tmp_path, "digits_lt", *rows)  # trains nothing: in seconds
-    assert "digits_lt: 1 of 1 runs are there" in again[1]
+    again = reproduce(tmp_path, "digits_lt", *rows)  # trains nothing, so takes seconds
+    assert "digits_lt: 1 of 1 runs are finished" in again[1]
     assert again[1].strip().splitlines()[-3:] == table
     assert reproduce(tmp_path, "digits_lt", *rows, "--table")[1].strip().splitlines() == table
 
@@ -104,7 +103,7 @@ def test_sigterm_ends_the_run_too(tmp_path):
         os.kill(run, 0)
 
 
-def test_a_group_without_classes_has_no_number():
+def test_an_empty_group_has_no_number():
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     from reproduce import _cell
 

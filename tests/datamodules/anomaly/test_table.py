@@ -302,7 +302,7 @@ def test_natural_batches_are_every_row_once(digits):
     assert not torch.equal(x, digits.train_features)
 
 
-def test_natural_batches_go_on_when_the_rows_are_used_up():
+def test_natural_batches_continue_after_the_samples_run_out():
     labels = torch.zeros(10, dtype=torch.int64)
     rows = torch.cat(list(EpochBatches(labels, "natural", 4, 6, seed=0)))
     assert len(rows) == 24

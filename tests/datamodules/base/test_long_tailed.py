@@ -222,7 +222,7 @@ def test_lightning_leaves_our_samplers_in_place():
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_settings_are_logged_and_come_back_with_the_checkpoint(tmp_path):
+def test_settings_are_logged_and_restored_from_the_checkpoint(tmp_path):
     run = trainer(max_steps=1, logger=CSVLogger(tmp_path), default_root_dir=tmp_path, limit_train_batches=1)
     run.fit(Linear(), datamodule=DigitsLTDataModule(ratio=20, seed=3))
     path = tmp_path / "checkpoint.ckpt"

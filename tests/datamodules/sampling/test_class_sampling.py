@@ -73,7 +73,7 @@ def test_processes_share_the_draws_of_one(replicas):
     assert set(together) == set(draws(1))
 
 
-def test_a_repeated_sample_is_augmented_anew_and_an_epoch_can_be_entered_anywhere():
+def test_a_repeated_sample_is_augmented_differently_and_an_epoch_can_start_anywhere():
     data = DigitsLTDataModule(sampling="class_balanced", batch_size=16)
     data.setup()
     loader = data.train_dataloader()

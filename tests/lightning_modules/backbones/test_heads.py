@@ -74,7 +74,7 @@ def test_head_of_the_classifier(tmp_path):
     assert_close(logits, 16 * F.cosine_similarity(features[0][:, None], model.backbone.fc.weight[None], dim=2))
 
 
-def test_a_head_of_ones_own_is_found_by_its_sizes():
+def test_your_own_head_is_found_by_its_sizes():
     class Doubled(nn.Linear):
         def forward(self, features):
             return 2 * super().forward(features)

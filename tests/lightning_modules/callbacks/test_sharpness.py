@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from datamodules import DigitsLTDataModule
 from imbsam import SettingError
 from imbsam.sharpness import MEASURES, mean_loss
-from lightning_modules import LongTailedClassifier, SharpnessOfGroups
+from lightning_modules import GroupSharpness, LongTailedClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
 from lightning_modules.group_sharpness import GroupSamples
@@ -38,7 +38,7 @@ trainer: {max_epochs: 3, enable_progress_bar: false, enable_model_summary: false
 CALLBACK = """
 trainer:
   callbacks:
-    class_path: SharpnessOfGroups
+    class_path: GroupSharpness
     init_args: {every_n_epochs: 2, steps: 1, directions: 2, probes: 2, tolerance: 0.1, samples: 40}
 """
 
@@ -165,7 +165,7 @@ def test_command_refuses_in_one_line(run, sharpness, args, message):
 )
 def test_callback_refuses_wrong_settings(settings, message):
     with pytest.raises(SettingError, match=message):
-        SharpnessOfGroups(**settings)
+        GroupSharpness(**settings)
 
 
 class OtherData(LightningDataModule):
@@ -180,7 +180,7 @@ def test_other_data_say_what_is_missing():
     trainer = Trainer(
         max_epochs=1,
         logger=False,
-        callbacks=[SharpnessOfGroups(**QUICK)],
+        callbacks=[GroupSharpness(**QUICK)],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -12,7 +12,7 @@ CONFIG = str(Path(__file__).resolve().parents[3] / "configs/data/digits_lt.yaml"
 SHORT = [f"--config={CONFIG}", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
 
-def test_a_method_and_a_loss_of_ones_own_are_class_paths(imbsam, tmp_path, monkeypatch):
+def test_your_own_method_and_loss_are_class_paths(imbsam, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from imbsam import ClassAwareSAM\n"
@@ -89,7 +89,7 @@ def test_a_choice_has_its_own_defaults_and_not_those_of_ours(imbsam, tmp_path, m
         ),
     ],
 )
-def test_one_line_in_place_of_a_traceback(imbsam, args, message):
+def test_one_line_instead_of_a_traceback(imbsam, args, message):
     code, _, err = imbsam("fit", *SHORT, *args, "--trainer.logger=false", "--trainer.enable_progress_bar=false")
     assert code == 2
     assert message in err.splitlines()[-1]

@@ -87,7 +87,7 @@ def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
     assert (code, numbers[0] != numbers[1]) == (0, True)
 
 
-def test_ckpt_path_last_goes_on_in_the_newest_run(imbsam, tmp_path):
+def test_ckpt_path_last_resumes_the_newest_run(imbsam, tmp_path):
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
     last = run / "checkpoints/last.ckpt"
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--trainer.log_every_n_steps=5")

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment: the run goes on with `--ckpt_path last` and ends bit-identically."""
+"""`kill -9` at any moment: `--ckpt_path last` resumes the run, which ends bit-identically."""
 
 import csv
 import random
@@ -51,21 +51,21 @@ def uninterrupted(run_imbsam, tmp_path_factory):
     return weights_optimizer_log(folder)
 
 
-def kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number):
+def kill_and_resume(run_imbsam, folder, uninterrupted, kind, number):
     answer = run_imbsam(folder, *ARGS, kill=[kind, number])
     finished = answer["codes"] == [0]
     assert finished or answer["codes"] == [-signal.SIGKILL], answer["err"]
     answer = run_imbsam(folder, *ARGS)
     assert answer["codes"] == [0], answer["err"]
     lines = [line for line in answer["out"][0].splitlines() if line.startswith("imbsam: ")]
-    assert len(list(folder.glob("logs/digits_lt/imbsam/*"))) == 1  # it went on in its folder
+    assert len(list(folder.glob("logs/digits_lt/imbsam/*"))) == 1  # it resumed in its folder
     assert_same(weights_optimizer_log(folder), uninterrupted)
     return finished, lines
 
 
-@pytest.mark.parametrize(("kind", "number"), [("at w + e", 13), ("amid the file", 8)])
+@pytest.mark.parametrize(("kind", "number"), [("at w + e", 13), ("mid-write", 8)])
 def test_killed(run_imbsam, tmp_path, uninterrupted, kind, number):
-    finished, lines = kill_and_go_on(run_imbsam, tmp_path, uninterrupted, kind, number)
+    finished, lines = kill_and_resume(run_imbsam, tmp_path, uninterrupted, kind, number)
     assert not finished
     assert "resuming at epoch" in lines[-1]
     assert not lines[-1].endswith("epoch 0, batch 0")
@@ -77,17 +77,17 @@ def test_killed_twenty_times(run_imbsam, tmp_path, uninterrupted, capsys):
     draw = random.Random(0)
     kills = [("any moment", draw.uniform(2, STEPS - 2)) for _ in range(8)]
     kills += [("at w + e", draw.randint(1, 20)) for _ in range(6)]
-    kills += [("amid the file", draw.randint(2, STEPS)) for _ in range(3)]
+    kills += [("mid-write", draw.randint(2, STEPS)) for _ in range(3)]
     kills += [("between the renames", draw.randint(2, STEPS)) for _ in range(3)]
-    table = ["| kill -9 | at | went on | bit-identical |", "| --- | --- | --- | --- |"]
+    table = ["| kill -9 | at | resumed | bit-identical |", "| --- | --- | --- | --- |"]
     killed = 0
     for index, (kind, number) in enumerate(kills):
         folder = tmp_path / str(index)
         folder.mkdir()
-        finished, lines = kill_and_go_on(run_imbsam, folder, uninterrupted, kind, number)
+        finished, lines = kill_and_resume(run_imbsam, folder, uninterrupted, kind, number)
         killed += not finished
-        went_on = "the run had ended" if finished else lines[-1].removeprefix("imbsam: ")
-        table.append(f"| {kind} | {number:.3g} | {went_on} | yes |")
+        resumed = "the run had ended" if finished else lines[-1].removeprefix("imbsam: ")
+        table.append(f"| {kind} | {number:.3g} | {resumed} | yes |")
     with capsys.disabled():
         print("\n" + "\n".join(table))
     assert killed == len(kills)

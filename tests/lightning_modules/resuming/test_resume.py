@@ -1,4 +1,4 @@
-"""A run that was interrupted and goes on ends bit-identically to one that was not."""
+"""An interrupted and resumed run ends bit-identically to an uninterrupted one."""
 
 import gc
 import os
@@ -140,7 +140,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"lr_scheduler": lambda o: CosineAnnealingLR(o, 11), "lr_interval": "step"},
     },
     "accumulate": {"model": {"accumulate_grad_batches": 3}, "data": {"batch_size": 32}},
-    "validation amid the epoch": {"val_check_interval": 0.5},
+    "validation mid-epoch": {"val_check_interval": 0.5},
     "no validation, momentum of Adam": {
         "data": {"val_share": 0.0},
         "model": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)},
@@ -151,12 +151,12 @@ CASES: dict[str, dict[str, Any]] = {
             RhoSchedule(start_epoch=1, end=0.2, every_n_steps=2),
         ]
     },
-    "max_steps, validation amid the epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
+    "max_steps, validation mid-epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_goes_on_as_if_nothing_had_happened(tmp_path, case):
+def test_resumes_as_if_nothing_had_happened(tmp_path, case):
     """Killed in the middle of an epoch, after its last batch, after the first of the next."""
     settings = CASES[case]
     watch = Watch()
@@ -266,7 +266,7 @@ def test_the_newest_run_with_a_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "version_10/checkpoints" / PREVIOUS
 
 
-def test_the_log_is_cut_and_goes_on(tmp_path):
+def test_the_log_is_truncated_and_continued(tmp_path):
     logger = ResumableCSVLogger(tmp_path, version=0)
     logger.log_metrics({"a": 1.0}, step=0)
     assert logger.experiment.sync() == 1
