@@ -49,7 +49,7 @@ class Calibration(FittedCallback):
             classes, and detectors, whose scores are no probabilities without it); null: no calibration.
         prior: class shares that the probabilities are to be for: validation (those of the validation part), training,
             balanced, or a share for each class.
-        penalty: of vector scaling, see :func:`imbsam.calibration.fit_vector_scaling`.
+        penalty: of temperature and vector scaling, see :func:`imbsam.calibration.fit_temperature`.
 
     Raises:
         SettingError: at the start of a training: there is no validation part, or the method is not for this model.
@@ -155,7 +155,7 @@ class Calibration(FittedCallback):
         }
         logits = _logits(predictions, scale, shift)
         if self.method == "temperature":
-            found["map"] = dataclasses.asdict(fit_temperature(logits, labels))
+            found["map"] = dataclasses.asdict(fit_temperature(logits, labels, self.penalty))
         elif self.method == "vector":
             names = [str(name) for name in module.class_names]
             found["map"] = dataclasses.asdict(fit_vector_scaling(logits, labels, self.penalty, names))

@@ -44,7 +44,8 @@ def drawn(seed=0, samples=400, classes=3, confidence=3.0):
 
 def test_temperature_is_scikit_learns():
     logits, labels = drawn()
-    found = fit_temperature(logits, labels)
+    found = fit_temperature(logits, labels, penalty=0)
+    assert fit_temperature(logits, labels).temperature == pytest.approx(found.temperature, rel=0.02), "many samples"
     assert found.temperature == pytest.approx(3.0, rel=0.15), "the confidence that was put in"
     given = FrozenEstimator(Given().fit(logits.numpy(), labels.numpy()))
     theirs = CalibratedClassifierCV(given, method="temperature").fit(logits.numpy(), labels.numpy())
@@ -52,8 +53,16 @@ def test_temperature_is_scikit_learns():
 
 
 @pytest.mark.parametrize("logits", [[[5.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]]], ids=["all right", "all equal"])
-def test_a_log_loss_without_a_minimum_keeps_the_temperature(logits):
-    assert fit_temperature(torch.tensor(logits), torch.tensor([0, 1])).temperature == 1.0
+def test_a_log_loss_without_a_minimum_does_not_freeze(logits):
+    labels = torch.tensor([0, 1])
+    assert fit_temperature(torch.tensor(logits), labels, penalty=0).temperature == 1.0
+    own = fit_temperature(torch.tensor(logits), labels)
+    grid = np.exp(np.linspace(-2, 1, 30_001))
+    values = [
+        float(torch.nn.functional.cross_entropy(torch.tensor(logits) / t, labels)) + np.log(t) ** 2 / 4
+        for t in grid[::10]
+    ]
+    assert own.temperature == pytest.approx(grid[::10][int(np.argmin(values))], rel=2e-3)
 
 
 def test_useless_scores_become_uniform_and_not_nan():
