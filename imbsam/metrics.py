@@ -1,7 +1,7 @@
 """Accuracy per class group, as a torchmetrics metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,11 +66,13 @@ class ClassGroupAccuracy(Metric):
         class_names: names of the C classes for the figure, in the order of the class indices.
         validate_args: whether ``compute`` raises for targets outside 0..C-1. With False, for data whose ignored
             samples have such a label, they are left out silently.
+        group_counts: counts that decide the groups instead of ``class_counts``, C integers: the literature's groups of
+            CIFAR-100-LT at ratio 50 and 10 are those of ratio 100.
         kwargs: further arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        SettingError: if ``class_counts``, ``many``, ``few`` or ``class_names`` cannot work; in ``update``
-            for inputs of other shapes or types; in ``compute`` see ``validate_args``.
+        SettingError: if ``class_counts``, ``many``, ``few``, ``class_names`` or ``group_counts`` cannot work; in
+            ``update`` for inputs of other shapes or types; in ``compute`` see ``validate_args``.
 
     Source:
         The groups and their accuracies are those of Liu et al., *Large-Scale Long-Tailed Recognition in an
@@ -104,20 +106,26 @@ class ClassGroupAccuracy(Metric):
         few: int = 20,
         class_names: Sequence[str] | None = None,
         validate_args: bool = True,
+        group_counts: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         counts = class_counts_tensor(class_counts)
-        masks = class_groups(counts, many, few)
+        deciding = counts if group_counts is None else class_counts_tensor(group_counts)
+        if deciding.shape != counts.shape:
+            raise SettingError(f"group_counts has {len(deciding)} counts: give one for each of {len(counts)} classes")
+        masks = class_groups(deciding, many, few)
         if class_names is not None and len(class_names) != counts.numel():
             raise SettingError(f"class_names has {len(class_names)} names: give one for each of {len(counts)} classes")
         self.many = many
         self.few = few
+        self.own_groups = torch.equal(deciding, counts)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.validate_args = validate_args
-        self.register_buffer("class_counts", counts, persistent=False)
+        # no buffers: an average of a model's weights takes the mean of its buffers too, which fails for bool
+        self.class_counts = counts
         everything = torch.ones_like(counts, dtype=torch.bool)
-        self.register_buffer("groups", torch.stack([*masks.values(), everything]), persistent=False)
+        self.groups = torch.stack([*masks.values(), everything])
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("outside", torch.tensor(0), dist_reduce_fx="sum")
@@ -178,10 +186,7 @@ class ClassGroupAccuracy(Metric):
         Raises:
             SettingError: if targets outside 0..C-1 were given, unless ``validate_args`` is False.
         """
-        recalls = self._recalls()
-        counted = self.groups & (self.total > 0)
-        accuracies = recalls.nan_to_num(0.0).where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
-        return dict(zip(GROUPS, accuracies.unbind(), strict=True))
+        return self._group_means(self._recalls())
 
     def per_class(self) -> Tensor:
         """Return the recall of each class; across processes like ``compute``, so all of them must call it.
@@ -199,6 +204,12 @@ class ClassGroupAccuracy(Metric):
         ):
             return self._recalls()
 
+    def _group_means(self, recalls: Tensor) -> dict[str, Tensor]:
+        """Each group's mean over its tested classes, of numbers of shape (C,) that are nan for the others."""
+        counted = self.groups & (self.total > 0)
+        means = recalls.nan_to_num(0.0).where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
+        return dict(zip(GROUPS, means.unbind(), strict=True))
+
     def _recalls(self) -> Tensor:
         if self.validate_args and (outside := int(self.outside)):
             classes, targets = self.class_counts.numel(), outside + int(self.total.sum())
@@ -210,6 +221,11 @@ class ClassGroupAccuracy(Metric):
                 "the labels, or ignore them with validate_args=False"
             )
         return self.correct / self.total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ClassGroupAccuracy":
+        super()._apply(fn, *args, **kwargs)
+        self.class_counts, self.groups = fn(self.class_counts), fn(self.groups)
+        return self
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "ClassGroupAccuracy":
         """Change nothing: the states are counts, which a floating type would round."""
@@ -258,7 +274,8 @@ class ClassGroupAccuracy(Metric):
             shown = members & tested
             if members.any():
                 mean = heights[shown].mean() if shown.any() else math.nan
-                label = f"{group} ({limit}): {f'{mean:.3f}' if shown.any() else 'no test samples'}"
+                limits = f" ({limit})" if self.own_groups else ""
+                label = f"{group}{limits}: {f'{mean:.3f}' if shown.any() else 'no test samples'}"
                 colour, (left, right) = GROUP_COLOURS[group], position[members][[0, -1]] + [-0.5, 0.5]
                 ax.bar(position[shown], heights[shown], 0.8 if classes <= 150 else 1.0, color=colour, alpha=0.55)
                 ax.hlines(mean, left, right, color=colour, linewidth=2.2, label=label)

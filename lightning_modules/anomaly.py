@@ -1,4 +1,4 @@
-"""Anomaly detection with a few labelled anomalies, trained by a sharpness-aware backward pass."""
+"""Anomaly detection with a few labelled anomalies, trained by a sharpness-aware method."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,37 +19,38 @@ from lightning_modules.factories import called, describe, restore
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 DetectorCallable = Callable[[Sequence[int]], Detector]
-"""What makes a detector of the shape of a sample, (d,) or (channels, H, W): a class, or a partial of one."""
+"""A detector's class, or a partial of one, which takes the shape of a sample: (d,) or (channels, H, W)."""
 
 
 class _ChooseThreshold(Callback):
-    """Lightning calls it before the checkpoint callbacks."""
+    """A callback, because a module's own ``on_train_end`` comes after the last checkpoint."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the threshold by the final weights."""
+        """Choose the threshold with the final weights."""
         assert isinstance(pl_module, AnomalyDetector)
         pl_module.choose_threshold()
 
 
 class AnomalyDetector(SharpnessAwareModule):
-    """A detector of anomalies learned from many unlabelled rows and a few labelled anomalies, which are the tail.
+    """A detector trained on many unlabelled samples and a few labelled anomalies, which are the tail.
 
-    The DataModule tells the class counts (``class_counts``: unlabelled rows, labelled anomalies), and the detector
-    is prepared (pretrained, say) with its ``train_features`` and ``train_labels``. Training batches are ``(x, labels)``
-    with 1 for labelled anomalies, or pairs ``(x (B, 2, d), labels (B, 2))`` for PReNet, where a pair with an anomaly
-    in it belongs to the tail; evaluation batches are ``(x, true labels)``. A second validation loader, where there is
-    one, has batches drawn and labelled as in training: ``val/loss`` is the training objective on them.
+    The DataModule has the class counts (``class_counts``: unlabelled samples, labelled anomalies), and the detector is
+    prepared (for example pretrained) on its ``train_features`` and ``train_labels``. Training batches are
+    ``(x, labels)`` with 1 for labelled anomalies, or pairs ``(x (B, 2, d), labels (B, 2))`` for PReNet, where a pair
+    with an anomaly belongs to the tail; evaluation batches are ``(x, true labels)``. The batches of an optional second
+    validation loader are drawn and labelled as in training: ``val/loss`` is the training objective on them.
 
-    Logs ``train/loss`` once an epoch, and ``rho`` where it has a schedule; for validation and test ``auroc``,
-    ``average_precision``, ``budget_precision`` and ``budget_recall``. With validation rows the threshold of the best F1
-    is chosen on them when the training ends, by the weights that it ends with; ``test/precision``, ``test/recall`` and
-    ``test/f1`` are what it does on the test rows.
+    Logs ``train/loss`` once an epoch; for validation and test ``auroc``, ``average_precision``, ``budget_precision``
+    and ``budget_recall``. If there are validation samples, the threshold with the best F1 on them is chosen when the
+    training ends, with the final weights; ``test/precision``, ``test/recall`` and ``test/f1`` are those of this
+    threshold on the test samples.
 
     Args:
-        detector: what makes the detector of the shape of a sample: a class or a partial of one, such as ``DevNet`` (the
+        detector: builds the detector from the shape of a sample: a class or a partial of one, such as ``DevNet`` (the
             default), ``DeepSAD``, ``PReNet``, ``FEAWAD``, ``WeightedClassifier``, or your own subclass of ``Detector``.
         optimizer: any torch optimizer that steps without a closure; default: Adam.
-        budget: alarms that can be looked into, a number or a share of the rows; null: as many as there are anomalies.
+        budget: alarms that can be investigated, a number or a share of the samples; null: as many as there are
+            anomalies.
         **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval`` and
             ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
@@ -82,14 +83,13 @@ class AnomalyDetector(SharpnessAwareModule):
         """The name of the detector's class."""
         return getattr(called(self.detector_factory), "__name__", "")
 
-    def setup(self, stage: str) -> None:
-        """Learn counts and shape of the data; a trained model brings its own to prediction."""
+    def learn_from_data(self, stage: str) -> None:
+        """Learn class counts and shape of the data; for prediction a checkpoint knows them."""
         if self.trainer.world_size > 1:
             raise SettingError(
                 f"trainer.devices makes {self.trainer.world_size} processes: tables are small, set it to 1"
             )
-        data: Any = getattr(self.trainer, "datamodule", None)
-        counts, features = getattr(data, "class_counts", None), getattr(data, "train_features", None)
+        counts, features = getattr(self.data, "class_counts", None), getattr(self.data, "train_features", None)
         if counts is not None and features is not None:
             shape = tuple(features.shape[1:])
             if self.input_shape not in (None, shape):
@@ -100,35 +100,32 @@ class AnomalyDetector(SharpnessAwareModule):
             self.class_counts, self.input_shape = torch.as_tensor(counts), shape
         elif stage != "predict":
             raise SettingError(
-                f"the data ({type(data).__name__}) has no class_counts and train_features: use AnomalyDataModule, or a "
-                "LightningDataModule with both"
+                f"the data ({type(self.data).__name__}) has no class_counts and train_features: use AnomalyDataModule, "
+                "or a LightningDataModule with both"
             )
         if stage == "fit":
-            self._check_sampling(data)
+            self._check_sampling()
             self._loss, self._batches = torch.zeros(()), 0
 
     def configure_model(self) -> None:
         """Build the detector, once the shape of a sample is known."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if self.input_shape is None and getattr(data, "train_features", None) is not None:
-            self.class_counts, self.input_shape = (
-                torch.as_tensor(data.class_counts),
-                tuple(data.train_features.shape[1:]),
-            )
-        if not hasattr(self, "detector") and self.input_shape is not None:
-            try:
-                self.detector = self.detector_factory(self.input_shape)
-            except TypeError as error:
-                raise SettingError(f"detector is {self.detector_name}: {error}") from error
-        if hasattr(self, "detector"):
+        if hasattr(self, "detector") or self.input_shape is None:
+            return
+        try:
+            self.detector = self.detector_factory(self.input_shape)
+        except TypeError as error:
+            raise SettingError(f"detector is {self.detector_name}: {error}") from error
+
+    def make_sam(self) -> None:
+        """The detector is what is perturbed, the labelled anomalies are its tail."""
+        if self.fitting:
             assert self.class_counts is not None
-            self.make_sam(self.detector, self.class_counts, tail_classes=[1])
+            self.sam = self.sam_factory(self.detector, self.class_counts, tail_classes=[1])  # type: ignore[call-arg]
 
     def configure_callbacks(self) -> list[Callback]:
-        """A callback chooses the threshold: the module's own ``on_train_end`` comes after the last checkpoint."""
-        callbacks = super().configure_callbacks()
-        there = any(isinstance(callback, _ChooseThreshold) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return callbacks if there else [*callbacks, _ChooseThreshold()]
+        """A callback chooses the threshold; it comes before the checkpoint callbacks."""
+        present = any(isinstance(callback, _ChooseThreshold) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [*super().configure_callbacks(), *([] if present else [_ChooseThreshold()])]
 
     def on_fit_start(self) -> None:
         """Prepare the detector, unless it comes from a checkpoint."""
@@ -136,8 +133,8 @@ class AnomalyDetector(SharpnessAwareModule):
         if self.class_counts[1] == 0:
             raise SettingError("the training part has no labelled anomaly: raise data.labelled_share")
         if not self._prepared:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.detector.prepare(data.train_features.to(self.device), data.train_labels.to(self.device))
+            features, labels = self.data.train_features, self.data.train_labels
+            self.detector.prepare(features.to(self.device), labels.to(self.device))
             self._prepared = True
         super().on_fit_start()
 
@@ -146,7 +143,7 @@ class AnomalyDetector(SharpnessAwareModule):
         return self.detector.scores(x)
 
     def on_train_epoch_start(self) -> None:
-        """Withdraw the threshold: it belongs to the weights that it was chosen for."""
+        """Discard the threshold: it belongs to the weights that it was chosen for."""
         super().on_train_epoch_start()
         self._loss = self._loss.to(self.device)
         self.threshold.fill_(math.nan)
@@ -191,7 +188,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self.test_metrics.update(self(x), labels)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics, and what the threshold does."""
+        """Log the metrics, and those of the threshold."""
         metrics = self.test_metrics.compute()
         if not self.threshold.isnan():
             scores, labels = torch.cat(self.test_metrics.scores), torch.cat(self.test_metrics.labels)
@@ -208,16 +205,16 @@ class AnomalyDetector(SharpnessAwareModule):
         return scores
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: score, and alarm (0 or 1) where there is a threshold."""
+        """Header and rows of the predictions file: the score, and the alarm (0 or 1) if there is a threshold."""
         scores, threshold = torch.cat(list(predictions)).tolist(), float(self.threshold)
         if math.isnan(threshold):
             return ["score"], ([f"{score:.6g}"] for score in scores)
         return ["score", "alarm"], ([f"{score:.6g}", int(score >= threshold)] for score in scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the model learned of its data."""
+        """Save what the model learned of its data."""
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
-        checkpoint["train_loss"] = self._loss.cpu(), self._batches  # mid-epoch: its sum so far
+        checkpoint["train_loss"] = self._loss.cpu(), self._batches  # a checkpoint may be mid-epoch
         checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -229,27 +226,26 @@ class AnomalyDetector(SharpnessAwareModule):
         check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
-            data = getattr(self._trainer, "datamodule", None)
-            if type(data).__qualname__ not in checkpoint:  # or else the data make the trained features, by their names
+            # a DataModule that has its state in the checkpoint selects the trained features by their names
+            if type(self.data).__qualname__ not in checkpoint:
                 raise SettingError(
                     f"the checkpoint takes samples of shape {shape} and the data has {self.input_shape}: use data with "
                     "the features that it was trained on"
                 )
-            if hasattr(self, "detector"):
-                del self.detector
+            del self.detector
         self.class_counts, self.input_shape = checkpoint["class_counts"], shape
-        self._loss, self._batches = checkpoint.get("train_loss", (torch.zeros(()), 0))
+        self._loss, self._batches = checkpoint["train_loss"]
         self._prepared = True
         self.configure_model()
+        self.make_sam()
         check_weights(self, checkpoint)
 
     def choose_threshold(self) -> None:
-        """Score the validation part by the weights as they are, whatever ``check_val_every_n_epoch`` is."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        """Score the validation part with the present weights, whatever ``check_val_every_n_epoch`` is."""
         precision = self.trainer.precision_plugin
         self.eval()
         with torch.no_grad(), precision.forward_context():
-            loaders = data.val_dataloader() if self.trainer.limit_val_batches else []
+            loaders = self.data.val_dataloader() if self.trainer.limit_val_batches else []
             for x, labels in loaders[0] if isinstance(loaders, list) and loaders else loaders:
                 self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
         self.train()
@@ -258,16 +254,14 @@ class AnomalyDetector(SharpnessAwareModule):
             self.val_metrics.reset()
 
     def _tail_weight(self, labels: Tensor) -> Tensor:
-        """What the loss of each row, or pair, is multiplied by."""
+        """The factor of the loss of each sample or pair."""
         weight = float(describe(self.sam_factory)["init_args"].get("tail_weight", 1.0))
         return torch.where(_in_tail(labels) == 1, weight, 1.0)
 
-    def _check_sampling(self, data: Any) -> None:
-        """Pairs for detectors of pairs, rows for the others."""
-        uses_pairs, sampling = (
-            getattr(called(self.detector_factory), "uses_pairs", None),
-            getattr(data, "sampling", None),
-        )
+    def _check_sampling(self) -> None:
+        """Pairs for detectors of pairs, samples for the others."""
+        uses_pairs = getattr(called(self.detector_factory), "uses_pairs", None)
+        sampling = getattr(self.data, "sampling", None)
         if uses_pairs is None or sampling is None or uses_pairs == sampling.endswith("pairs"):
             return
         fix = "pairs or natural_pairs" if uses_pairs else "natural or balanced"

@@ -1,6 +1,8 @@
-"""What every LightningModule that trains with the engine shares: engine, optimizer, precision, processes, scheduler."""
+"""What the LightningModules share: the method, the optimizer and its scheduler, precision, processes."""
 
 import inspect
+import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,40 +15,44 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
 from imbsam import ClassAwareSAM, ImbSAM, SettingError
+from imbsam.checks import check_numbers
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
-from lightning_modules.perturbed_fraction import PerturbedFraction
 
 SAMCallable = Callable[[nn.Module, Tensor], ClassAwareSAM]
-"""What makes the backward pass of a module and its class counts: a method's class, or a partial of one."""
+"""A method's class, or a partial of one, which takes a module and its class counts."""
 
 
 class _BuildModel(Callback):
-    """Comes first: BackboneFinetuning freezes the layers in its ``setup``, ModelPruning looks them up there."""
+    """Runs first: the ``setup`` of BackboneFinetuning freezes layers, that of ModelPruning looks them up."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Build the layers; the data are set up by now."""
+        """Build the layers from the data, which are set up by now."""
+        assert isinstance(pl_module, SharpnessAwareModule)
+        pl_module.learn_from_data(stage)
         pl_module.configure_model()
+        pl_module.make_sam()
 
 
 class SharpnessAwareModule(LightningModule):
-    """Manual optimization with the engine in the place of ``loss.backward()``.
+    """Manual optimization in which a sharpness-aware method takes the place of ``loss.backward()``.
 
-    A subclass calls :meth:`make_sam` at the end of its ``configure_model``, and in its ``training_step``
-    ``self.sam.backward`` and then :meth:`step_optimizer`.
+    A subclass defines :meth:`learn_from_data`, ``configure_model`` and :meth:`make_sam`, which are called in this order
+    before any callback's ``setup``; its ``training_step`` calls ``self.sam.backward`` and then :meth:`step_optimizer`.
 
     Args:
-        sam: the method: a class of ``(module, class_counts)``, such as ``Plain``, ``SAM``, ``ImbSAM``, ``FocalSAM`` or
-            one of your own, or a partial of it; default: ``ImbSAM``. Callbacks may change its ``rho`` and
-            ``class_weight`` between steps.
+        sam: the method: a class that takes ``(module, class_counts)``, such as ``Plain``, ``SAM``, ``ImbSAM``,
+            ``FocalSAM`` or one of your own, or a partial of it; default: ``ImbSAM``. Callbacks may change its ``rho``
+            and ``class_weight`` between steps.
         optimizer: any torch optimizer that steps without a closure; default: SGD.
-        lr_scheduler: any torch scheduler. ReduceLROnPlateau watches the validation loss, or else the training loss.
+        lr_scheduler: any torch scheduler. ReduceLROnPlateau monitors the validation loss, or the training loss where
+            there is no validation.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
-        gradient_clip_val: clip the (unscaled) gradient at this norm.
+        gradient_clip_val: clip the (unscaled) gradient to this norm.
     """
 
     train_loss_name = "train/loss"
-    """The metric that ReduceLROnPlateau watches where there is no validation."""
+    """The metric that ReduceLROnPlateau monitors without a validation set."""
 
     def __init__(
         self,
@@ -57,10 +63,8 @@ class SharpnessAwareModule(LightningModule):
         gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise SettingError(
-                f"gradient_clip_val is {gradient_clip_val}: give a number above 0, or null for no clipping"
-            )
+        if gradient_clip_val is not None:
+            check_numbers(above=True, finite=False, hint="null is no clipping", gradient_clip_val=gradient_clip_val)
         self.automatic_optimization = False
         # with a class as default in the signature, jsonargparse would pass its settings on to any other choice
         self.sam_factory: SAMCallable = restore(sam) or ImbSAM
@@ -68,14 +72,14 @@ class SharpnessAwareModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr: float | None = None
-        """Learning rate in place of the optimizer's own: Lightning's lr_find sets it."""
+        """Overrides the optimizer's learning rate; set by Lightning's lr_find."""
         self.accumulate_grad_batches = 1
-        """Batches that make up one step."""
+        """Batches in one optimizer step."""
         self.gradient_clip_val = gradient_clip_val
         self.sam: ClassAwareSAM
         # a metric, so that a run resumed mid-epoch continues the count; every rank skips the same steps
         self.skipped_steps = SumMetric(sync_on_compute=False)
-        self._follows = False
+        self._cosine_follows_run = False
         self._loss_scale = 0.0
         self._half: torch.dtype | None = None
 
@@ -84,18 +88,27 @@ class SharpnessAwareModule(LightningModule):
         """The name of the method's class."""
         return getattr(called(self.sam_factory), "__name__", "")
 
-    def make_sam(self, module: nn.Module, class_counts: Tensor, **settings: Any) -> None:
-        """Make :attr:`sam`, the backward pass of ``module``, where a training begins.
+    @property
+    def data(self) -> Any:
+        """The Trainer's DataModule, or None."""
+        return getattr(self._trainer, "datamodule", None)
 
-        It is made before anything is printed or written, so that a wrong setting ends the run at once.
+    @property
+    def fitting(self) -> bool:
+        """Whether the Trainer runs ``fit``, its validation included."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    @abstractmethod
+    def learn_from_data(self, stage: str) -> None:
+        """Take class counts and shapes from the DataModule, instead of ``setup``.
 
         Args:
-            module: what is perturbed.
-            class_counts: training samples per class (C,).
-            **settings: what the model itself knows, such as ``tail_classes``.
+            stage: fit, validate, test or predict.
         """
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.sam = self.sam_factory(module, class_counts, **settings)
+
+    @abstractmethod
+    def make_sam(self) -> None:
+        """Create :attr:`sam` for a fit, before anything is printed or written: a wrong setting ends the run."""
 
     def configure_callbacks(self) -> list[Callback]:
         """Build the layers before any callback's ``setup``, which comes before the module's."""
@@ -104,20 +117,27 @@ class SharpnessAwareModule(LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Join the other processes."""
+        """Let the engine reduce gradients over the processes, and warn of weights in half precision."""
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise SettingError(
-                "the strategy has a ddp_comm_hook, which would see none of the passes: the gradients are averaged by "
-                "the engine, in at most two all-reduces; leave the hook out"
+                "the strategy has a ddp_comm_hook, which would see no gradient: the engine averages the gradients, in "
+                "at most two all-reduces; remove the hook"
             )
         if self.trainer.world_size > 1:
             self.sam.no_sync = strategy.block_backward_sync
             self.sam.process_group = torch.distributed.group.WORLD
-        self._watch_precision(self.sam.module)
+        half = (torch.bfloat16, torch.float16)
+        self._half = next((p.dtype for p in self.sam.module.parameters() if p.dtype in half), None)
+        if self._half is not None and self.sam.rho > 0:
+            rank_zero_warn(
+                f"trainer.precision is {self.trainer.precision}: with weights in {self._half} a perturbation of length "
+                f"rho={self.sam.rho} is below the spacing of most weights and moves only some of them "
+                "(train/perturbed_fraction logs how many); bf16-mixed keeps the weights in float32"
+            )
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, and a scheduler where there is one."""
+        """One optimizer, and the scheduler if there is one."""
         try:
             optimizer = self.optimizer(self.parameters())
             if self.lr is not None:
@@ -127,42 +147,42 @@ class SharpnessAwareModule(LightningModule):
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error
         closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is closure.empty):
+        if closure is not None and closure.default is closure.empty:
             raise SettingError(
-                f"optimizer is {type(optimizer).__name__}, which evaluates the loss itself: choose one that steps by "
+                f"optimizer is {type(optimizer).__name__}, which evaluates the loss itself: choose one that needs only "
                 ".grad, such as torch.optim.SGD or torch.optim.AdamW"
             )
         if isinstance(optimizer, torch.optim.SparseAdam):
-            raise SettingError("optimizer is SparseAdam, which takes sparse gradients alone: choose torch.optim.Adam")
+            raise SettingError("optimizer is SparseAdam, which takes only sparse gradients: choose torch.optim.Adam")
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
-            raise SettingError("lr_interval is step: ReduceLROnPlateau watches a loss of whole epochs; set it to epoch")
-        # manual optimization: Lightning keeps the scheduler in checkpoints, and we step it
+            raise SettingError("lr_interval is step: ReduceLROnPlateau monitors the loss of an epoch; set it to epoch")
+        # manual optimization: Lightning saves the scheduler in checkpoints, and we step it
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
     def on_train_start(self) -> None:
-        """Start with the loss scale of this moment: a run may resume mid-epoch."""
+        """Read the loss scale: a run may resume mid-epoch."""
         self._loss_scale = self._scaler.get_scale() if self._scaler else 0.0
         if schedulers := self.lr_schedulers():
-            self._check_length(schedulers)  # by now that of the checkpoint
+            self._check_cosine(schedulers)  # by now with the state of the checkpoint
 
     def on_train_epoch_start(self) -> None:
-        """Count the epoch's steps that overflow."""
+        """Reset the count of steps that overflowed."""
         self.skipped_steps.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: gradients are unscaled by now."""
+        """Clip the gradients, which are unscaled by now."""
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     def step_optimizer(self) -> None:
-        """After the backward pass: one optimizer step, and the scheduler's where it counts steps."""
+        """After the backward pass: step the optimizer, and the scheduler if it counts steps."""
         optimizer: Any = self.optimizers()
         optimizer.step()
         optimizer.zero_grad()
         if self._scaler:
-            scale = self._scaler.get_scale()  # no wait of its own: the scaler's step has just waited
+            scale = self._scaler.get_scale()  # no synchronisation of its own: the scaler's step has just waited
             self.skipped_steps.update(float(scale < self._loss_scale))
             self.log("train/loss_scale", scale)
             self._loss_scale = scale
@@ -170,17 +190,17 @@ class SharpnessAwareModule(LightningModule):
             self._step_scheduler()
 
     def on_train_epoch_end(self) -> None:
-        """Log the steps that overflowed, and step the scheduler."""
+        """Log how many steps overflowed, and step the scheduler."""
         if self._scaler:
             log_epoch(self, {"train/skipped_steps": self.skipped_steps.compute()})
         if self.lr_interval == "epoch":
             self._step_scheduler()
 
     def check_loss(self, loss: Tensor) -> None:
-        """End a run whose weights are lost: a mean loss that is not finite never recovers.
+        """End a run that has diverged: it does not recover from a mean loss that is not finite.
 
         Args:
-            loss: mean training loss of an epoch, alike on all ranks.
+            loss: mean training loss of an epoch, equal on all ranks.
         """
         if self._scaler is None and not bool(torch.isfinite(loss)):
             optimizer: Any = self.optimizers()
@@ -190,33 +210,18 @@ class SharpnessAwareModule(LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        """What is validated must not differ from rank to rank."""
-        if self.trainer.state.fn == "fit":
+        """Validate the same buffers on all ranks."""
+        if self.fitting:
             self.sam.broadcast_buffers()
 
     def on_train_end(self) -> None:
-        """What is tested next must not differ from rank to rank."""
+        """Test the same buffers on all ranks."""
         self.sam.broadcast_buffers()
-
-    def perturbed_fraction(self, module: nn.Module) -> PerturbedFraction | None:
-        """Watches how many weights the perturbation moves, where they are in half precision."""
-        return PerturbedFraction(module) if self._half is not None and self.sam.rho > 0 else None
 
     @property
     def _scaler(self) -> Any:
-        """The GradScaler of 16-mixed, which skips steps that overflowed, or None."""
+        """The GradScaler of 16-mixed, which skips steps that overflow, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _watch_precision(self, module: nn.Module) -> None:
-        half = (torch.bfloat16, torch.float16)
-        self._half = next((p.dtype for p in module.parameters() if p.dtype in half), None)
-        rho = self.sam.rho
-        if self._half is not None and rho > 0:
-            rank_zero_warn(
-                f"trainer.precision is {self.trainer.precision}: with weights in {self._half} a perturbation of length "
-                f"rho={rho} is below the spacing of most weights and moves only some of them (train/perturbed_fraction "
-                "logs how many); bf16-mixed keeps the weights in float32"
-            )
 
     def _step_scheduler(self) -> None:
         scheduler: Any = self.lr_schedulers()
@@ -229,44 +234,42 @@ class SharpnessAwareModule(LightningModule):
             except ValueError as error:  # OneCycleLR after its last step
                 raise SettingError(
                     f"lr_scheduler {type(scheduler).__name__} cannot step after step {self.trainer.global_step}: "
-                    f"{' '.join(str(error).split())}; the run has {self._length()} {self.lr_interval}s"
+                    f"{' '.join(str(error).split())}; the run has {self._scheduler_steps()} {self.lr_interval}s"
                 ) from error
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The scheduler; a T_max that nobody gave is the length of the run."""
+        """The scheduler; without a T_max of its own it gets the length of the run."""
         factory: Any = self.lr_scheduler
         if factory is None:
             return None
-        given = describe(factory)["init_args"].get("T_max") if takes(factory, "T_max") else 0
-        self._follows = given is None and getattr(called(factory), "__name__", "") not in ("", "<lambda>")
-        return factory(optimizer, T_max=self._length() or 1) if self._follows else factory(optimizer)
+        cosine = isinstance(called(factory), type) and takes(factory, "T_max")
+        self._cosine_follows_run = cosine and describe(factory)["init_args"].get("T_max") is None
+        settings = {"T_max": self._scheduler_steps() or 1} if self._cosine_follows_run else {}
+        return factory(optimizer, **settings)
 
-    def _length(self) -> int | None:
-        """How often the scheduler steps in this run, or None where only time ends it."""
-        run, limited = self.trainer, self.trainer.max_steps is not None and self.trainer.max_steps > 0
+    def _scheduler_steps(self) -> int | None:
+        """How often the scheduler steps in this run, or None if only time ends it."""
+        run = self.trainer
         epochs = run.max_epochs if run.max_epochs is not None and run.max_epochs >= 0 else None
         if self.lr_interval == "epoch":
             return epochs
-        if limited and epochs is None:
-            return int(run.max_steps)
         if epochs is None:
-            return None
-        steps = int(run.estimated_stepping_batches)  # knows the number of batches, but not that we accumulate them
-        if self.accumulate_grad_batches > 1:
-            steps = epochs * -(-int(run.num_training_batches) // self.accumulate_grad_batches)
-        return steps
+            return run.max_steps if run.max_steps > 0 else None
+        steps = int(run.estimated_stepping_batches)  # which knows the number of batches, but not that we accumulate
+        accumulated = self.accumulate_grad_batches
+        return epochs * math.ceil(run.num_training_batches / accumulated) if accumulated > 1 else steps
 
-    def _check_length(self, scheduler: Any) -> None:
+    def _check_cosine(self, scheduler: Any) -> None:
         """A cosine that ends before or after the run is a common slip after changing max_epochs."""
-        end, run = getattr(scheduler, "T_max", None), self.trainer
-        if end is None or getattr(run, "fast_dev_run", False) or not run.max_epochs or run.max_epochs < 0:
+        T_max, run = getattr(scheduler, "T_max", None), self.trainer
+        if T_max is None or getattr(run, "fast_dev_run", False) or not run.max_epochs or run.max_epochs < 0:
             return
-        steps = self._length()
-        if self._follows:
+        steps = self._scheduler_steps()
+        if self._cosine_follows_run:
             scheduler.T_max = steps
-        elif end != steps:
+        elif T_max != steps:
             rank_zero_warn(
-                f"the scheduler's T_max is {end} and the run has {steps} {self.lr_interval}s: "
+                f"the scheduler's T_max is {T_max} and the run has {steps} {self.lr_interval}s: "
                 f"set lr_scheduler.init_args.T_max to {steps} for a cosine that ends with the run"
-                + (", in a run of its own: this one keeps the cosine that it began with" if run.ckpt_path else "")
+                + ("; this resumed run keeps the cosine it started with" if run.ckpt_path else "")
             )

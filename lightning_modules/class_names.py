@@ -1,4 +1,4 @@
-"""Whether data have the classes that a model was trained on: by their names, since a label is only a position."""
+"""Whether data have the classes that a model was trained on, by name: a label is only a position."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from imbsam.messages import first_few
 def check_class_names(trained: Sequence[str], data: Any, source: str = "the checkpoint") -> None:
     """Refuse data whose labels mean other classes than the model's outputs do.
 
-    A renamed class folder keeps the number of classes and changes their order: a model would be scored on permuted
-    labels, and nothing but a low accuracy would show it.
+    A renamed class folder keeps the number of classes but changes their order: the model would be scored on permuted
+    labels, which only a low accuracy would reveal.
 
     Args:
         trained: Names of the C classes that the model was trained on, in the order of its outputs.
-        data: A LightningDataModule; where it has no ``class_names`` (there are no labels) nothing is checked.
-        source: What knows the trained classes, for the message.
+        data: A LightningDataModule; without ``class_names`` (there are no labels) nothing is checked.
+        source: Where the trained classes come from, for the message.
 
     Raises:
         SettingError: The names differ, or their order; the message names the classes.

@@ -1,4 +1,4 @@
-"""A long-tailed classifier whose backward pass is a sharpness-aware method's."""
+"""A long-tailed classifier, trained by a sharpness-aware method."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
 from imbsam import ImbSAM, SettingError
+from imbsam.checks import check_whole_numbers
 from imbsam.class_groups import tail_mask
+from imbsam.class_measures import ClassMeasures
 from imbsam.losses import LDAM, CrossEntropy
-from imbsam.metrics import ClassGroupAccuracy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
@@ -25,38 +26,42 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.group_counts import counts_of_ratio
+from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
-"""What makes a loss: a class, or a partial of one. It is given ``class_counts`` where it takes them."""
+"""A loss's class, or a partial of one; it gets ``class_counts`` if it takes them."""
 
 
 class LongTailedClassifier(SharpnessAwareModule):
-    """Classification with rare classes, by manual optimization: the engine takes the place of ``loss.backward()``.
+    """Classification with rare classes.
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
-    are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's rows),
-    ``train/tail_rows`` (rows of tail classes in the batch), ``lr``, and for validation and test the loss and the
-    accuracies ``many``, ``medium``, ``few`` and ``all``. The training losses are weighted by the method's class
-    weights; those of validation and test are not.
+    are ``(images, targets)``. Logs ``train/loss_step``, ``train/loss_epoch`` (the mean over the epoch's samples),
+    ``train/tail_rows`` (tail samples in the batch), ``lr``, and for validation and test the loss and the accuracies
+    and measures of :class:`~imbsam.class_measures.ClassMeasures`. The training losses are weighted by the method's
+    class weights; those of validation and test are not.
 
     Args:
-        backbone: what makes the network of a number of classes: a class or a partial of one (``CifarResNet32``,
+        backbone: builds the network from the number of classes: a class or a partial of one (``CifarResNet32``,
             ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, or a function such as
             ``torchvision.models.resnet50``.
-        head: what makes the last layer of the number of features and of classes, such as ``CosineClassifier``; default:
+        head: builds the last layer from the number of features and of classes, such as ``CosineClassifier``; default:
             the network's own.
         backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
-            a checkpoint of ours. The classifier's are left out where they do not fit. Not read by test and predict.
-        loss: the loss of every sample, a class or a partial of one, which is given ``class_counts`` where it takes
-            them: CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or
-            your own, which returns one loss for each sample.
-        accumulate_grad_batches: batches that count as one, for the perturbation too.
+            a checkpoint of imbsam. The classifier's are skipped if they do not fit. Not read by test and predict.
+        loss: the per-sample loss, a class or a partial of one, which gets ``class_counts`` if it takes them:
+            CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your
+            own.
+        accumulate_grad_batches: batches in one optimizer step, and in one perturbation.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
+        groups_of_ratio: many and few go by the class counts of this imbalance ratio and not by the training's, for data
+            with a ``ratio``; the literature's groups of CIFAR-100-LT are those of ratio 100.
         compile: compile the backbone with torch.compile.
-        channels_last: keep images and weights with the channels last in memory, faster on GPUs in 16 bits.
-        flip_tta: in test and predict, not in validation, average the logits of an image and of its mirror image.
+        channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
+        flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
         **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval`` and ``gradient_clip_val``, see
             :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
@@ -64,7 +69,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     train_loss_name = "train/loss_epoch"
 
     selection_metric = "val/all"
-    """What best.ckpt is chosen by, where there is a validation set; more is better."""
+    """The metric that best.ckpt maximizes if there is a validation set."""
 
     def __init__(
         self,
@@ -75,31 +80,26 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: int = 1,
         many: int = 100,
         few: int = 20,
+        groups_of_ratio: float | None = None,
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        if accumulate_grad_batches < 1:
-            raise SettingError(f"accumulate_grad_batches is {accumulate_grad_batches}: give a number from 1")
+        check_whole_numbers(accumulate_grad_batches=accumulate_grad_batches)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.backbone_factory: BackboneCallable = restore(backbone)
         self.head_factory: HeadCallable | None = restore(head)
         self.loss_factory: LossCallable = restore(loss) or CrossEntropy
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "head", "loss", "sam"])
-        self.save_hyperparameters(
-            {
-                "backbone": describe(self.backbone_factory),
-                "head": describe(self.head_factory),
-                "loss": describe(self.loss_factory),
-                "sam": describe(self.sam_factory),
-            }
-        )
+        choices = ("backbone", "head", "loss", "sam")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *choices])
+        self.save_hyperparameters({name: describe(getattr(self, f"{name}_factory")) for name in choices})
         self.settings: Any = self.hparams
         self.class_counts: Tensor | None = None
         self.class_names: list[str] = []
-        # Lightning's own means are not in its checkpoints; "disable", or each update would wait for a GPU
+        self.group_counts: Tensor | None = None
+        # Lightning's own means are not in its checkpoints; without "disable" each update would wait for the GPU
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.backbone: nn.Module
         self._host_targets: Tensor | None = None
@@ -107,66 +107,71 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
-    def setup(self, stage: str) -> None:
-        """Learn the classes from the DataModule; to predict, a checkpoint knows them."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "predict" and getattr(data, "class_counts", None) is None:
+    def learn_from_data(self, stage: str) -> None:
+        """Learn the classes from the DataModule; for prediction a checkpoint knows them."""
+        counts, names = getattr(self.data, "class_counts", None), getattr(self.data, "class_names", None)
+        if stage == "predict" and counts is None:
             return
-        if not _knows_classes(data):
+        if counts is None or names is None:
             raise SettingError(
-                f"the data ({type(data).__name__}) has no class_counts or no class_names: use a LightningDataModule "
-                "with class_counts (training samples per class) and class_names"
+                f"the data ({type(self.data).__name__}) has no class_counts or no class_names: use a "
+                "LightningDataModule with class_counts (training samples per class) and class_names"
             )
         if self.class_counts is not None:
-            check_class_names(self.class_names, data, "the model")
+            check_class_names(self.class_names, self.data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
         if self.class_counts is None or stage == "fit":
-            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
+            self.group_counts = counts_of_ratio(self.data, self.settings.groups_of_ratio)
+            self._learn_classes(torch.as_tensor(counts), list(names))
 
     def configure_model(self) -> None:
-        """Build the backbone, once the number of classes is known, and the backward pass.
+        """Build the backbone, once the number of classes is known."""
+        if hasattr(self, "backbone") or self.class_counts is None:
+            return
+        self.backbone = self._create_backbone(len(self.class_counts))
+        if self.settings.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.settings.compile:
+            self.backbone.compile()
+        if self.sharded:
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
+            for child in self.backbone.children():
+                if next(child.parameters(), None) is not None:
+                    fully_shard(child, mesh=mesh)
+            fully_shard(self.backbone, mesh=mesh)
 
-        Lightning's callbacks may call it before :meth:`setup`; the data are set up by then.
-        """
-        self._learn_from_data()
-        if not hasattr(self, "backbone") and self.class_counts is not None:
-            self.backbone = self._create_backbone(len(self.class_counts))
-            if self.settings.channels_last:
-                self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if self.settings.compile:
-                self.backbone.compile()
-            if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-                assert self.device_mesh is not None
-                mesh = self.device_mesh["data_parallel"]
-                for child in self.backbone.children():
-                    if next(child.parameters(), None) is not None:
-                        fully_shard(child, mesh=mesh)
-                fully_shard(self.backbone, mesh=mesh)
-        if hasattr(self, "backbone"):
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are sharded over the processes (FSDP2)."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def make_sam(self) -> None:
+        """The backbone is what is perturbed."""
+        if self.fitting and hasattr(self, "backbone"):
             assert self.class_counts is not None
-            self.make_sam(self.backbone, self.class_counts)
+            self.sam = self.sam_factory(self.backbone, self.class_counts)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
-        hp = self.settings
         backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
-        # a checkpoint to resume from is loaded later; by then the file may be gone
-        if hp.backbone_weights is not None and self._trainer is not None and self.trainer.state.fn == "fit":
-            self._weights_missing = not Path(hp.backbone_weights).exists()
+        path = self.settings.backbone_weights
+        # a run that resumes does not need the file, which may be gone; it loads its checkpoint later
+        if path is not None and self.fitting:
+            self._weights_missing = not Path(path).exists()
             if not self._weights_missing:
-                load_weights(backbone, hp.backbone_weights)
+                load_weights(backbone, path)
         return backbone
 
     def on_fit_start(self) -> None:
-        """Warn of a loss and a head that do not go together."""
+        """Warn of a loss that does not suit the head, or of a sampling that does not suit ImbSAM."""
         super().on_fit_start()
-        assert self.class_counts is not None
-        self._watch_sampling(self.class_counts)
+        self._check_sampling()
         if isinstance(self.loss, LDAM):
             head = classifier(self.backbone)
             if not isinstance(head, CosineClassifier):
                 rank_zero_warn(
-                    "loss is LDAM and the head is not a cosine one: its margins are for the scaled cosines of such a "
-                    "head, and mean nothing fixed for logits that may grow at will; set head to CosineClassifier"
+                    "loss is LDAM and the head is not a cosine one: LDAM's margins are meant for scaled cosines; "
+                    "unbounded logits can outgrow them; set head to CosineClassifier"
                 )
             elif head.scale != self.loss.scale:
                 rank_zero_warn(
@@ -175,7 +180,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                 )
 
     def on_train_start(self) -> None:
-        """Forget the batches of a step that was interrupted."""
+        """Drop the batches of a step that was interrupted."""
         if self._weights_missing:
             raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
@@ -199,23 +204,23 @@ class LongTailedClassifier(SharpnessAwareModule):
         return logits
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's mean loss."""
+        """Reset the epoch's mean loss."""
         super().on_train_epoch_start()
         self.train_loss.reset()
 
     @property
     def tail_settings(self) -> tuple[float, Any]:
-        """The method's eta and tail_classes, which the logs count tail rows by, whatever the method."""
+        """The method's eta and tail_classes; the logs count tail samples by them, whatever the method."""
         settings = describe(self.sam_factory)["init_args"]
         return settings.get("eta", 20), settings.get("tail_classes")
 
     @property
     def between_steps(self) -> bool:
-        """Whether no batch is waiting for others to make up a step: the moments at which a run can be interrupted."""
+        """Whether no micro-batch waits for the rest of its step: only then can a run be interrupted."""
         return not self._micro_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the targets, and keep them on the host: which rows are sharp is decided there, without a wait."""
+        """Check the targets, and keep them on the host: the engine picks the sharp samples there, without a sync."""
         if self.trainer.predicting:
             return batch
         self._host_targets = targets = batch[1].cpu()
@@ -230,11 +235,11 @@ class LongTailedClassifier(SharpnessAwareModule):
             The loss, detached; None while batches are collected.
         """
         images, targets = batch
-        # a DataModule's own on_before_batch_transfer is called in place of ours; its other hooks may mix the targets
+        # a DataModule's own on_before_batch_transfer replaces ours, and its other hooks may mix the targets
         on_host, self._host_targets = self._host_targets, None
         if on_host is None or on_host.shape != targets.shape:
             on_host = targets
-        if self.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's last epoch, for BatchNorm's statistics
+        if self.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging updates BatchNorm's statistics
             with torch.no_grad():
                 self.train_loss.update(self.loss(self(images), targets))
             return None
@@ -243,15 +248,16 @@ class LongTailedClassifier(SharpnessAwareModule):
             return None
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
-        perturbed = self.perturbed_fraction(self.backbone)
+        # in half precision rounding may remove the perturbation
+        perturbed = PerturbedFraction(self.backbone) if self._half is not None and self.sam.rho > 0 else None
         if perturbed is not None:
             micro_batches = [(perturbed.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
-        rows = sum(len(targets) for _, targets in micro_batches)
-        tail_rows = sum(self._tail_rows(targets) for _, targets in micro_batches)
-        self.train_loss.update(loss, rows)
-        self.log("train/loss_step", loss, prog_bar=True, batch_size=rows)
-        self.log_dict({"train/tail_rows": tail_rows, "lr": optimizer.param_groups[0]["lr"]}, batch_size=rows)
+        samples = sum(len(targets) for _, targets in micro_batches)
+        tail_samples = sum(self._count_tail(targets) for _, targets in micro_batches)
+        self.train_loss.update(loss, samples)
+        self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
+        self.log_dict({"train/tail_rows": tail_samples, "lr": optimizer.param_groups[0]["lr"]}, batch_size=samples)
         if perturbed is not None:
             self.log("train/perturbed_fraction", perturbed.fraction)
         self.step_optimizer()
@@ -281,7 +287,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._log_metrics("test", self.test_loss, self.test_accuracy)
 
     def on_predict_start(self) -> None:
-        """Refuse to predict by a model that knows no classes."""
+        """Refuse to predict with an untrained model, which knows no classes."""
         if not hasattr(self, "backbone"):
             raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
 
@@ -292,7 +298,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-        """Header and rows of the predictions' file: the predicted class, and every class's probability."""
+        """Header and rows of the predictions file: the predicted class, and the probability of every class."""
         probabilities = torch.cat(list(predictions))
         classes = probabilities.argmax(dim=1).tolist()
         return ["predicted", *self.class_names], (
@@ -301,34 +307,33 @@ class LongTailedClassifier(SharpnessAwareModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the model learned of its classes."""
+        """Save the classes."""
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
+        checkpoint["group_counts"] = self.group_counts
         checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the classes that the model was trained with, except to train it further on other data.
+        """Take over the classes that the model was trained on, except in a training, which has those of the data.
 
         Raises:
-            SettingError: the checkpoint is of another model, or the data have other classes, by their names.
+            SettingError: the checkpoint is of another model, or the classes of the data have other names.
         """
         check_model(self, checkpoint)
-        check_class_names(checkpoint["class_names"], getattr(self._trainer, "datamodule", None))
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        check_class_names(checkpoint["class_names"], self.data)
+        if not self.fitting:
             if self.class_counts is not None and not torch.equal(self.class_counts, checkpoint["class_counts"]):
                 rank_zero_warn(
                     "the data's class_counts are not those that the checkpoint was trained with (another seed, ratio "
                     "or val_share?): many, medium and few are the checkpoint's"
                 )
+            if checkpoint.get("hyper_parameters", {}).get("groups_of_ratio") == self.settings.groups_of_ratio:
+                self.group_counts = checkpoint.get("group_counts")
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
-        self.configure_model()
+        if not hasattr(self, "backbone"):
+            self.configure_model()
+            self.make_sam()
         check_weights(self, checkpoint)
         self._weights_missing = False
-
-    def _learn_from_data(self) -> None:
-        """Learn the classes, where they are not known yet and the data are set up."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if self.class_counts is None and _knows_classes(data):
-            self._learn_classes(torch.as_tensor(data.class_counts), list(data.class_names))
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
@@ -337,7 +342,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._tail = tail_mask(class_counts, *self.tail_settings)
         self.loss = self._loss(class_counts).to(self.device)
         self.val_accuracy, self.test_accuracy = (
-            ClassGroupAccuracy(class_counts, hp.many, hp.few, class_names=class_names).to(self.device) for _ in range(2)
+            ClassMeasures(class_counts, hp.many, hp.few, class_names, group_counts=self.group_counts).to(self.device)
+            for _ in range(2)
         )
 
     def _loss(self, class_counts: Tensor) -> nn.Module:
@@ -347,22 +353,23 @@ class LongTailedClassifier(SharpnessAwareModule):
         except TypeError as error:
             raise SettingError(f"loss is {getattr(called(self.loss_factory), '__name__', '')}: {error}") from error
 
-    def _watch_sampling(self, class_counts: Tensor) -> None:
-        """ImbSAM is for tail rows that are rare in the batches too."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        sampling, shares = getattr(data, "sampling", "instance_balanced"), getattr(data, "drawn_shares", None)
+    def _check_sampling(self) -> None:
+        """ImbSAM expects tail samples that are rare in the batches too."""
+        sampling, shares = getattr(self.data, "sampling", None), getattr(self.data, "drawn_shares", None)
         eta, tail_classes = self.tail_settings
-        imbsam = isinstance(self.sam, ImbSAM) and tail_classes is None
-        if imbsam and shares is not None and sampling != "instance_balanced":
+        if not isinstance(self.sam, ImbSAM) or tail_classes is not None or shares is None:
+            return
+        if sampling not in (None, "instance_balanced"):
+            assert self.class_counts is not None
             drawn = 100 * float(shares[self._tail].sum())
-            there = 100 * float(class_counts[self._tail].sum() / class_counts.sum())
+            present = 100 * float(self.class_counts[self._tail].sum() / self.class_counts.sum())
             rank_zero_warn(
                 f"data.sampling is {sampling}, while model.sam.eta={eta:g} goes by the class counts: tail classes are "
-                f"{there:.1f} % of the training samples and {drawn:.1f} % of the drawn rows, all of which ImbSAM "
-                "perturbs, at a cost to match; set model.sam.tail_classes where that is meant"
+                f"{present:.1f} % of the training samples and {drawn:.1f} % of the drawn samples, all of which ImbSAM "
+                "perturbs, at a matching cost; set model.sam.tail_classes if that is intended"
             )
 
-    def _tail_rows(self, targets: Tensor) -> float:
+    def _count_tail(self, targets: Tensor) -> float:
         targets = targets.cpu()
         return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
 
@@ -370,18 +377,14 @@ class LongTailedClassifier(SharpnessAwareModule):
         logits: Tensor = self(images)
         return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
 
-    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> Tensor:
+    def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))
         accuracy.update(logits, targets)
         return logits
 
-    def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassGroupAccuracy) -> None:
-        """Sums over all samples of all ranks, however they are shared."""
+    def _log_metrics(self, stage: str, loss: MeanMetric, accuracy: ClassMeasures) -> None:
+        """Log the metrics of all samples of all ranks."""
         metrics = {"loss": loss.compute(), **accuracy.compute()}
         log_epoch(self, {f"{stage}/{name}": value for name, value in metrics.items()})
         loss.reset()
         accuracy.reset()
-
-
-def _knows_classes(data: Any) -> bool:
-    return getattr(data, "class_counts", None) is not None and getattr(data, "class_names", None) is not None

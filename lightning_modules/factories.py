@@ -1,13 +1,15 @@
-"""Choices that are objects: what builds a loss, a network or a method once the data are known.
+"""Factories: what builds a loss, a network or a method once the data are known.
 
-A choice is a class, a partial of one (the command line makes one of every choice that has settings), a function, or an
-instance of a dataclass that is called.
+A factory is a class, a partial of one (from the command line, if it has settings), a function, or a callable instance
+of a dataclass.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +21,7 @@ Factory = Callable[..., Any]
 
 
 def called(factory: Factory) -> Factory:
-    """Return the class or function that a partial calls in the end.
+    """Return the class or function that a partial finally calls.
 
     Example:
         >>> called(functools.partial(dict, a=1))
@@ -37,11 +39,11 @@ def takes(factory: Factory, parameter: str) -> bool:
 
 
 def describe(factory: Factory | None) -> Any:
-    """Return the choice as a config has it.
+    """Return the factory as in a config.
 
     Returns:
-        ``class_path`` and ``init_args`` (the settings that are plain values, with their defaults); a function without
-        settings is its path alone, and None is None.
+        ``class_path`` and ``init_args`` (the settings that are plain values, with their defaults); only the path for a
+        function without settings; None for None.
 
     Example:
         >>> from imbsam.losses import LDAM
@@ -62,12 +64,15 @@ def describe(factory: Factory | None) -> Any:
         return path
     parameters = inspect.signature(target).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not None}
-    plain = {name: _plain(value) for name, value in {**defaults, **settings}.items() if _is_plain(value)}
+    plain: dict[str, Any] = {}
+    for name, value in {**defaults, **settings}.items():
+        with contextlib.suppress(TypeError):  # not plain data
+            plain[name] = json.loads(json.dumps(value))
     return {"class_path": path, "init_args": plain}
 
 
 def restore(choice: Any) -> Any:
-    """Return the factory of a :func:`describe`, as a checkpoint keeps it; a factory is returned as it is.
+    """Return the factory that :func:`describe` described, as in a checkpoint; a factory is returned unchanged.
 
     Raises:
         SettingError: there is no such class.
@@ -84,18 +89,3 @@ def restore(choice: Any) -> Any:
     if dataclasses.is_dataclass(target) and isinstance(target, type):
         return target(**settings)
     return functools.partial(target, **settings) if settings else target
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples: a config file knows no others."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str))

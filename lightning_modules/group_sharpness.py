@@ -28,18 +28,18 @@ COLUMNS = ("epoch", "split", "group", "measure", "value", "standard_error", "sam
 
 
 class GroupSamples:
-    """The samples of each group of classes, without augmentation, and a model's losses on them.
+    """Samples of each group of classes, without augmentation, and the losses of a model on them.
 
     Args:
         model: a classifier with ``loss`` (logits and targets to per-sample losses) and ``test_accuracy`` (the groups).
         datamodule: with ``train_eval_dataloader`` (for the split "train") and ``class_counts``.
-        split: the samples the model was trained on, where its sharpness is defined, or the test set.
+        split: the training samples, for which sharpness is defined, or the test set.
         samples: at most this many samples of a group, drawn with ``seed``.
-        chunk_size: samples of one backward pass; lower it where memory is short. It does not change the numbers.
+        chunk_size: samples in one backward pass; lower it to save memory. It does not change the results.
         seed: seed of the draw.
 
     Raises:
-        SettingError: a setting is outside its range, or model or data lack what is needed.
+        SettingError: a setting is outside its range, or the model or the data lack an attribute.
     """
 
     def __init__(self, model: Any, datamodule: Any, split: Split, samples: int, chunk_size: int, seed: int) -> None:
@@ -63,7 +63,7 @@ class GroupSamples:
         }
 
     def losses(self, batch: Any) -> Tensor:
-        """Per-sample training losses of one chunk, moved to the model's device for it."""
+        """Per-sample training losses of one chunk, which is moved to the model's device."""
         inputs, targets = move_data_to_device(batch, self.model.device)
         losses: Tensor = self.model.loss(self.model(inputs), targets)
         return losses
@@ -73,8 +73,8 @@ class GroupSamples:
     ) -> Results:
         """All measures of every group that has samples, after `epoch` epochs.
 
-        They are appended to `folder`'s ``sharpness.csv`` one by one, so that a long measurement that is interrupted
-        keeps what it has, and printed as a table.
+        They are appended one by one to ``sharpness.csv`` in `folder`, so that an interrupted measurement keeps its
+        results, and printed as a table.
         """
         results: Results = {}
         path, settings = folder / "sharpness.csv", " ".join(f"{k}={v}" for k, v in asdict(measures).items())
@@ -129,7 +129,7 @@ class GroupSamples:
 
 
 def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Plot the slices of ``loss_slices.npz``: the groups' lines in one plot, and a plane for each.
+    """Plot the slices of ``loss_slices.npz``: the lines of all groups in one plot, and the plane of each group.
 
     Raises:
         ModuleNotFoundError: matplotlib, of the extra `sharpness`, is missing.
@@ -156,14 +156,14 @@ def plot_slices(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def _draw(loader: Any, groups: dict[str, Tensor], samples: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """In one pass, the samples of each group with the smallest random keys: all equally likely, in little memory."""
+    """The samples of each group with the smallest random keys, in one pass: a uniform draw in little memory."""
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, tuple[Tensor, ...]] = {}
     for inputs, targets in loader:
         keys = torch.rand(len(targets), generator=generator, dtype=torch.float64)
         for group, classes in groups.items():
-            rows = classes[targets]
-            new = (keys[rows], inputs[rows], targets[rows])
+            members = classes[targets]
+            new = (keys[members], inputs[members], targets[members])
             held = tuple(map(torch.cat, zip(kept[group], new, strict=True))) if group in kept else new
             if len(held[0]) > samples:
                 smallest = held[0].topk(samples, largest=False).indices.sort().values

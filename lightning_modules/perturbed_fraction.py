@@ -1,4 +1,4 @@
-"""How many weights a perturbation changes: in half precision a small one is lost in rounding."""
+"""How many weights a perturbation changes: in half precision rounding removes a small one."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from imbsam.gradients import local_shards
 
 
 class PerturbedFraction:
-    """The fraction of the weights (under FSDP2 of this rank's) that differ between the passes of one backward pass.
+    """The fraction of the weights (under FSDP2: of this rank's shard) that differ between the passes of one step.
 
     Args:
         module: the perturbed module.
@@ -23,11 +23,11 @@ class PerturbedFraction:
         """The largest fraction seen, in [0, 1]."""
 
     def watch(self, losses: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`losses`, with a look at the weights before every call."""
+        """`losses`, which compares the weights before every call."""
 
-        def watched(rows: Tensor) -> Tensor:
+        def watched(samples: Tensor) -> Tensor:
             moved = [(p != before).sum() for p, before in zip(self._params, self._before, strict=True)]
             self.fraction = torch.maximum(self.fraction, torch.stack(moved).sum() / self._total)
-            return losses(rows)
+            return losses(samples)
 
         return watched

@@ -1,74 +1,71 @@
 """The second stage of two-stage training: another classifier on the features of the first."""
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from imbsam import SettingError
+from imbsam.checks import check_choice, check_numbers
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name
 from lightning_modules.backbones.network import create_network
-from lightning_modules.backbones.weights import read_file
 from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.factories import restore
+from lightning_modules.weight_files import read_file
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
 
 TAUS = [tenth / 10 for tenth in range(21)]
 """The exponents that tau_norm tries, those of the published code."""
 
-_BACKBONE = ("backbone", "head")
-"""The settings that the first stage's checkpoint decides."""
-
 
 class SecondStageClassifier(LongTailedClassifier):
     r"""Classifier learning on a frozen (or fine-tuned) backbone from the checkpoint of a first stage.
 
-    Backbone and head are those of the checkpoint. What is trained, or changed, depends on the stage:
+    Backbone and head come from the checkpoint. What is trained, or changed, depends on the stage:
 
     * ``crt``, classifier re-training (Kang et al.): the classifier is re-initialised and trained, with
-      class-balanced sampling. Published for ImageNet-LT: 10 epochs, learning rate 0.2 at batch 512, momentum 0.9,
-      weight decay 5e-4, cosine.
+      class-balanced sampling. Published for ImageNet-LT: 10 epochs, learning rate 0.2 at batch size 512, momentum
+      0.9, weight decay 5e-4, cosine.
     * ``lws``, learnable weight scaling (Kang et al.): one factor f_c for each class on the frozen classifier,
       :math:`z_c = f_c (w_c^\top x + b_c)`, starting from 1, with class-balanced sampling. Published for ImageNet-LT:
       as crt, 5 epochs.
     * ``tau_norm``, tau-normalisation (Kang et al., equation 4): no training, :math:`w_c \leftarrow
       w_c / \|w_c\|^\tau`, without bias. `tau` is the given one, or the best of 0, 0.1, ..., 2 by ``val/all``. ``fit``
-      does it, keeps last.ckpt, and tests, as for the others.
-    * ``weight_balancing`` (Alshammari et al.): the first stage's classifier is trained on with the class-balanced loss
+      applies it, writes last.ckpt, and tests, as for the others.
+    * ``weight_balancing`` (Alshammari et al.): the first stage's classifier is fine-tuned with the class-balanced loss
       (:class:`~lightning_modules.callbacks.schedules.DeferredReweighting`), weight decay, and
       :class:`~lightning_modules.callbacks.max_norm.MaxNorm`. The first stage is plain
       cross-entropy with tuned weight decay. Published code for CIFAR-100-LT 100: both stages SGD 0.01, momentum 0.9,
       cosine to 0, batch 64; first stage 320 epochs, weight decay 5e-3; second stage weight and bias of the last
-      layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. Three things are other there: its loss
-      is a binary cross-entropy of the softmax outputs, and a mean over rows *and* classes, so about C times smaller
-      than a cross-entropy (divide the learning rate and multiply the weight decay by C = 100 for the like); it
-      projects once an epoch; BatchNorm's statistics keep changing.
+      layer, 10 epochs, weight decay 0.1, beta 0.9999, `max_norm_threshold` 0.1. The published code differs in three
+      ways: its loss is a binary cross-entropy of the softmax outputs, averaged over samples *and* classes, so about C
+      times smaller than a cross-entropy (to match it, divide the learning rate and multiply the weight decay by
+      C = 100); it projects once an epoch; BatchNorm's statistics keep changing.
 
-    The frozen backbone is in evaluation mode (BatchNorm's statistics stay) and gets no gradients, so the rows of a
-    batch do not see each other and the perturbation of ImbSAM and SAM is one of the trained part alone. A run that has
-    a checkpoint of its own no longer needs the first stage's.
+    The frozen backbone is in evaluation mode (BatchNorm's statistics stay) and gets no gradients, so the samples of a
+    batch do not see each other, and ImbSAM and SAM perturb only the trained part. A run that has a checkpoint of its
+    own no longer needs the first stage's.
 
     Args:
         checkpoint: the first stage's: a checkpoint of LongTailedClassifier, or of this class with crt or
             weight_balancing. Its class counts are compared with the data's.
         stage: crt, lws, tau_norm or weight_balancing.
-        freeze_backbone: train the classifier alone; false fine-tunes the backbone too.
+        freeze_backbone: train only the classifier; false fine-tunes the backbone too.
         tau: exponent of tau_norm; null chooses it on the validation set, never on the test set.
         max_norm_threshold: radius of weight_balancing's MaxNorm, from the shortest (0) to the longest (1) class weight
             of the first stage.
-        **settings: the settings of LongTailedClassifier but for backbone, head and backbone_weights.
+        **settings: the settings of LongTailedClassifier except backbone, head and backbone_weights.
 
     Raises:
-        SettingError: a setting cannot work, or the checkpoint does not fit the stage or the data.
+        SettingError: a setting cannot work, or the checkpoint does not suit the stage or the data.
 
     Source:
         Kang et al., *Decoupling Representation and Classifier for Long-Tailed Recognition*, ICLR 2020, arXiv
@@ -86,24 +83,23 @@ class SecondStageClassifier(LongTailedClassifier):
         max_norm_threshold: float = 0.1,
         **settings: Any,
     ) -> None:
-        # network and head follow from the checkpoint
+        # backbone and head follow from the checkpoint
         super().__init__(backbone=CifarResNet32, head=None, backbone_weights=None, **settings)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone_weights", "sam", "loss", *_BACKBONE])
-        for name in _BACKBONE:
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam", "loss"])
+        for name in ("backbone", "head", "backbone_weights"):
             self.hparams.pop(name, None)
-        if stage not in get_args(Stage):
-            raise SettingError(f"stage is {stage!r}: choose one of {', '.join(get_args(Stage))}")
-        if tau is not None and not tau >= 0:
-            raise SettingError(f"tau is {tau}: give a number from 0, or null to choose it on the validation set")
-        if tau is not None and stage != "tau_norm":
-            raise SettingError(f"tau is {tau} and stage is {stage}: tau is tau_norm's; leave it out")
+        check_choice(Stage, stage=stage)
+        if tau is not None:
+            check_numbers(hint="null chooses it on the validation set", tau=tau)
+            if stage != "tau_norm":
+                raise SettingError(f"tau is {tau} and stage is {stage}: tau belongs to tau_norm; leave it out")
         self._max_norm = MaxNorm(max_norm_threshold)
         self.architecture: dict[str, Any] | None = None
         self.tau_applied: float | None = None
 
-    def setup(self, stage: str) -> None:
-        """Learn the classes, and look whether the data suit the stage."""
-        super().setup(stage)
+    def learn_from_data(self, stage: str) -> None:
+        """Learn the classes, and check whether the data suit the stage."""
+        super().learn_from_data(stage)
         hp = self.settings
         if stage != "fit":
             return
@@ -112,7 +108,7 @@ class SecondStageClassifier(LongTailedClassifier):
                 f"stage is tau_norm, which does not train, on {self.trainer.world_size} devices: set "
                 "trainer.devices to 1"
             )
-        sampling = getattr(getattr(self.trainer, "datamodule", None), "sampling", "class_balanced")
+        sampling = getattr(self.data, "sampling", "class_balanced")
         if hp.stage in ("crt", "lws") and sampling != "class_balanced":
             rank_zero_warn(
                 f"stage is {hp.stage} and data.sampling is {sampling}: the paper's classifier is trained with "
@@ -120,38 +116,33 @@ class SecondStageClassifier(LongTailedClassifier):
             )
 
     def configure_model(self) -> None:
-        """Build the backbone: that of a checkpoint of our own, or else the first stage's, with its weights."""
-        self._learn_from_data()
+        """Build the backbone: that of our own checkpoint, or else the first stage's, with its weights."""
         if hasattr(self, "backbone") or self.class_counts is None:
-            super().configure_model()
             return
-        first = None
+        self._first_weights = None
         if self.architecture is None:
-            training = self._trainer is not None and self.trainer.state.fn == "fit"
-            if not self._sharded and not (training and Path(self.settings.checkpoint).exists()):
-                return  # a checkpoint of our own follows, or we say so in configure_optimizers
-            first = self._first_stage()
+            if not self.sharded and not (self.fitting and Path(self.settings.checkpoint).exists()):
+                return  # our own checkpoint is loaded later, or configure_optimizers raises
+            self._first_weights = self._read_first_stage()
         assert self.architecture is not None
-        self.backbone_factory, self.head_factory = (restore(self.architecture[name]) for name in _BACKBONE)
-        self._first_weights = first
+        self.backbone_factory = restore(self.architecture["backbone"])
+        self.head_factory = restore(self.architecture["head"])
         super().configure_model()
         del self._first_weights
 
     def configure_callbacks(self) -> list[Callback]:
-        """MaxNorm, where the stage has it."""
-        others = [*super().configure_callbacks()]
-        return (
-            [*others, self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else others
-        )
+        """MaxNorm for weight_balancing."""
+        own = [self._max_norm] if self.settings.stage == "weight_balancing" and self.trainer.training else []
+        return [*super().configure_callbacks(), *own]
 
     def configure_optimizers(self) -> Any:
-        """Refuse a training whose first stage is nowhere, else as ever."""
+        """Refuse to train without the first stage."""
         if not hasattr(self, "backbone"):
             raise SettingError(f"checkpoint is {self.settings.checkpoint}: no such file; name the first stage's")
         return super().configure_optimizers()
 
     def train(self, mode: bool = True) -> "SecondStageClassifier":
-        """Train, but for a frozen backbone."""
+        """Training mode, except for a frozen backbone."""
         super().train(mode)
         if mode and hasattr(self, "backbone") and self._frozen:
             self.backbone.eval()
@@ -159,7 +150,7 @@ class SecondStageClassifier(LongTailedClassifier):
         return self
 
     def on_train_start(self) -> None:
-        """Freeze BatchNorm's statistics; tau_norm does all that it does here."""
+        """Freeze BatchNorm's statistics; all of tau_norm happens here."""
         super().on_train_start()
         self.train()
         if self.settings.stage == "tau_norm":
@@ -168,22 +159,18 @@ class SecondStageClassifier(LongTailedClassifier):
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the first stage's checkpoint said."""
+        """Save what the first stage's checkpoint said."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["architecture"], checkpoint["tau"] = self.architecture, self.tau_applied
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build what this checkpoint is of, without the first stage's."""
+        """Build the checkpoint's network, without the first stage's checkpoint."""
         if "architecture" not in checkpoint:
             raise SettingError(
                 "ckpt_path is a checkpoint of a first stage: name it with model.checkpoint, without ckpt_path"
             )
         self.architecture, self.tau_applied = checkpoint["architecture"], checkpoint["tau"]
         super().on_load_checkpoint(checkpoint)
-
-    @property
-    def _sharded(self) -> bool:
-        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def _frozen(self) -> bool:
@@ -193,29 +180,27 @@ class SecondStageClassifier(LongTailedClassifier):
     def _head(self) -> nn.Module:
         return self.backbone.get_submodule(self._head_name)
 
-    def _first_stage(self) -> dict[str, Tensor]:
-        """Read the first stage's checkpoint: learn the architecture, return the backbone's weights."""
+    def _read_first_stage(self) -> dict[str, Tensor]:
+        """Read the first stage's checkpoint: set the architecture, return the backbone's weights."""
         path = self.settings.checkpoint
-        found = read_file(path, "checkpoint")
-        if not isinstance(found, dict) or not {"class_counts", "class_names", "hyper_parameters"} <= found.keys():
+        first = read_file(path, "checkpoint")
+        if not isinstance(first, dict) or not {"class_counts", "class_names", "hyper_parameters"} <= first.keys():
             raise SettingError(f"checkpoint is {path}: it is not one of LongTailedClassifier; name a run's last.ckpt")
-        settings = found.get("architecture") or found["hyper_parameters"]
+        settings = first.get("architecture") or first["hyper_parameters"]
         if settings.get("stage") in ("lws", "tau_norm"):
             raise SettingError(
-                f"checkpoint is {path}: it is of stage {settings['stage']}, whose classifier is changed for good; name "
-                "the first stage's"
+                f"checkpoint is {path}: it is of stage {settings['stage']}, whose classifier is not a plain one any "
+                "more; name the first stage's"
             )
         assert self.class_counts is not None
-        data = getattr(self._trainer, "datamodule", None)
-        check_class_names(found["class_names"], data, f"the first stage ({path})")
-        if not torch.equal(found["class_counts"], self.class_counts):
+        check_class_names(first["class_names"], self.data, f"the first stage ({path})")
+        if not torch.equal(first["class_counts"], self.class_counts):
             rank_zero_warn(
                 "the data's class_counts are not those of the first stage (another seed, ratio or val_share?): it may "
                 "have been trained on what is now the validation set"
             )
-        self.architecture = {name: settings.get(name) for name in _BACKBONE}
-        self.architecture["stage"] = self.settings.stage
-        state: dict[str, Tensor] = found["state_dict"]
+        self.architecture = {name: settings[name] for name in ("backbone", "head")} | {"stage": self.settings.stage}
+        state: dict[str, Tensor] = first["state_dict"]
         return {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
@@ -250,7 +235,7 @@ class SecondStageClassifier(LongTailedClassifier):
             logger.log_metrics({"tau": self.tau_applied}, step=0)
 
     def _choose_tau(self) -> float:
-        """The best tau by val/all; of equals the smallest."""
+        """The tau with the best val/all, the smallest in a tie."""
         loaders = self.trainer.val_dataloaders
         if not loaders:
             raise SettingError("tau is null and there is no validation set to choose it on: set tau or data.val_share")
@@ -268,17 +253,17 @@ class SecondStageClassifier(LongTailedClassifier):
                 accuracy.update(logits / norms**tau, targets)
         self.trainer.training = True
         self.train()
-        found = [float(accuracy.compute()["all"]) for accuracy in accuracies]
-        best = found.index(max(found))
+        shares = [float(accuracy.compute()["all"]) for accuracy in accuracies]
+        best = shares.index(max(shares))
         rank_zero_info(
-            f"tau_norm: tau {TAUS[best]:.1f} is best on the validation set: val/all {100 * found[best]:.1f} % "
-            f"({100 * found[0]:.1f} % at tau 0)"
+            f"tau_norm: tau {TAUS[best]:.1f} is best on the validation set: val/all {100 * shares[best]:.1f} % "
+            f"({100 * shares[0]:.1f} % at tau 0)"
         )
         return TAUS[best]
 
 
 class ScaledClassifier(nn.Module):
-    """A frozen classifier and a trained factor for each class (Kang et al., ICLR 2020, section 4.3).
+    """A frozen classifier with a learnable scale for each class (Kang et al., ICLR 2020, section 4.3).
 
     Args:
         classifier: a layer to C logits, with ``out_features``.

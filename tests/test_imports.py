@@ -25,8 +25,8 @@ ALSO_ALLOWED = {
 FOLDERS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
 """The folders of datamodules/: each may import those before it."""
 LIGHTNING_FOLDERS = {
-    "resuming": {"resuming"},
-    "backbones": {"backbones"},
+    "resuming": {"resuming", "weight_files"},
+    "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
     "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
 }

@@ -33,6 +33,7 @@ def test_sweep_chooses_on_a_validation_split(path):
     assert f"{runs} runs" in path.read_text().splitlines()[0]
 
 
+@pytest.mark.processes
 def test_the_command_of_the_agent_trains(tmp_path, read_wandb):
     """The agent's own code builds the command and starts it; there is no server, so it stays offline."""
     from wandb.wandb_agent import Agent

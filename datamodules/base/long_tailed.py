@@ -100,6 +100,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         self.cutmix = cutmix
         self.seed = seed
         self._train_labels: Tensor
+        self._largest: int
+        self._rank_of_class: Tensor
         self._train: Dataset[Any] | None = None
         self._val: Dataset[Any] | None = None
         self._test: Dataset[Any] | None = None
@@ -146,17 +148,36 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         generator = torch.Generator().manual_seed(self.seed)
         kept = torch.arange(len(labels))
         if self.profile != "none":
-            largest = int(torch.bincount(labels, minlength=num_classes).min())
-            counts = torch.tensor(imbalanced_class_counts(largest, num_classes, self.ratio, self.profile))
+            self._largest = int(torch.bincount(labels, minlength=num_classes).min())
+            self._rank_of_class = torch.arange(num_classes)
             if self.shuffle_classes:
-                counts = counts[torch.randperm(num_classes, generator=generator)]
-            kept = subsample(labels, counts, generator)
+                self._rank_of_class = torch.randperm(num_classes, generator=generator)
+            kept = subsample(labels, self.counts_of_ratio(self.ratio), generator)
         self.kept_samples = kept
         held_out = held_out_mask(labels[kept], self.class_names, generator, val_share=self.val_share)
         self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out], training=False)
         self._train = self.select(train, kept[~held_out], training=True)
         self._train_labels = labels[kept[~held_out]]
         self.class_counts = torch.bincount(self._train_labels, minlength=num_classes)
+
+    def counts_of_ratio(self, ratio: float) -> Tensor:
+        """The class counts that another imbalance ratio would give, before a validation split; after ``setup``.
+
+        Args:
+            ratio: Largest class / smallest class, at least 1.
+
+        Returns:
+            int64 tensor of shape (C,); with ``ratio`` itself those of :attr:`kept_samples`.
+
+        Raises:
+            SettingError: The data set is not cut down to a ratio, or the ratio leaves a class without a sample.
+        """
+        if self.profile == "none":
+            raise SettingError(
+                f"{type(self).__name__} keeps every training sample (profile is none) and so has no ratio: leave it out"
+            )
+        counts = imbalanced_class_counts(self._largest, len(self._rank_of_class), ratio, self.profile)
+        return torch.tensor(counts)[self._rank_of_class]
 
     @property
     def only_predicts(self) -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class Group:
 
     Attributes:
         name: their folder's name, with the settings in which groups of one folder differ.
-        runs: at least one.
+        runs: at least one, but for :func:`without_other_data`.
     """
 
     name: str
@@ -51,8 +51,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def columns(groups: Sequence[Group]) -> dict[str, str]:
     """The table's columns, logged quantity to heading; the optional ones where some run has them."""
-    task, logged = groups[0].task, {column for group in groups for run in group.runs for column in run.final}
-    return {name: title for name, title in task.columns.items() if name not in task.optional or name in logged}
+    task = groups[0].task
+    optional = logged(groups, task.optional)
+    return {name: title for name, title in task.columns.items() if name not in task.optional or name in optional}
+
+
+def logged(groups: Sequence[Group], names: Mapping[str, str]) -> dict[str, str]:
+    """Those of some quantities, with their headings, that a run has logged."""
+    found = {name for group in groups for run in group.runs for name in run.final}
+    return {name: title for name, title in names.items() if name in found}
 
 
 def baseline_first(groups: Sequence[Group], name: str | None = None) -> list[Group]:
@@ -94,6 +101,11 @@ def data_difference(group: Group, baseline: Group) -> str:
             return "other classes"
         return f"{run.test_samples:,} test samples, not {first.test_samples:,}, or other numbers of some classes"
     return ""
+
+
+def without_other_data(groups: Sequence[Group]) -> list[Group]:
+    """The groups, without the runs of those whose data are not the first's; all stay, so that each keeps its colour."""
+    return [Group(group.name, [] if data_difference(group, groups[0]) else group.runs) for group in groups]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

@@ -14,6 +14,7 @@ from imbsam.report.comparison import (
     data_difference,
     difference,
     differing_settings,
+    logged,
     mean_and_deviation,
 )
 from imbsam.report.style import colour
@@ -47,13 +48,18 @@ def number(value: float, error: float | None, digits: int, sign: str = "") -> st
 
 
 def tables(groups: Sequence[Group]) -> list[list[list[str]]]:
-    """The table of the groups, and that of their differences to the first one: rows of cells, the heading first."""
-    first, shown = groups[0], columns(groups)
+    """Rows of cells, the heading first: results, their differences to the first group, the measures of all classes."""
+    first, shown, measures = groups[0], columns(groups), logged(groups, groups[0].task.measures)
     runs = {group.name: f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups}
-    means = [["run", *shown.values()], *([g.name + runs[g.name], *table_cells(g, shown)] for g in groups)]
+    found = [[["run", *shown.values()], *([g.name + runs[g.name], *table_cells(g, shown)] for g in groups)]]
     compared = [group for group in groups[1:] if not data_difference(group, first)]
-    differences = [[group.name, *difference_cells(group, first, shown)] for group in compared]
-    return [means, [[f"difference to {first.name}", *shown.values()], *differences]] if differences else [means]
+    if compared:
+        differences = [[group.name, *difference_cells(group, first, shown)] for group in compared]
+        found.append([[f"difference to {first.name}", *shown.values()], *differences])
+    if measures:
+        rows = [[group.name, *table_cells(group, measures)] for group in groups]
+        found.append([["all classes, in %", *measures.values()], *rows])
+    return found
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
@@ -83,12 +89,11 @@ def print_tables(groups: Sequence[Group]) -> None:
     from rich.text import Text
 
     console = Console()
-    (_, *means), *rest = tables(groups)
-    titled = {f"{groups[0].task.title}, end of training": means, **{head[0]: rows for head, *rows in rest}}
-    for title, rows in titled.items():
+    for i, (head, *rows) in enumerate(tables(groups)):
+        title = head[0] if i else f"{groups[0].task.title}, end of training"
         table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         table.add_column("run", overflow="fold")
-        for name in columns(groups).values():
+        for name in head[1:]:
             table.add_column(name, justify="right", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
@@ -102,7 +107,8 @@ def comma_separated(groups: Sequence[Group]) -> str:
     settings = differing_settings([run for group in groups for run in group.runs])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    shown = columns(groups)
+    task = groups[0].task
+    shown = columns(groups) | logged(groups, {**task.measures, **task.details, **task.distributions})
     writer.writerow(["group", "folder", *shown, *settings])
     for group in groups:
         for run in group.runs:

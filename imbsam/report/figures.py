@@ -57,35 +57,35 @@ def class_figure(groups: Sequence[Group]) -> Figure | None:
     traces = []
     for i, (group, entries) in enumerate(zip(groups, classes, strict=True)):
         if entries:
-            values = [100 * entry.accuracy for entry in entries]
-            hover = f"%{{text}}<br>{_text(group.name)}: %{{y:.1f}} %<extra></extra>"
-            names = [_class_text(entry) for entry in entries]
+            places, values = range(len(entries)), [100 * entry.accuracy for entry in entries]
+            hover = f"%{{text}}<br>{plain_text(group.name)}: %{{y:.1f}} %<extra></extra>"
+            names = [class_text(entry) for entry in entries]
             mode, marker = ("lines+markers", {"size": 8}) if few else ("markers", {"size": 5, "opacity": 0.6})
-            traces.append(_trace(i, group, range(len(entries)), values, mode, marker, text=names, hovertemplate=hover))
+            traces.append(make_trace(i, group, places, values, mode, marker, text=names, hovertemplate=hover))
             if not few:
                 half = max(len(entries) // 40, 1)
                 means = [statistics.fmean(values[max(j - half, 0) : j + half + 1]) for j in range(len(entries))]
-                traces.append(_trace(i, group, range(len(entries)), means, hoverinfo="skip"))
+                traces.append(make_trace(i, group, places, means, hoverinfo="skip"))
     if len(longest) * len(groups) > MANY_POINTS:
         traces = [{**trace, "type": "scattergl"} for trace in traces]
     ticks = range(0, len(longest), 1 if len(longest) <= NAMED else -(-len(longest) // 10))
     labels, named = axis_labels([longest[t] for t in ticks])
-    places = [(name, [i for i, _ in members]) for name, members in groupby(enumerate(longest), lambda e: e[1].group)]
+    spans = [(name, [i for i, _ in members]) for name, members in groupby(enumerate(longest), lambda e: e[1].group)]
     layout = {
         "xaxis": {
             "title": {"text": "class (training samples)" if named else "training samples of the class"},
             "tickvals": list(ticks),
-            "ticktext": [_text(label) for label in labels],
+            "ticktext": [plain_text(label) for label in labels],
             **({"tickangle": -40} if named else {}),
             "range": [-0.5, len(longest) - 0.5],
         },
         "yaxis": {"title": {"text": "test accuracy in %"}, "range": PERCENT},
         "shapes": [
-            {**LINE, "x0": i[-1] + 0.5, "x1": i[-1] + 0.5, "y0": 0, "y1": 1, "yref": "paper"} for _, i in places[:-1]
+            {**LINE, "x0": i[-1] + 0.5, "x1": i[-1] + 0.5, "y0": 0, "y1": 1, "yref": "paper"} for _, i in spans[:-1]
         ],
         "annotations": [
             {"text": name, "x": (i[0] + i[-1]) / 2, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-            for name, i in places
+            for name, i in spans
         ],
     }
     return Figure("", traces, layout, height=400)
@@ -150,7 +150,7 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
                 sizes = [4 + 8 * math.sqrt(n / max(samples)) for n in samples]
                 numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
                 traces.append(
-                    _trace(
+                    make_trace(
                         i,
                         group,
                         [100 * c for c in confidence],
@@ -158,7 +158,7 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
                         "lines+markers",
                         {"size": sizes, "line": {"width": 0}},
                         text=list(map(str, samples)),
-                        hovertemplate=f"{_text(group.name)}<br>{numbers}",
+                        hovertemplate=f"{plain_text(group.name)}<br>{numbers}",
                     )
                 )
         if traces:
@@ -171,9 +171,10 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
     return figures
 
 
-def _class_text(entry: ClassAccuracy) -> str:
+def class_text(entry: ClassAccuracy) -> str:
+    """Name, training samples and group of a class, or of the classes of a rank, for plotly."""
     classes = "class" if len(entry.names) == 1 else "classes"
-    return f"{classes} {_text(first_few(entry.names))}: {entry.count} training samples ({entry.group})"
+    return f"{classes} {plain_text(first_few(entry.names))}: {entry.count} training samples ({entry.group})"
 
 
 def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]]) -> list[Trace]:
@@ -181,16 +182,16 @@ def _lines(i: int, group: Group, curves: Sequence[Sequence[tuple[int, float]]]) 
     traces = []
     for curve in curves if len(curves) > 1 else []:
         epochs, values = zip(*curve, strict=True)
-        traces.append(_trace(i, group, epochs, values, width=1, opacity=0.35, hoverinfo="skip"))
+        traces.append(make_trace(i, group, epochs, values, width=1, opacity=0.35, hoverinfo="skip"))
     by_epoch: dict[int, list[float]] = defaultdict(list)
     for curve in curves:
         for epoch, value in curve:
             by_epoch[epoch].append(value)
     if by_epoch:
         means = [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
-        hover = f"{_text(group.name)}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>"
+        hover = f"{plain_text(group.name)}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>"
         mode = "lines" if len(by_epoch) > 1 else "markers"
-        traces.append(_trace(i, group, sorted(by_epoch), means, mode, hovertemplate=hover))
+        traces.append(make_trace(i, group, sorted(by_epoch), means, mode, hovertemplate=hover))
     return traces
 
 
@@ -214,7 +215,7 @@ def _values(traces: Sequence[Trace], log: bool = False) -> dict[str, Any]:
 
 
 def _confusion(group: Group, confusion: TailConfusion) -> Figure:
-    columns = [_text(label) for label in confusion.labels] + ["other tail classes", "head classes"]
+    columns = [plain_text(label) for label in confusion.labels] + ["other tail classes", "head classes"]
     keep = [j for j in range(len(columns)) if j != len(columns) - 2 or confusion.left_out]
     shares = [[100 * n / max(sum(row), 1) for n in row] for row in confusion.cells]
     small = len(columns) <= 12
@@ -238,7 +239,7 @@ def _confusion(group: Group, confusion: TailConfusion) -> Figure:
     return Figure("", [trace], layout, option=group.name, height=height)
 
 
-def _trace(
+def make_trace(
     i: int,
     group: Group,
     x: Iterable[float],
@@ -248,9 +249,10 @@ def _trace(
     width: int = 2,
     **more: Any,
 ) -> Trace:
+    """A plotly trace of the i-th group of runs, in its colour, dashes and symbol, which `marker` and `more` add to."""
     return {
         "type": "scatter",
-        "name": _text(group.name),
+        "name": plain_text(group.name),
         "meta": i,
         "x": list(x),
         "y": [_number(value) for value in y],
@@ -266,6 +268,6 @@ def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
     """Plotly reads some HTML in its texts."""
     return escape(text, quote=False).replace("%{", "%&#123;")

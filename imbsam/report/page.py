@@ -2,10 +2,9 @@
 
 import base64
 import gzip
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -20,8 +19,10 @@ from imbsam.report.comparison import (
     data_difference,
     difference,
     differing_settings,
+    logged,
     mean_and_deviation,
     paired,
+    without_other_data,
 )
 from imbsam.report.exports import difference_cells, notes, number, table_cells
 from imbsam.report.figures import (
@@ -31,6 +32,13 @@ from imbsam.report.figures import (
     confusion_figures,
     curve_figures,
     sharpness_figures,
+)
+from imbsam.report.html import as_json, count, plots, section, table
+from imbsam.report.measure_figures import (
+    before_and_after,
+    distribution_figure,
+    frontier,
+    trade_figure,
 )
 from imbsam.report.style import SYMBOLS, colour, symbol
 from imbsam.report.task import CLASSIFIER, DETECTOR
@@ -49,18 +57,23 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
     from plotly.offline import get_plotlyjs
 
     figures: dict[str, Figure] = {}
+    compared = without_other_data(groups)
     seeds = "Thin lines are runs, thick ones their mean." if any(len(group.runs) > 1 for group in groups) else ""
     body = [
-        f"<h1>{_count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
+        f"<h1>{count(sum(len(group.runs) for group in groups), 'run')}, {escape(_names(groups))}</h1>",
         f"<p>{escape(summary(groups))}</p>",
         *(f'<p class="quiet">{escape(line)}</p>' for line in facts(groups)),
         _skipped(skipped),
         _legend(groups),
         "<main>",
         _results(groups),
+        _measures(groups),
         _runs(groups),
+        _trade(compared, figures),
         _classes(groups, figures),
-        _plots("Learning curves", seeds, curve_figures(groups), figures),
+        _before_and_after(compared, figures),
+        _distributions(compared, figures),
+        plots("Learning curves", seeds, curve_figures(groups), figures),
         _sharpness(groups, figures),
         _confusion(groups, figures),
         _calibration(groups, figures),
@@ -79,7 +92,7 @@ def page(groups: Sequence[Group], skipped: dict[Path, str]) -> str:
             f"<style>\n{(here / 'page.css').read_text()}</style>\n</head>\n<body>",
             *(part for part in body if part),
             "<noscript><p>The figures need JavaScript; the tables are complete.</p></noscript>",
-            f'<script type="application/json" id="figures">{_json(figures)}</script>',
+            f'<script type="application/json" id="figures">{as_json(figures)}</script>',
             f'<script type="text/plain" id="plotly">{plotly}</script>',
             f"<script>\n{(here / 'page.js').read_text()}</script>\n</body>\n</html>\n",
         ]
@@ -118,7 +131,9 @@ def facts(groups: Sequence[Group]) -> list[str]:
     lines.append(f"Data: {', '.join(filter(None, parts))}.")
     many, few = (run.settings.get(key) for key in ("many", "few"))
     if many is not None and few is not None and run.classes:
-        lines.append(f"Class groups: many (more than {many} training samples), medium, few (fewer than {few}).")
+        ratio = run.settings.get("groups_of_ratio")
+        at = "" if ratio is None else f" at ratio {_plain(ratio)}"
+        lines.append(f"Class groups: many (more than {many} training samples{at}), medium, few (fewer than {few}).")
     return [*lines, *notes(groups)]
 
 
@@ -141,7 +156,7 @@ def _runs(groups: Sequence[Group]) -> str:
         rows.append([group.name, run.method.name, _plain(run.method.rho), eta, seeds or "–", epochs, date, folders])
     head = ["run", "method", "rho", "eta", "seeds", "epochs", "date", "folder"]
     tail = "labelled anomalies" if groups[0].task is DETECTOR else "classes with fewer than eta training samples"
-    return _section("Runs", f"The tail: {tail}.", _table(head, rows, "words"))
+    return section("Runs", f"The tail: {tail}.", table(head, rows, "words"))
 
 
 def _plain(value: Any) -> str:
@@ -154,17 +169,7 @@ def _distinct(values: Iterable[Any]) -> str:
 
 
 def _results(groups: Sequence[Group]) -> str:
-    first, shown = groups[0], columns(groups)
-    compared = [group for group in groups[1:] if not data_difference(group, first)]
-    rows = []
-    for group in groups:
-        cells, name = table_cells(group, shown), f"{group.name}\n{_count(len(group.runs), 'run')}"
-        if group in compared:
-            gaps = difference_cells(group, first, shown)
-            cells = [f"{cell}\n{gap}" for cell, gap in zip(cells, gaps, strict=True)]
-        elif len(groups) > 1:
-            name += ", baseline" if group is first else ", other data"
-        rows.append([name, *cells])
+    first, compared = groups[0], [group for group in groups[1:] if not data_difference(group, groups[0])]
     note = f"{first.task.title[0].upper()}{first.task.title[1:]} at the end of training"
     note += "; a group's accuracy is the mean over its classes." if first.task is CLASSIFIER else "."
     if any(len(group.runs) > 1 for group in groups):
@@ -175,7 +180,63 @@ def _results(groups: Sequence[Group]) -> str:
             by_seed = all(paired(group, first) for group in compared)
             note += " ± its standard error" + (", compared seed by seed" if by_seed else "")
         note += "."
-    return _section("Results", note, _table(["run", *shown.values()], rows))
+    return section("Results", note, _compared_table(groups, columns(groups)))
+
+
+def _compared_table(groups: Sequence[Group], shown: Mapping[str, str]) -> str:
+    """Logged quantities of every group, and below each its difference to the first group's."""
+    first, rows = groups[0], []
+    for group in groups:
+        cells, name = table_cells(group, shown), f"{group.name}\n{count(len(group.runs), 'run')}"
+        if group is not first and not data_difference(group, first):
+            gaps = difference_cells(group, first, shown)
+            cells = [f"{cell}\n{gap}" for cell, gap in zip(cells, gaps, strict=True)]
+        elif len(groups) > 1:
+            name += ", baseline" if group is first else ", other data"
+        rows.append([name, *cells])
+    return table(["run", *shown.values()], rows)
+
+
+def _measures(groups: Sequence[Group]) -> str:
+    shown = logged(groups, {**groups[0].task.measures, **groups[0].task.details})
+    note = "In %. A recall of 0 makes both means 0; of the calibration error less is better."
+    return section("Measures over all classes", note, _compared_table(groups, shown)) if shown else ""
+
+
+def _trade(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    figure = trade_figure(groups)
+    if figure is None:
+        return ""
+    best = {run.folder for run in frontier([run for group in groups for run in group.runs])}
+    on_it = {group.name: sum(run.folder in best for run in group.runs) for group in groups}
+    names = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in on_it.items() if n)
+    note = f"A point for each run. Dotted: the frontier, of the runs that none beats on both: {names}."
+    return plots("Many against few", note, [figure], figures)
+
+
+def _before_and_after(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    shown = before_and_after(same_classes(groups)[0])
+    note = (
+        f"A point for each class: its recall with {groups[0].name} and with another run. Above the diagonal it is "
+        "better than before. ● many, ■ medium, ▲ few."
+    )
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Several runs are averaged rank by rank, as above."
+    return plots("Recall of each class, before and after", note, shown, figures)
+
+
+def _distributions(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
+    figure = distribution_figure(groups)
+    if figure is None:
+        return ""
+    note = (
+        "Accuracy on long-tailed test sets of these imbalance ratios: forward as in training, backward with the rarest "
+        "class of the training the most frequent. Computed exactly from the classes' recalls, without resampling."
+    )
+    distributions = groups[0].task.distributions
+    rows = [[group.name, *table_cells(group, distributions)] for group in groups if group.runs]
+    below = table(["run", *distributions.values()], rows)
+    return plots("Other test distributions", note, [figure], figures, below)
 
 
 def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
@@ -186,27 +247,27 @@ def _classes(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     groups, others = same_classes(groups)
     figure = class_figure(groups)
     if figure is None:
-        return _section("Accuracy per class", missing)
+        return section("Accuracy per class", missing)
     note = "From the class with the most training samples to that with the fewest. Hover over a point for its name."
     if any(len(group.runs) > 1 for group in groups):
         note += " Several runs are averaged rank by rank in this order."
     if others:
         note += f" Not shown, since the classes differ: {', '.join(others)}."
-    return _plots("Accuracy per class", f"{note} {missing}", [figure], figures)
+    return plots("Accuracy per class", f"{note} {missing}", [figure], figures)
 
 
 def _sharpness(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     note = "Measured by GroupSharpness or imbsam sharpness."
     measured = sharpness_figures(groups)
     if not measured or any(len(set(trace["x"])) > 1 for figure in measured for trace in figure.data):
-        return _plots("Sharpness", note, measured, figures)
+        return plots("Sharpness", note, measured, figures)
     # measured once: a table of the groups' means is clearer than dots
     rows = []
     for figure in measured:
         by_group = {trace["meta"]: trace["y"][0] for trace in figure.data}  # the mean comes last
         values = [by_group.get(i) for i in range(len(groups))]
         rows.append([figure.title, *("–" if value is None else f"{value:.3g}" for value in values)])
-    return _section("Sharpness", note, _table(["measure, classes", *(group.name for group in groups)], rows))
+    return section("Sharpness", note, table(["measure, classes", *(group.name for group in groups)], rows))
 
 
 def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
@@ -214,23 +275,23 @@ def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     note = "How the test samples of each tail class (training samples in brackets) were classified, in %."
     if left_out:
         note += f" The {left_out} tail classes with the fewest errors are not shown."
-    return _plots("Confusion among the tail classes", note, shown, figures)
+    return plots("Confusion among the tail classes", note, shown, figures)
 
 
 def _calibration(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
     rows = [[g.name, *table_cells(g, [f"test/ece_{name}" for name in GROUPS])] for g in groups]
     note = "Confidence is the probability of the predicted class; below the diagonal a model is overconfident."
-    table = "<h3>expected calibration error, in percentage points</h3>" + _table(["run", *GROUPS], rows)
-    return _plots("Calibration", note, calibration_figures(groups), figures, table)
+    errors = "<h3>expected calibration error, in percentage points</h3>" + table(["run", *GROUPS], rows)
+    return plots("Calibration", note, calibration_figures(groups), figures, errors)
 
 
 def _settings(groups: Sequence[Group]) -> str:
     runs = [group.runs[0] for group in groups]
     keys = differing_settings(runs)
     if not keys:
-        return _section("Settings that differ", "None." if len(groups) > 1 else "There is one group of settings.")
+        return section("Settings that differ", "None." if len(groups) > 1 else "There is one group of settings.")
     rows = [[key, *(str(run.settings.get(key, "–")) for run in runs)] for key in keys]
-    return _section("Settings that differ", "", _table(["setting", *(g.name for g in groups)], rows, "words"))
+    return section("Settings that differ", "", table(["setting", *(g.name for g in groups)], rows, "words"))
 
 
 def _cost(groups: Sequence[Group]) -> str:
@@ -249,29 +310,11 @@ def _cost(groups: Sequence[Group]) -> str:
         rows.append([group.name, *cells])
     head = ["run", "seconds per epoch", "total minutes", "tail samples per step", "device", "processes"]
     note = "The median epoch with its validation; tail samples in a step's batch, where they were logged."
-    return _section("Cost", note, _table(head, rows))
+    return section("Cost", note, table(head, rows))
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
     return number(*mean_and_deviation(values), digits=digits) if values else "–"
-
-
-def _plots(title: str, note: str, shown: Sequence[Figure], figures: dict[str, Figure], table: str = "") -> str:
-    """A section of figures, empty without any; those with an option share one place, and a list chooses among them."""
-    if not shown:
-        return ""
-    places: list[str] = []
-    options: list[str] = []
-    for figure in shown:
-        key = f"figure{len(figures)}"
-        figures[key] = figure
-        heading = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
-        hidden = " hidden" if figure.option and options else ""
-        places.append(f'<div{hidden}>{heading}<div class="plot" id="{key}"></div></div>')
-        if figure.option:
-            options.append(f'<option value="{key}">{escape(figure.option)}</option>')
-    choice = f'<p><select aria-label="run">{"".join(options)}</select></p>' if len(options) > 1 else ""
-    return _section(title, note, f'{choice}<div class="figures">{"".join(places)}</div>{table}')
 
 
 def _legend(groups: Sequence[Group]) -> str:
@@ -288,40 +331,9 @@ def _skipped(skipped: dict[Path, str]) -> str:
     if not skipped:
         return ""
     items = "".join(f"<li>{escape(str(folder))}: {escape(reason)}</li>" for folder, reason in skipped.items())
-    return f"<details><summary>{_count(len(skipped), 'folder')} skipped</summary><ul>{items}</ul></details>"
-
-
-def _section(title: str, note: str, content: str = "") -> str:
-    paragraph = f'<p class="quiet">{escape(note.strip())}</p>' if note.strip() else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{paragraph}{content}\n</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """A table; what follows a line break in a cell is small."""
-
-    def cell(tag: str, content: str) -> str:
-        text, _, below = escape(content).partition("\n")
-        return f"<{tag}>{text}{f'<small>{below}</small>' if below else ''}</{tag}>"
-
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = [f"<tr>{cell('th', row[0])}{''.join(cell('td', c) for c in row[1:])}</tr>" for row in rows]
-    return (
-        '<p class="swipe quiet" hidden>Wider than the screen: scroll sideways →</p>'
-        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
-        f"<tbody>\n{chr(10).join(body)}\n</tbody></table></div>"
-    )
+    return f"<details><summary>{count(len(skipped), 'folder')} skipped</summary><ul>{items}</ul></details>"
 
 
 def _names(groups: Sequence[Group]) -> str:
     names = [group.name for group in groups]
-    return ", ".join(names) if len(names) <= 3 else f"{_count(len(names), 'group')} of settings"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _json(value: Any) -> str:
-    """JSON that ends no script element: HTML's marks as escapes, which mean the same in JSON."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=vars)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return ", ".join(names) if len(names) <= 3 else f"{count(len(names), 'group')} of settings"

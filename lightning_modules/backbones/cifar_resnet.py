@@ -1,5 +1,7 @@
 """ResNets for images of 32 x 32 pixels."""
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,20 +55,22 @@ class CifarResNet(nn.Module):
     r"""ResNet of basic blocks with a 3 x 3 stem and no max-pooling.
 
     The stages have ``width``, 2 ``width``, 4 ``width``, ... channels; every stage but the first halves the
-    image. The classifier is ``fc``.
+    image. The classifier is ``fc``. A subclass sets the attributes.
 
     Args:
-        blocks: number of blocks of each stage.
         num_classes: number of logits.
-        width: channels of the first stage.
+        width: channels of the first stage; fewer than the paper's are quicker on a CPU.
         norm: "batch" or "group".
         in_channels: channels of the image.
+        stem_stride: 1 in the paper; 2 halves the image first, for a quarter of the cost.
+
+    Attributes:
+        blocks: number of blocks of each stage.
         projection: whether the shortcut into a wider stage is a 1 x 1 convolution with normalisation
             (option B of He et al.) or parameter-free (option A).
-        stem_stride: 2 halves the image first, for a quarter of the cost.
 
     Raises:
-        SettingError: if a number is not a positive integer, or ``norm`` is unknown.
+        SettingError: a number is not a positive integer, or ``norm`` is unknown.
 
     Shapes:
         * images: floating (N, in_channels, H, W); H and W of any size, 32 in the paper.
@@ -76,31 +80,25 @@ class CifarResNet(nn.Module):
         He et al., *Deep Residual Learning for Image Recognition*, CVPR 2016, arXiv 1512.03385, section 4.2.
     """
 
+    blocks: ClassVar[tuple[int, ...]]
+    projection: ClassVar[bool] = False
+
     def __init__(
-        self,
-        blocks: tuple[int, ...],
-        num_classes: int,
-        width: int,
-        norm: str = "batch",
-        in_channels: int = 3,
-        projection: bool = False,
-        stem_stride: int = 1,
+        self, num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
     ) -> None:
         super().__init__()
         check_whole_numbers(num_classes=num_classes, width=width, in_channels=in_channels, stem_stride=stem_stride)
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
         self.norm1 = norm_layer(norm, width)
-        stages: list[nn.Module] = []
+        self.stages = nn.Sequential()
         channels_in = width
-        for stage, number in enumerate(blocks):
-            channels = width * 2**stage
-            layers: list[nn.Module] = []
+        for stage, number in enumerate(self.blocks):
+            channels, layers = width * 2**stage, nn.Sequential()
             for block in range(number):
                 stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(BasicBlock(channels_in, channels, stride, norm, projection))
+                layers.append(BasicBlock(channels_in, channels, stride, norm, self.projection))
                 channels_in = channels
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
+            self.stages.append(layers)
         self.fc = nn.Linear(channels_in, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -116,15 +114,7 @@ class CifarResNet(nn.Module):
 class CifarResNet20(CifarResNet):
     """ResNet-20 for CIFAR (6n + 2 layers, n = 3): 0.27 million parameters at 10 classes.
 
-    Args:
-        num_classes: number of logits.
-        width: channels of the first of three stages; the paper's is 16, fewer are quicker on a CPU.
-        norm: "batch" or "group".
-        in_channels: channels of the image.
-        stem_stride: stride of the stem; 1 in the paper, 2 halves the image first, for a quarter of the cost.
-
-    Raises:
-        SettingError: see :class:`CifarResNet`.
+    Arguments and errors are those of :class:`CifarResNet`; the paper's ``width`` is 16.
 
     Source:
         He et al., CVPR 2016, arXiv 1512.03385, section 4.2 and table 6.
@@ -135,10 +125,7 @@ class CifarResNet20(CifarResNet):
         torch.Size([2, 10])
     """
 
-    def __init__(
-        self, num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
-    ) -> None:
-        super().__init__((3, 3, 3), num_classes, width, norm, in_channels, stem_stride=stem_stride)
+    blocks = (3, 3, 3)
 
 
 class CifarResNet32(CifarResNet):
@@ -147,32 +134,23 @@ class CifarResNet32(CifarResNet):
     The network of most work on CIFAR-100-LT. Arguments, errors and source are those of :class:`CifarResNet20`.
     """
 
-    def __init__(
-        self, num_classes: int, width: int = 16, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
-    ) -> None:
-        super().__init__((5, 5, 5), num_classes, width, norm, in_channels, stem_stride=stem_stride)
+    blocks = (5, 5, 5)
 
 
 class CifarResNet34(CifarResNet):
     """ImageNet's ResNet-34 with a 3 x 3 stem and no max-pooling: 21.3 million parameters at 10 classes.
 
-    The network of ImbSAM's results on CIFAR-100-LT (Zhou et al., ICCV 2023, arXiv 2308.07815).
-
-    Args:
-        num_classes: number of logits.
-        width: channels of the first of four stages; the paper's is 64, fewer are quicker on a CPU.
-        norm: "batch" or "group".
-        in_channels: channels of the image.
-        stem_stride: stride of the stem; 1 in the paper, 2 halves the image first, for a quarter of the cost.
-
-    Raises:
-        SettingError: see :class:`CifarResNet`.
+    The network of ImbSAM's results on CIFAR-100-LT (Zhou et al., ICCV 2023, arXiv 2308.07815). Arguments and errors are
+    those of :class:`CifarResNet`; the paper's ``width`` is 64.
 
     Source:
         He et al., CVPR 2016, arXiv 1512.03385, table 1.
     """
 
+    blocks = (3, 4, 6, 3)
+    projection = True
+
     def __init__(
         self, num_classes: int, width: int = 64, norm: str = "batch", in_channels: int = 3, stem_stride: int = 1
     ) -> None:
-        super().__init__((3, 4, 6, 3), num_classes, width, norm, in_channels, projection=True, stem_stride=stem_stride)
+        super().__init__(num_classes, width, norm, in_channels, stem_stride)

@@ -1,6 +1,5 @@
-"""The classifier of a network, its last layer: where it is, and what may take its place."""
+"""The classifier of a network, which is its last layer: finding it, replacing it."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,26 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbsam.checks import check_whole_numbers
+from imbsam.checks import check_numbers, check_whole_numbers
 from imbsam.errors import SettingError
 
 __all__ = ["CosineClassifier", "HeadCallable", "classifier", "classifier_name", "replace_classifier"]
 
 HeadCallable = Callable[[int, int], nn.Module]
-"""What makes a last layer of the number of features and of classes: a class, or a partial of one."""
+"""A class, or a partial of one, which builds a last layer from the number of features and of classes."""
 
-# this project's networks, torchvision's ResNets; its other convolutional nets; its ViT; its Swin
-_PLACES = ("fc", "classifier", "heads", "head")
+# the attribute in our networks and torchvision's ResNets; its other convolutional networks; its ViT; its Swin
+_ATTRIBUTES = ("fc", "classifier", "heads", "head")
 
 
 class CosineClassifier(nn.Module):
-    r"""Logits that do not depend on the lengths of features and class weights, only on the angle between them.
+    r"""Logits from the angle between features and class weights, independent of their lengths.
 
     .. math::
         z_c = s \cos(x, w_c) = s \frac{x^\top w_c}{\|x\| \|w_c\|}
 
-    There is no bias. The logits are ready for a softmax; a loss that scales logits itself wants ``scale=1``. A feature
-    vector of 0 gives logits of 0.
+    There is no bias. The logits are ready for a softmax; a loss that scales logits itself needs ``scale=1``. A zero
+    feature vector has zero logits.
 
     Args:
         in_features: length of a feature vector, >= 1.
@@ -58,8 +57,7 @@ class CosineClassifier(nn.Module):
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
         check_whole_numbers(in_features=in_features, num_classes=num_classes)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise SettingError(f"scale is {scale!r}: give a number above 0 (30 is LDAM's)")
+        check_numbers(above=True, hint="30 is LDAM's", scale=scale)
         self.in_features, self.out_features, self.scale = in_features, num_classes, float(scale)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.reset_parameters()
@@ -104,14 +102,14 @@ def classifier_name(network: nn.Module) -> str:
         if _is_classifier(layer):
             return names[layer]
     else:
-        for place in _PLACES:
-            if isinstance(inside := getattr(network, place, None), nn.Module):
+        for attribute in _ATTRIBUTES:
+            if isinstance(inside := getattr(network, attribute, None), nn.Module):
                 layers = [module for module in inside.modules() if _is_classifier(module)]
                 if layers:
                     return names[layers[-1]]
     raise SettingError(
-        f"backbone is {type(network).__name__}, which has no linear classifier that could be replaced: choose another, "
-        "or leave head out and train in one stage"
+        f"backbone is {type(network).__name__}, which has no linear classifier to replace: choose another, or leave "
+        "head out and train in one stage"
     )
 
 
@@ -121,7 +119,7 @@ def classifier(network: nn.Module) -> Any:
 
 
 def replace_classifier(network: nn.Module, head: HeadCallable) -> None:
-    """Put another classifier in the place of a network's own.
+    """Replace a network's classifier.
 
     Args:
         network: see :func:`classifier_name`; changed in place.

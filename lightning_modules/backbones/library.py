@@ -1,8 +1,7 @@
-"""Networks of other libraries, by their names there."""
+"""Networks of torchvision and timm, by their names there."""
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ _WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
 
 @dataclass(frozen=True)
 class LibraryNetwork(ABC):
-    """A choice of a network, built once the number of classes is known, with random weights.
+    """A choice of a network, built with random weights once the number of classes is known.
 
     Args:
         name: the network's name in the library.
@@ -29,7 +28,6 @@ class LibraryNetwork(ABC):
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
 
-    @abstractmethod
     def __call__(self, num_classes: int) -> nn.Module:
         """Build it.
 
@@ -40,18 +38,31 @@ class LibraryNetwork(ABC):
             a module from images (N, channels, H, W) to logits (N, num_classes).
 
         Raises:
-            SettingError: the name is unknown (the message gives the closest), or the network has no such setting.
+            SettingError: the name is unknown (the message suggests similar ones), or the network refuses a setting.
         """
+        names = self._names()
+        if self.name not in names:
+            similar = difflib.get_close_matches(str(self.name).lower(), names, n=3, cutoff=0.4)
+            fix = f"did you mean {', '.join(similar)}?" if similar else "see the library's list of models"
+            raise SettingError(
+                f"backbone.name is {self.name}: {type(self).__name__.lower()} has no such network; {fix}"
+            )
+        try:
+            return self._build(num_classes)
+        except SettingError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+            reason = " ".join(str(error).split())
+            raise SettingError(f"backbone.settings of {self.name} is {settings or 'empty'}: {reason}") from error
 
-    def _unknown(self, names: Iterable[str]) -> SettingError:
-        closest = difflib.get_close_matches(str(self.name).lower(), names, n=3, cutoff=0.4)
-        fix = f"did you mean {', '.join(closest)}?" if closest else "see the library's list of models"
-        return SettingError(f"backbone.name is {self.name}: {type(self).__name__.lower()} has no such network; {fix}")
+    @abstractmethod
+    def _names(self) -> list[str]:
+        """The names of the library's networks."""
 
-    def _refused(self, error: Exception) -> SettingError:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
-        reason = " ".join(str(error).split())
-        return SettingError(f"backbone.settings of {self.name} is {settings or 'empty'}: {reason}")
+    @abstractmethod
+    def _build(self, num_classes: int) -> nn.Module:
+        """Build the network of this name."""
 
 
 class Torchvision(LibraryNetwork):
@@ -62,15 +73,15 @@ class Torchvision(LibraryNetwork):
         'ResNet'
     """
 
-    def __call__(self, num_classes: int) -> nn.Module:
-        """Build it, see :class:`LibraryNetwork`."""
-        models = torchvision.models.list_models(module=torchvision.models)
-        if self.name not in models:
-            raise self._unknown(models)
+    def _names(self) -> list[str]:
+        names: list[str] = torchvision.models.list_models(module=torchvision.models)
+        return names
+
+    def _build(self, num_classes: int) -> nn.Module:
         if self.settings.get("weights") is not None:
             raise SettingError(
                 f"backbone.settings.weights is {self.settings['weights']}, which has other classes: leave it out and "
-                "name a local file in model.backbone_weights"
+                "set model.backbone_weights to a local file"
             )
         settings = {**self.settings, "weights": None}
         if self.name in _WITH_AUXILIARY_LOGITS:
@@ -79,10 +90,7 @@ class Torchvision(LibraryNetwork):
                     "backbone.settings.aux_logits is true, which returns more than logits in training: leave it out"
                 )
             settings = {"init_weights": True, **settings, "aux_logits": False}  # torchvision warns of its default
-        try:
-            network: nn.Module = torchvision.models.get_model(self.name, num_classes=num_classes, **settings)
-        except (TypeError, ValueError) as error:
-            raise self._refused(error) from error
+        network: nn.Module = torchvision.models.get_model(self.name, num_classes=num_classes, **settings)
         return network
 
 
@@ -94,21 +102,21 @@ class Timm(LibraryNetwork):
         'ResNet'
     """
 
-    def __call__(self, num_classes: int) -> nn.Module:
-        """Build it, see :class:`LibraryNetwork`."""
+    def _names(self) -> list[str]:
         try:
             import timm
         except ImportError as error:
             raise SettingError("backbone is Timm, but timm is not installed: pip install timm") from error
-        if not timm.is_model(self.name):
-            raise self._unknown(timm.list_models())
+        tagged = [self.name] if timm.is_model(self.name) else []  # such as resnet18.a1_in1k
+        return [*timm.list_models(), *tagged]
+
+    def _build(self, num_classes: int) -> nn.Module:
+        import timm
+
         if self.settings.get("pretrained"):
             raise SettingError(
                 f"backbone.settings.pretrained is {self.settings['pretrained']}, which downloads: leave it out and "
-                "name a local file in model.backbone_weights"
+                "set model.backbone_weights to a local file"
             )
-        try:
-            network: nn.Module = timm.create_model(self.name, num_classes=num_classes, **self.settings)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise self._refused(error) from error
+        network: nn.Module = timm.create_model(self.name, num_classes=num_classes, **self.settings)
         return network

@@ -1,4 +1,4 @@
-"""A network from the choices that make it."""
+"""A network from its backbone and its head."""
 
 import inspect
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from imbsam.errors import SettingError
 from lightning_modules.backbones.heads import HeadCallable, replace_classifier
 
 BackboneCallable = Callable[[int], nn.Module]
-"""What makes a network of a number of classes: a class, a partial of one, a function."""
+"""A class, a partial of one or a function, which builds a network from the number of classes."""
 
 
 def create_network(backbone: BackboneCallable, num_classes: int, head: HeadCallable | None = None) -> nn.Module:
     """Build a network.
 
     Args:
-        backbone: is given the number of classes, as ``num_classes`` where it has such a parameter.
+        backbone: called with the number of classes, as ``num_classes`` if it has such a parameter.
         num_classes: number of logits.
-        head: what takes the place of the network's last layer; default: nothing does.
+        head: builds the layer that replaces the network's last one; default: it stays.
 
     Returns:
         a module from images (N, channels, H, W) to logits (N, num_classes).
 
     Raises:
-        SettingError: a setting does not fit, or ``backbone`` is a network that has been built already.
+        SettingError: a setting cannot work, or ``backbone`` is a network that has been built already.
     """
     if isinstance(backbone, nn.Module):
-        # what jsonargparse makes of a function under class_path
+        # jsonargparse calls a function that is given as class_path
         raise SettingError(
-            f"backbone is a {type(backbone).__name__} that is built already, and the number of classes comes from the "
+            f"backbone is a {type(backbone).__name__} that is already built, but the number of classes comes from the "
             "data: give its class, or a function's path as text (backbone: torchvision.models.resnet50, without "
             "class_path)"
         )

@@ -6,17 +6,14 @@ from torch import nn
 
 from imbsam.errors import SettingError
 
-__all__ = ["NORMS", "norm_layer"]
-
-NORMS = ("batch", "group")
+__all__ = ["norm_layer"]
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
     """Return a normalisation of ``channels`` feature maps.
 
     Args:
-        norm: "batch" for BatchNorm, "group" for GroupNorm, in which the rows of a batch do not see each
-            other.
+        norm: "batch" for BatchNorm, "group" for GroupNorm, with which the samples of a batch do not see each other.
         channels: the number of feature maps, >= 1.
 
     Returns:
@@ -24,7 +21,7 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
         divisor of ``channels``, so fewer where that does not divide it).
 
     Raises:
-        SettingError: if ``norm`` is another name.
+        SettingError: ``norm`` is another name.
 
     Source:
         Wu and He, *Group Normalization*, ECCV 2018, arXiv 1803.08494 (32 groups by default).
@@ -37,4 +34,4 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(math.gcd(32, max(1, channels // 8), channels), channels)
-    raise SettingError(f"norm is {norm}: choose one of {', '.join(NORMS)}")
+    raise SettingError(f"norm is {norm}: choose one of batch, group")

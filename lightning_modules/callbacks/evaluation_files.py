@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import CatMetric
 from torchmetrics.functional.classification import binary_calibration_error
 
+from imbsam.class_measures import class_f1
+from imbsam.label_shift import shifted_accuracies
 from lightning_modules.callbacks.class_table import class_rows
 from lightning_modules.epoch_log import log_epoch
 
@@ -23,10 +25,12 @@ class EvaluationFiles(Callback):
     """Write ``per_class.csv``, ``confusion.csv`` and ``calibration.csv`` after a test, and so after every fit.
 
     And log the expected calibration errors (Guo et al., ICML 2017) ``test/ece_many``, ``ece_medium``, ``ece_few`` and
-    ``ece_all``, in [0, 1], by torchmetrics; nan for a group without test samples.
+    ``ece_all``, in [0, 1], by torchmetrics, nan for a group without test samples; and the accuracies on long-tailed
+    test sets (:mod:`imbsam.label_shift`), ``test/forward_50`` to ``test/backward_50``.
 
     * ``per_class.csv``: class, class_name, training_samples, group (many, medium or few), tail (1 or 0), test_samples,
-      accuracy in [0, 1] (empty for a class without test samples).
+      accuracy (the recall) in [0, 1], empty for a class without test samples, precision, empty for a class that was
+      never predicted, and F1, empty for a class without either.
     * ``confusion.csv``: target, predicted, count; only the pairs that occurred.
     * ``calibration.csv``: group, bin, samples, mean confidence and accuracy of those samples, for 15 bins of equal
       width of the confidence, the probability of the predicted class.
@@ -55,10 +59,9 @@ class EvaluationFiles(Callback):
             self._samples.update(torch.stack([batch[1].float(), predicted.float(), confidence], dim=1))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the calibration errors."""
+        """Log the calibration errors, and the accuracies on long-tailed test sets."""
         if self._samples.update_called:
-            target, predicted, confidence = self._gathered()
-            log_epoch(pl_module, {f"test/ece_{g}": e for g, e in _errors(pl_module, target, predicted, confidence)})
+            log_epoch(pl_module, evaluation_metrics(pl_module, *self._gathered()))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""
@@ -74,6 +77,21 @@ class EvaluationFiles(Callback):
         return target.long(), predicted.long(), confidence
 
 
+def evaluation_metrics(model: Any, target: Tensor, predicted: Tensor, confidence: Tensor) -> dict[str, Tensor]:
+    """What is logged: ``test/ece_*``, ``test/forward_*`` and ``test/backward_*``.
+
+    Args:
+        model: knows ``class_counts`` and ``test_accuracy`` (LongTailedClassifier).
+        target: class indices (N,), int64.
+        predicted: class indices (N,), int64.
+        confidence: probability of the predicted class (N,), in [0, 1].
+    """
+    total, correct, _ = _counts(target, predicted, len(model.class_counts))
+    metrics = {f"ece_{group}": error for group, error in _errors(model, target, predicted, confidence)}
+    metrics |= shifted_accuracies(model.class_counts, correct / total)
+    return {f"test/{name}": value.float() for name, value in metrics.items()}
+
+
 def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor, confidence: Tensor) -> None:
     """Write the three files.
 
@@ -85,14 +103,14 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
         confidence: probability of the predicted class (N,), in [0, 1].
     """
     rows, correct = class_rows(model), predicted == target
-    samples = target.bincount(minlength=len(rows)).tolist()
-    hits = target[correct].bincount(minlength=len(rows)).tolist()
+    total, hits, positives = _counts(target, predicted, len(rows))
+    columns = (total, hits / total, hits / positives, class_f1(hits, total, positives))
     _write(
         folder / "per_class.csv",
-        "class class_name training_samples group tail test_samples accuracy",
+        "class class_name training_samples group tail test_samples accuracy precision f1",
         (
-            [row.index, row.name, row.samples, row.group, int(row.tail), n, hit / n if n else None]
-            for row, n, hit in zip(rows, samples, hits, strict=True)
+            [row.index, row.name, row.samples, row.group, int(row.tail), *numbers]
+            for row, *numbers in zip(rows, *(column.tolist() for column in columns), strict=True)
         ),
     )
     pairs = Counter(zip(target.tolist(), predicted.tolist(), strict=True))
@@ -127,6 +145,14 @@ def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int
     ]
 
 
+def _counts(target: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of each class, how many of them were predicted as it, and samples predicted as it: (C,)."""
+    total, correct, positives = (
+        labels.bincount(minlength=classes) for labels in (target, target[target == predicted], predicted)
+    )
+    return total, correct, positives
+
+
 def _errors(model: Any, target: Tensor, predicted: Tensor, confidence: Tensor) -> Iterable[tuple[str, Tensor]]:
     """The expected calibration error of each group."""
     for name, mask in model.test_accuracy.masks.items():
@@ -140,4 +166,9 @@ def _write(path: Path, header: str, rows: Iterable[Iterable[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header.split())
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+        writer.writerows([_cell(cell) for cell in row] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    """Six digits; nothing where there is no number."""
+    return value if not isinstance(value, float) else f"{value:.6g}" if math.isfinite(value) else None

@@ -10,14 +10,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
-from imbsam.group_names import GROUPS
+from imbsam.group_names import CLASS_MEASURES, GROUPS, TEST_RATIOS
+
+GROUP_ROWS = {
+    "accuracy": "",
+    "accuracy, not averaged": "plain_",
+    "top-5 accuracy": "top5_",
+    "calibration error": "ece_",
+}
+"""Rows that have a number for every group, and what its name in the log begins with."""
+
+ALL_ROWS = {title: name for name, title in CLASS_MEASURES.items()} | {
+    f"{direction} long tail, ratio {TEST_RATIOS[-1]}": f"{direction}_{TEST_RATIOS[-1]}"
+    for direction in ("forward", "backward")
+}
+"""Rows that have one number, of all classes, and its name in the log."""
 
 
 class AccuracyTable(Callback):
     """Print many / medium / few / all after a test: of which weights, and where the checkpoint and the log are.
 
-    The second row is the expected calibration error of each group, where it was logged
-    (:class:`~lightning_modules.callbacks.evaluation_files.EvaluationFiles`).
+    Below come the other measures that were logged (docs/measures.md): those of the groups, then those of all classes.
     """
 
     def __init__(self) -> None:
@@ -39,16 +52,23 @@ class AccuracyTable(Callback):
             return
         masks: Any = pl_module.test_accuracy.masks  # type: ignore[union-attr]
         method = ", ".join(filter(None, (pl_module.hparams.get("stage"), getattr(pl_module, "method", None))))
-        table = Table(title=f"{method}: test accuracy in %, the mean over each group's classes")
+        table = Table(title=f"{method}: test accuracy in %, mean of the group's classes")
         table.add_column()
         for group in GROUPS:
-            table.add_column(f"{group}\n({int(masks[group].sum())} classes)", justify="right")
-        for row, prefix in (("accuracy", "test/"), ("calibration error", "test/ece_")):
-            if f"{prefix}all" in metrics:
-                values = [100 * float(metrics[prefix + group]) for group in GROUPS]
-                table.add_row(row, *(f"{value:.1f}" if math.isfinite(value) else "–" for value in values))
+            table.add_column(group, justify="right")
+        table.add_row("classes", *(f"{int(masks[group].sum()):,}" for group in GROUPS), end_section=True)
+        for title, prefix in GROUP_ROWS.items():
+            if f"test/{prefix}all" in metrics:
+                table.add_row(title, *(_percent(metrics[f"test/{prefix}{group}"]) for group in GROUPS))
+        table.add_section()
+        for title, name in ALL_ROWS.items():
+            if f"test/{name}" in metrics:
+                table.add_row(title, "", "", "", _percent(metrics[f"test/{name}"]))
         best = None if trainer.ckpt_path else _best(trainer, log_dir)
-        _print(table, trainer, log_dir, {"weights": self._weights(trainer, pl_module), "best on validation": best})
+        weights = self._weights(trainer, pl_module)
+        if weights and "test/plain_all" in metrics:
+            weights += ", averaged"
+        _print(table, trainer, log_dir, {"weights": weights, "best on validation": best})
 
     def _weights(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Which weights were tested, in words."""
@@ -94,7 +114,7 @@ class AnomalyTable(Callback):
         table.add_column("%", justify="right")
         for title, name in names.items():
             if f"test/{name}" in metrics:  # the last three only where a threshold was chosen
-                table.add_row(title, f"{100 * float(metrics[f'test/{name}']):.1f}")
+                table.add_row(title, _percent(metrics[f"test/{name}"]))
         _print(table, trainer, log_dir, {})
 
 
@@ -108,6 +128,10 @@ def _print(table: Table, trainer: Trainer, log_dir: str | None, lines: dict[str,
     for name, line in {**lines, "checkpoint": checkpoint, "log": log_dir}.items():
         if line:
             console.print(f"{name}: {line}", soft_wrap=True, highlight=False)
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * float(value):.1f}" if math.isfinite(value) else "–"
 
 
 def _saved(trainer: Trainer) -> list[ModelCheckpoint]:

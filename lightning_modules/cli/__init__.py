@@ -1,1 +1,1 @@
-"""The command `imbsam`: LightningCLI with our classes, defaults and one-line errors."""
+"""The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""

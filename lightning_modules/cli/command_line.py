@@ -1,62 +1,60 @@
-"""The `imbsam` command: LightningCLI with our classes, defaults and one-line errors."""
+"""The `imbsam` command line: LightningCLI with our classes, defaults and one-line errors."""
 
 import argparse
-import importlib.util
 import itertools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import dict_to_namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.core.saving import load_hparams_from_yaml
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
-import datamodules  # noqa: F401  the command line finds classes by their short names once they are imported
+import datamodules  # noqa: F401  jsonargparse resolves the short names of imported classes
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
+from imbsam.report.runs import flatten
 from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.predictions import PredictionsCSV
+from lightning_modules.cli.loggers import complete_wandb, csv_log, loggers
+from lightning_modules.cli.run_folder import experiment_name, run_of
 from lightning_modules.cli.seeds import FLAG, apply_seed
 from lightning_modules.resuming.checkpoint_contents import NETWORK_SETTINGS, check_class, read_checkpoint, saved_classes
 from lightning_modules.resuming.checkpoint_files import check_checkpoint, newest_checkpoint, newest_run, run_folder
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from lightning_modules.resuming.signals import StopSignals
 
-CSV_LOGGER = "lightning_modules.resuming.csv_logger.ResumableCSVLogger"
-
 EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
-"""The model's settings that do not belong to its weights: those on the command line win over the checkpoint's."""
+"""Model settings that do not belong to the weights: in an evaluation the command line wins over the checkpoint."""
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness` and `check`; after `fit` the last epoch's weights are tested once.
+    """Lightning's commands, `sharpness` and `check`; `fit` then tests the weights of the last epoch.
 
     Args:
-        signals: the program's, which are to know the processes that the trainer starts.
-        *args: LightningCLI's.
-        **kwargs: LightningCLI's.
+        signals: the signal handlers, which must know the processes that the trainer launches.
+        *args: those of LightningCLI.
+        **kwargs: those of LightningCLI.
     """
 
     def __init__(self, signals: StopSignals, *args: Any, **kwargs: Any) -> None:
         self._signals = signals
         super().__init__(*args, **kwargs)
-        if "wandb" in sys.modules:  # Lightning leaves the run to the end of the program; the next seed would log to it
+        if "wandb" in sys.modules:  # Lightning leaves the run open until exit; the next seed would log to it
             sys.modules["wandb"].finish()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ours; with the arguments that the command line does not offer."""
+        """Lightning's subcommands and ours, with the arguments that the command line does not offer."""
         own = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our checkpoint, predictions, calibration and decisions are configured like any other setting."""
+        """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
         parser.add_lightning_class_args(Calibration, "calibration")  # before what decides by it
@@ -64,359 +62,279 @@ class ImbSAMCLI(LightningCLI):
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def setup_parser(self, *args: Any) -> None:
-        """Where one process is all that there can be, one is the default, whatever the machine has."""
+        """Default to one device where only one is supported."""
         super().setup_parser(*args)
         for subcommand in ("predict", "sharpness"):
             self._parser(subcommand).set_defaults({"trainer.devices": 1})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Name the run's folder after its config, where nobody named it, and find the checkpoint.
+    @property
+    def settings(self) -> Any:
+        """The parsed settings of the subcommand."""
+        return self.config[self.config.subcommand]
 
-        A checkpoint that is evaluated or predicted with knows its model and its data: their classes and settings are
-        the defaults, which configs and the command line change. Other data take nothing of them.
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, name the run's folder after its configs unless it has a name, and find the checkpoint.
+
+        To evaluate or predict, the model and the data of the checkpoint are the defaults, which configs and the command
+        line change. Data of another class take none of these settings.
         """
         self._trained: dict[str, Any] | None = None
-        self._unknown_data: str | None = None
-        subcommand, path = _evaluated(sys.argv[1:])
-        if path is not None:
-            self._take_over(subcommand, Path(path))
+        self._data_error: str | None = None
+        self._resumed_run: Path | None = None
+        subcommand, named = _evaluated(sys.argv[1:])
+        if named is not None:
+            self._use_as_defaults(subcommand, Path(named))
         self._parse(parser, args)
-        self._go_on_in: Path | None = None
-        self._restarting = self.config[self.config.subcommand].get("ckpt_path") == "last"
-        self._find_checkpoint()
-        found = self.config[self.config.subcommand].get("ckpt_path")
-        if found and self.config.subcommand != "fit" and self._trained is None:  # it was found by "last" or in a config
-            self._take_over(self.config.subcommand, Path(found))
-            self._parse(parser, args)
-            self.config[self.config.subcommand].ckpt_path = found
-
+        asked = self.settings.get("ckpt_path")
+        path = self._find_checkpoint(asked)
         if self.config.subcommand == "fit":
-            self._refuse_another_runs_folder()
+            if path is not None:
+                self._resume(path, asked)
+            self._check_run_folder(restarting=asked == "last")
         else:
+            if path is not None and self._trained is None:  # from "last", "best" or a config
+                self._use_as_defaults(self.config.subcommand, path)
+                self._parse(parser, args)
             self._log_beside_the_runs()
+        if asked is not None:
+            self.settings.ckpt_path = path and str(path)
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            if self._unknown_data is None:
+            if self._data_error is None:
                 raise
             raise SettingError(
-                f"the checkpoint's data cannot be built ({self._unknown_data}): add the folder of their module to "
+                f"the checkpoint's data cannot be built ({self._data_error}): add the folder of their module to "
                 "PYTHONPATH, or name other data with --data"
             ) from error
-        subcommand = self.config.subcommand
-        saved, given = saved_classes(self._trained or {}).get("data"), self.config[subcommand].get("data")
+        saved, given = saved_classes(self._trained or {}).get("data"), self.settings.get("data")
         if saved and given and saved["class_path"].rpartition(".")[2] != given.class_path.rpartition(".")[2]:
-            self._parser(subcommand).set_defaults({"data": None})
+            self._parser(self.config.subcommand).set_defaults({"data": None})
             super().parse_arguments(parser, args)
         self._name_run()
 
-    def _take_over(self, subcommand: str, path: Path) -> None:
-        """Make model and data of a checkpoint the defaults of a subcommand."""
-        check_checkpoint(_existing(path))
+    def _use_as_defaults(self, subcommand: str, path: Path) -> None:
+        """Make the model and the data of a checkpoint the defaults of a subcommand."""
+        check_checkpoint(path)
         self._trained = read_checkpoint(path)
         for key, settings in saved_classes(self._trained).items():
             try:
                 self._parser(subcommand).set_defaults({key: settings})
             except (argparse.ArgumentError, ImportError, AttributeError, ValueError, TypeError, KeyError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self._unknown_data = f"{settings['class_path']}: {reason}"  # other data may be given
+                reason = f"{settings['class_path']}: {' '.join(str(error).split()) or type(error).__name__}"
                 if key == "model":
                     raise SettingError(
-                        f"ckpt_path is {path}: its model cannot be built ({self._unknown_data}): add the folder of its "
-                        "module to PYTHONPATH"
+                        f"ckpt_path is {path}: its model cannot be built ({reason}): add the folder of its module to "
+                        "PYTHONPATH"
                     ) from error
+                self._data_error = reason  # raised if no other data are given
 
     def _name_run(self) -> None:
-        """Name the run's folder after its config, or put it beside the checkpoint's."""
-        config = self.config[self.config.subcommand]
-        apply_seed(config)
-        self._give_wandb_a_run_folder()
-        for logger in self._loggers("CSVLogger"):
-            settings = logger.init_args
-            settings.name = self._experiment(Path(settings.save_dir)) if settings.name == "" else settings.name
-            for wandb in self._loggers("WandbLogger"):
-                wandb.init_args.name = wandb.init_args.name or settings.name or None
-                wandb.init_args.group = wandb.init_args.group or settings.name or None
+        """Name the run's folder after its configs, or after the checkpoint's."""
+        apply_seed(self.settings)
+        trainer = self.settings.trainer
+        complete_wandb(trainer)
+        for logger in loggers(trainer, "CSVLogger"):
+            if logger.init_args.name == "":
+                logger.init_args.name = self._experiment(Path(logger.init_args.save_dir))
+            for wandb in loggers(trainer, "WandbLogger"):
+                wandb.init_args.name = wandb.init_args.name or logger.init_args.name or None
+                wandb.init_args.group = wandb.init_args.group or logger.init_args.name or None
 
     def _experiment(self, save_dir: Path) -> str:
-        """The folder of the runs inside `save_dir`: by the configs, or the checkpoint's."""
-        config = self.config[self.config.subcommand]
-        if files := [Path(path.relative) for path in config.get("config") or []]:
-            method = getattr(config.model.init_args.get("sam"), "class_path", config.model.init_args.get("sam"))
-            return experiment_name(files, str(method).rpartition(".")[2].lower())
+        """The folder of the runs inside `save_dir`, from the configs or from the checkpoint's path."""
+        if files := [Path(path.relative) for path in self.settings.get("config") or []]:
+            sam = self.settings.model.init_args.get("sam")
+            return experiment_name(files, str(getattr(sam, "class_path", sam)).rpartition(".")[2].lower())
         if self._trained is not None:
-            runs, logs = _run_of(config.ckpt_path).parent.resolve(), save_dir.resolve()
+            runs, logs = run_of(Path(self.settings.ckpt_path)).parent.resolve(), save_dir.resolve()
             if runs != logs and runs.is_relative_to(logs):
                 return str(runs.relative_to(logs))
         return ""
 
     def _parse_ckpt_path(self) -> None:
-        """LightningCLI lets the checkpoint's model settings win over the command line's; not in a training.
+        """In an evaluation, let the checkpoint's settings of the model win, except the three kinds below.
 
-        Nor those that say how to evaluate: there the command line and its config win. Nor those that say what the
-        weights are of: another network than the checkpoint's is refused when they are loaded.
+        LightningCLI lets all of them win, in a training too. Here the command line decides how to train and how to
+        evaluate; and the settings of the network are left alone, so that another network than the checkpoint's is
+        refused when its weights are loaded.
         """
-        subcommand = self.config.subcommand
         saved = saved_classes(self._trained or {}).get("model")
-        if subcommand == "fit" or saved is None:
+        if self.config.subcommand == "fit" or saved is None:
             return
-        model = self.config[subcommand].model
-        check_class(saved["class_path"], [model.class_path.rpartition(".")[2]])
-        own = (*EVALUATION_SETTINGS, *NETWORK_SETTINGS)
-        settings = {name: value for name, value in saved["init_args"].items() if name not in own}
-        settings = {subcommand: {"model": {"class_path": model.class_path, "dict_kwargs": settings}}}
-        self.config = self.parser.parse_object(settings, self.config)
+        model_class = self.settings.model.class_path
+        check_class(saved["class_path"], [model_class.rpartition(".")[2]])
+        given = (*EVALUATION_SETTINGS, *NETWORK_SETTINGS)
+        settings = {name: value for name, value in saved["init_args"].items() if name not in given}
+        model = {"class_path": model_class, "dict_kwargs": settings}
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning would only trip over."""
-        config = self.config[self.subcommand]
-        if config.trainer.fast_dev_run:
-            config.checkpoint.save_last = False
-        if config.trainer.enable_model_summary is False:
+        """Refuse what Lightning would fail on later, and leave out what is not wanted."""
+        trainer = self.settings.trainer
+        for name, unset in (("accumulate_grad_batches", (None, 1)), ("gradient_clip_val", (None,))):
+            if trainer[name] not in unset:
+                raise SettingError(
+                    f"trainer.{name} is {trainer[name]}: Lightning does that only in automatic optimization; "
+                    f"set model.{name}"
+                )
+        if trainer.enable_checkpointing is False:
+            raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
+        if trainer.fast_dev_run:
+            self.settings.checkpoint.save_last = False
+        if trainer.enable_model_summary is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, NetworkSummary)]
         if self.subcommand == "test":
-            config.verbose = False  # the table says it all
-        for name, unset in (("accumulate_grad_batches", (None, 1)), ("gradient_clip_val", (None,))):
-            if config.trainer[name] not in unset:
-                raise SettingError(
-                    f"trainer.{name} is {config.trainer[name]}: Lightning does that for automatic optimization only; "
-                    f"set model.{name}"
-                )
-        if config.trainer.enable_checkpointing is False:
-            raise SettingError("trainer.enable_checkpointing is false: set checkpoint.save_last to false instead")
-        if self._go_on_in is not None or not config.trainer.logger:
-            self.save_config_callback = None  # the run's config.yaml stays, and without a log there is no folder for it
+            self.settings.verbose = False  # our table has the same numbers
+        if self._resumed_run is not None or not trainer.logger:
+            self.save_config_callback = None  # a resumed run keeps its config.yaml; without a logger it has no folder
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Let the signals know of the processes that the trainer starts."""
+        """Tell the signal handlers of the processes that the trainer launches."""
         trainer = super().instantiate_trainer(**kwargs)
         self._signals.launcher = trainer.strategy.launcher
         return trainer
 
-    def _loggers(self, name: str | tuple[str, ...]) -> list[Any]:
-        """The settings of the loggers whose class name ends so."""
-        loggers = self.config[self.config.subcommand].trainer.logger
-        loggers = loggers if isinstance(loggers, list) else [loggers]
-        return [logger for logger in loggers if getattr(logger, "class_path", "").endswith(name)]
-
-    def _give_wandb_a_run_folder(self) -> None:
-        """Beside a WandbLogger there is a CSV log, and it comes first: its folder is the run's."""
-        wandb, csv = self._loggers("WandbLogger"), self._loggers("CSVLogger")
-        if not wandb:
-            return
-        if importlib.util.find_spec("wandb") is None:
-            raise SettingError('trainer.logger is WandbLogger, but wandb is not installed: pip install "wandb>=0.31"')
-        if not csv:
-            settings = wandb[0].init_args
-            save_dir = "logs" if settings.save_dir in (None, ".") else settings.save_dir  # Lightning's default is "."
-            init_args = {"save_dir": save_dir, "name": settings.name or "", "version": None}
-            csv = [dict_to_namespace({"class_path": CSV_LOGGER, "init_args": init_args})]
-        trainer = self.config[self.config.subcommand].trainer
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        trainer.logger = [*csv, *(logger for logger in loggers if logger not in csv)]
-        for logger in wandb:
-            if logger.init_args.offline and logger.init_args.log_model:
-                raise SettingError(
-                    f"trainer.logger.init_args.log_model is {logger.init_args.log_model}: Lightning uploads no "
-                    "checkpoints offline; set it to false, or offline to false"
-                )
-            # jsonargparse passes the default of wandb.init in place of WandbLogger's
-            logger.init_args.resume = logger.init_args.resume or "allow"
-
-    def _find_checkpoint(self) -> None:
-        """Turn `--ckpt_path last` into a path, refuse a file that is not whole, resume in the folder of its run."""
+    def _find_checkpoint(self, asked: str | None) -> Path | None:
+        """The checkpoint's path; "last" and "best" are those of the newest run."""
         subcommand = self.config.subcommand
-        config = self.config[subcommand]
-        asked = path = config.get("ckpt_path")
-        logger: Any = next(iter(self._loggers("CSVLogger")), None)
-        if path is None and subcommand not in ("fit", "check"):
+        if asked is None and subcommand not in ("fit", "check"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
+        if asked not in ("last", "best"):
+            return asked and Path(asked)  # type: ignore[return-value]
+        logger, runs = csv_log(self.settings.trainer)
+        if runs is None:
+            raise SettingError(f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file")
+        path = newest_checkpoint(runs, logger.version)
         if path is None:
-            return
-        runs = Path(logger.init_args.save_dir) / (logger.init_args.name or "") if logger else None
-        if path in ("last", "best"):
-            if runs is None:
-                raise SettingError(
-                    f"ckpt_path is {asked}: runs are looked up in the folder of a CSV log; name the file"
-                )
-            path = newest_checkpoint(runs, logger.init_args.version)
-            if path is None and (subcommand != "fit" or asked == "best"):
+            if subcommand != "fit" or asked == "best":
                 raise SettingError(f"ckpt_path is {asked}: no run in {runs} has a checkpoint yet")
-            if path is not None and asked == "best":
-                path = path.with_name("best.ckpt")
-                if not path.exists():
-                    raise SettingError(
-                        f"ckpt_path is best: {path.parent.parent} has no best.ckpt, which a training keeps where it "
-                        "has a validation set (data.val_share); name another one, or last"
-                    )
-            newer = newest_run(runs) if path and logger.init_args.version is None else None
-            newer = newer if path and newer != _run_of(path) else None
-            if newer and subcommand == "fit":
+            say(f"no run in {runs} has a checkpoint yet: starting a new run")
+            return None
+        if asked == "best":
+            path = path.with_name("best.ckpt")
+            if not path.exists():
                 raise SettingError(
-                    f"ckpt_path is {asked}: the newest run, {newer}, ended before its first checkpoint; start over "
-                    f"without --ckpt_path, or resume an older run with --ckpt_path {path}"
+                    f"ckpt_path is best: {run_of(path)} has no best.ckpt, which a training keeps only if it has a "
+                    "validation set (data.val_share); name another one, or last"
                 )
-            found = f"checkpoint: {path}" + (f", since the newer run {newer.name} has none" if newer else "")
-            say(found if path else f"no run in {runs} has a checkpoint yet: starting a new run")
+        newer = newest_run(runs) if logger.version is None else None
+        if newer in (None, run_of(path)):
+            say(f"checkpoint: {path}")
         elif subcommand == "fit":
-            _existing(Path(path))
-        config.ckpt_path = path and str(path)
-        if path is None or subcommand != "fit":
-            return
-        check_checkpoint(Path(path))
-        read_checkpoint(Path(path), config.get("weights_only") is not False)
-        run = _run_of(path)
-        if differing := self._other_settings(run):
+            raise SettingError(
+                f"ckpt_path is {asked}: the newest run, {newer}, ended before its first checkpoint; start over "
+                f"without --ckpt_path, or resume an older run with --ckpt_path {path}"
+            )
+        else:
+            assert newer is not None
+            say(f"checkpoint: {path}, since the newer run {newer.name} has none")
+        return path
+
+    def _resume(self, path: Path, asked: str) -> None:
+        """Refuse a damaged checkpoint, and continue the logs of its run."""
+        check_checkpoint(path)
+        read_checkpoint(path, self.settings.get("weights_only") is not False)
+        run, (logger, runs) = run_of(path), csv_log(self.settings.trainer)
+        if differing := self._changed_settings(run):
             if asked == "last":
                 raise SettingError(
                     f"ckpt_path is last: {run} was trained with {differing[0]}; name the checkpoint to resume with "
                     "other settings, or train in another folder with --trainer.logger.init_args.save_dir"
                 )
             say(f"other settings than in {run / 'config.yaml'}: {', '.join(differing)}")
-        if runs and run.parent.resolve() == runs.resolve():
-            version = run.name.removeprefix("version_")
-            logger.init_args.version = int(version) if version.isdigit() else run.name
-            if logger.class_path.endswith("ResumableCSVLogger"):
-                logger.init_args.resume = True
-            for wandb in self._loggers("WandbLogger"):
-                earlier = load_hparams_from_yaml(run / "hparams.yaml").get("wandb_id")
-                wandb.init_args.id = wandb.init_args.version or wandb.init_args.id or earlier
-            self._go_on_in = run
-
-    def _refuse_another_runs_folder(self) -> None:
-        """A training does not write over another one that had its version."""
-        config = self.config[self.config.subcommand]
-        logger = next(iter(self._loggers("CSVLogger")), None)
-        if logger is None or logger.init_args.version is None or config.trainer.fast_dev_run or self._go_on_in:
+        if runs is None or run.parent.resolve() != runs.resolve():
             return
-        version = logger.init_args.version
-        run = run_folder(Path(logger.init_args.save_dir) / (logger.init_args.name or ""), version)
+        version = run.name.removeprefix("version_")
+        logger.version = int(version) if version.isdigit() else run.name
+        for resumable in loggers(self.settings.trainer, "ResumableCSVLogger")[:1]:
+            resumable.init_args.resume = True
+        for wandb in loggers(self.settings.trainer, "WandbLogger"):
+            earlier = load_hparams_from_yaml(run / "hparams.yaml").get("wandb_id")
+            wandb.init_args.id = wandb.init_args.version or wandb.init_args.id or earlier
+        self._resumed_run = run
+
+    def _check_run_folder(self, restarting: bool) -> None:
+        """Refuse to overwrite another run that has the same version."""
+        logger, runs = csv_log(self.settings.trainer)
+        if runs is None or logger.version is None or self.settings.trainer.fast_dev_run or self._resumed_run:
+            return
+        run = run_folder(runs, logger.version)
         if not any((run / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
             return
-        if self._restarting and not self._other_settings(run):
+        if restarting and not self._changed_settings(run):
             return  # it ended before its first checkpoint
-        fix = "leave it out for the next free number, or resume that run with --ckpt_path last"
-        raise SettingError(f"trainer.logger.init_args.version is {version}: {run} holds another run; {fix}")
+        raise SettingError(
+            f"trainer.logger.init_args.version is {logger.version}: {run} holds another run; leave it out for the next "
+            "free number, or resume that run with --ckpt_path last"
+        )
 
     def _log_beside_the_runs(self) -> None:
-        """An evaluation's log has a folder of its own, test_0 beside version_0: a run's folder is the training's."""
+        """Log an evaluation to a folder of its own, test_0 beside version_0: only a training writes to a run's."""
         subcommand = self.config.subcommand
-        for logger in self._loggers(("CSVLogger", "TensorBoardLogger")):
+        for logger in loggers(self.settings.trainer, "CSVLogger", "TensorBoardLogger"):
             settings = logger.init_args
             if "version" in settings and "save_dir" in settings:
                 runs = Path(settings.save_dir) / (settings.get("name") or "")
                 number = next(n for n in itertools.count() if not (runs / f"{subcommand}_{n}").exists())
                 settings.version = f"{subcommand}_{number}"
 
-    def _other_settings(self, run: Path) -> list[str]:
+    def _changed_settings(self, run: Path) -> list[str]:
         """The settings of model, data and seed in which this training differs from a run's config.yaml."""
         if not (run / "config.yaml").exists():
             return []
-        subcommand = self.config.subcommand
-        dumped = self._parser(subcommand).dump(self.config[subcommand], skip_link_targets=False)
-        now, then = (_flat(yaml.safe_load(text)) for text in (dumped, (run / "config.yaml").read_text()))
+        dumped = self._parser(self.config.subcommand).dump(self.settings, skip_link_targets=False)
+        now, then = (flatten(yaml.safe_load(text)) for text in (dumped, (run / "config.yaml").read_text()))
         return [
             f"{key} {then[key]}, not {now[key]}"
             for key in now.keys() & then.keys()
             if now[key] != then[key]
             and key.split(".")[0] in ("model", "data", "seed_everything")
-            and key.split(".")[-1] not in ("root", "num_workers", "predict")  # where the data lie, and who reads them
+            and key.split(".")[-1] not in ("root", "num_workers", "predict")  # where the data are, and who reads them
         ]
 
     def before_validate(self) -> None:
-        """Without a validation split there is nothing to do."""
+        """Refuse to validate without a validation split."""
         if getattr(self.datamodule, "val_share", None) == 0 and not getattr(self.datamodule, "own_validation", False):
             raise SettingError("data.val_share is 0: there is no validation split; set it, or run test")
 
     def after_fit(self) -> None:
-        """Test the last epoch's weights, of a run that was finished before too."""
+        """Test the weights of the last epoch, also of a run that had finished before."""
         if self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def experiment_name(files: Sequence[Path], method: str) -> str:
-    """The folder of the runs of some configs.
-
-    Args:
-        files: the configs in their order.
-        method: the name of the method, for pieces without one.
-
-    Example:
-        >>> pieces = ["data/cifar100_lt.yaml", "method/sam.yaml", "ratio/50.yaml", "trainer/gpu.yaml"]
-        >>> experiment_name([Path(piece) for piece in pieces], "sam")
-        'cifar100_lt/sam_ratio_50'
-        >>> experiment_name([Path("my.yaml")], "sam")
-        'my'
-    """
-    first, kinds = files[0], [file.parent.name for file in files]
-    if kinds[0] != "data":
-        return str(Path(first.parent.name) / first.stem)
-    choices = [file for file in files[1:] if file.parent.name not in ("trainer", "logger")]
-    names = [f.stem if f.stem[:1].isalpha() else f"{f.parent.name}_{f.stem}" for f in choices]
-    return str(Path(first.stem) / "_".join(names if "method" in kinds else [method, *names]))
-
-
-def _run_of(checkpoint: str | Path) -> Path:
-    """The run's folder, which has the checkpoint in its folder ``checkpoints``."""
-    return Path(checkpoint).parent.parent
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
-    return path
-
-
 def _evaluated(args: list[str]) -> tuple[str, str | None]:
-    """The subcommand and the checkpoint's file, before the arguments are parsed: it may know model and data.
+    """The subcommand and the checkpoint that it evaluates, read before the parser runs: they set its defaults.
 
     Returns:
-        The subcommand, and the file; None where it trains, or where the file is to be looked for in a config's runs.
+        The subcommand, and the file; None for a training, or if the file is to be looked up in the runs of a config.
 
     Raises:
         SettingError: Nothing says what the model is.
     """
-    found = args[0] if args else ""
-    if found not in ImbSAMCLI.subcommands() or found in ("fit", "check"):
-        return found, None
+    subcommand = args[0] if args else ""
+    if subcommand not in ImbSAMCLI.subcommands() or subcommand in ("fit", "check"):
+        return subcommand, None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in (("--ckpt_path",), ("--config", "-c"), ("--model",)):
         parser.add_argument(*name)
     given = parser.parse_known_args(args[1:])[0]
     if given.ckpt_path not in (None, "null", "last", "best"):
-        return found, given.ckpt_path
+        return subcommand, given.ckpt_path
     if given.config is None and given.model is None and not {"-h", "--help"} & set(args):
         raise SettingError(
             f"ckpt_path is {given.ckpt_path or 'null'}: name the checkpoint's file with --ckpt_path, or the config of "
             "its runs with --config"
         )
-    return found, None
-
-
-class SaveConfigOnce(SaveConfigCallback):
-    """Write ``config.yaml`` unless there is one: some loggers have one folder for all runs, or the current one."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, at the first stage."""
-        path = Path(trainer.log_dir or "") / self.config_filename  # every rank takes part in log_dir
-        if not self.already_saved and trainer.strategy.broadcast(path.exists()):
-            rank_zero_warn(f"{path} is there already and stays: the settings of this run are not saved")
-            self.already_saved = True
-        super().setup(trainer, pl_module, stage)
-
-
-def _flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    if not isinstance(settings, dict):
-        return {name: settings}
-    return {k: v for key, inner in settings.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
+    return subcommand, None
 
 
 @rank_zero_only
 def say(line: str) -> None:
-    """Print a line of the command's, once."""
+    """Print a line of the command's, on rank 0."""
     print(f"imbsam: {line}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torchvision
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentParser
 
 import datamodules
 import imbsam
@@ -23,43 +23,36 @@ CHOICES = {
     "loss": losses.__all__,
     "sam": imbsam.__all__,
 }
-"""The classes that the last part of a setting's name may be; those of any other are models, data and callbacks."""
+"""The classes to suggest, by the last part of a setting's name; for any other name, models and DataModules."""
 
-_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
-_OF_A_RUN = ("model", "data", "seed_everything", "config", "ckpt_path", "weights_only", "seeds")
+_TYPES = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
+_TOP_LEVEL = ("model", "data", "seed_everything", "config", "ckpt_path", "weights_only", "seeds")
 
 
 def one_line(message: str) -> str:
     """The setting that is wrong, the value it got, and the fix.
 
     Args:
-        message: jsonargparse's report, which lists every type that the value was tried as.
+        message: jsonargparse's report, which lists every type that it tried for the value.
 
     Returns:
-        One line; of a report of another form, those of its lines that say what is wrong.
+        One line; for a report of an unknown form, its informative lines joined.
     """
-    kinds = (_unknown_setting, _unknown_class, _missing_setting, _missing_file, _wrong_value)
-    return next((line for kind in kinds if (line := kind(message))), None) or _without_noise(message)
+    readers = (_unknown_setting, _unknown_class, _missing_setting, _missing_file, _wrong_value)
+    return next((line for read in readers if (line := read(message))), None) or _without_noise(message)
 
 
 def settings_of(class_path: str) -> list[str]:
-    """The names of a class's settings, with those that it passes on to the classes it inherits from."""
+    """The names of the settings of a class or a function, with those that it passes on as ``**kwargs``."""
     module, _, name = class_path.rpartition(".")
-    made: Any = getattr(importlib.import_module(module), name)
-    classes = inspect.getmro(made) if inspect.isclass(made) else [made]
-    names: dict[str, None] = {}
-    for cls in classes:
-        if cls is object or (inspect.isclass(cls) and "__init__" not in vars(cls)):
-            continue
-        parameters = inspect.signature(cls).parameters.values()
-        names |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
+    target: Any = getattr(importlib.import_module(module), name)
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+    return [*add(target, fail_untyped=False)]
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """``; did you mean X?``, or nothing where no known name is near."""
+    """``; did you mean X?``, or nothing if no known name is similar."""
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=0.6)
     return f"; did you mean {names[near[0]]}?" if near else ""
@@ -84,9 +77,9 @@ def _unknown_setting(message: str) -> str | None:
     pattern = r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)"
     if match := re.search(pattern, message):
         name = match[1] or match[2]
-        known = [*_OF_A_RUN, *(f"trainer.{p}" for p in settings_of(f"{Trainer.__module__}.{Trainer.__qualname__}"))]
+        known = [*_TOP_LEVEL, *(f"trainer.{p}" for p in settings_of("lightning.pytorch.Trainer"))]
         top = name.partition(".")[0]
-        return f"{name} is no setting{did_you_mean(name, known) or did_you_mean(top, _OF_A_RUN)}"
+        return f"{name} is no setting{did_you_mean(name, known) or did_you_mean(top, _TOP_LEVEL)}"
     return None
 
 
@@ -125,8 +118,8 @@ def _wrong_value(message: str) -> str | None:
     if match := re.search(r"Expected a typing\.Literal\[([^\]]+)\]", message):
         known = [choice.strip().strip("'\"") for choice in match[1].split(",")]
         return f"{_key(message)} is {shown}: choose {', '.join(known)}{did_you_mean(shown, known)}"
-    kinds = [k for k in re.findall(r"Expected an? <class '([\w.]+)'>", message) if k != "NoneType"]
-    return f"{_key(message)} is {shown}: give {_KINDS.get(kinds[0], kinds[0])}" if kinds else None
+    types = [t for t in re.findall(r"Expected an? <class '([\w.]+)'>", message) if t != "NoneType"]
+    return f"{_key(message)} is {shown}: give {_TYPES.get(types[0], types[0])}" if types else None
 
 
 def _without_noise(message: str) -> str:

@@ -1,4 +1,4 @@
-"""One invocation of the command: its runs, its signals, its exit code."""
+"""One call of the command: its runs, its signals, its exit code."""
 
 import logging
 import sys
@@ -15,11 +15,14 @@ from lightning_modules.callbacks.convergence import Convergence
 from lightning_modules.callbacks.epoch_timer import EpochTimer
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.callbacks.network_summary import NetworkSummary
+from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.callbacks.refused_run import DiscardRefusedRun
 from lightning_modules.callbacks.result_tables import AccuracyTable, AnomalyTable
 from lightning_modules.callbacks.weights_and_biases import WandbResults
-from lightning_modules.cli.command_line import CSV_LOGGER, ImbSAMCLI, SaveConfigOnce, say
+from lightning_modules.cli.command_line import ImbSAMCLI, say
 from lightning_modules.cli.errors import user_message
+from lightning_modules.cli.loggers import CSV_LOGGER
+from lightning_modules.cli.run_folder import SaveConfigOnce
 from lightning_modules.cli.seeds import fresh_processes, split_seeds
 from lightning_modules.cli.trainer import CommandTrainer
 from lightning_modules.resuming.signals import Interrupted, StopSignals
@@ -28,24 +31,24 @@ PACKAGE = Path(imbsam.__file__).parent
 """`configs/` is inside the package in an installation, and beside it in a checkout."""
 
 EXPECTED_WARNINGS = [
-    ".*overridden `on_before_batch_transfer`.*",  # LongTailedClassifier does, on purpose
+    ".*overridden `on_before_batch_transfer`.*",  # by LongTailedClassifier, on purpose
     ".*Total length of `list` across ranks is zero.*",  # no validation split
     ".*The dirpath has changed from.*",  # a test or prediction logs to a folder of its own
-    ".*Couldn't infer the batch indices.*",  # our batches come from a loader without a batch sampler
+    ".*Couldn't infer the batch indices.*",  # our loaders have no batch sampler
     ".*module.s. in eval mode at the start of training.*",  # a frozen backbone is, on purpose
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
 ]
 
 
 def main() -> None:
-    """Run the command line without `report`, see `imbsam/command.py`; `fit --seeds 0 1 2` trains once for each."""
+    """Run every command but `report`, see `imbsam/command.py`; `fit --seeds 0 1 2` trains once for each seed."""
     try:
         runs = split_seeds(_find_configs(sys.argv[1:]))
     except SettingError as error:
         print(f"imbsam: error: {error}", file=sys.stderr)
         sys.exit(2)
     for args in runs:
-        sys.argv[1:] = args  # Lightning starts further processes with it
+        sys.argv[1:] = args  # Lightning launches further processes with it
         with fresh_processes() if len(runs) > 1 else nullcontext():
             run()
 
@@ -53,8 +56,9 @@ def main() -> None:
 def run() -> None:
     """Run `sys.argv`.
 
-    A wrong setting is one line and exit code 2. A training that SIGTERM or SIGUSR1 ended after a checkpoint is one line
-    and 0, or 130 after SIGINT (Ctrl-C); where a signal ended the program at once, 128 and its number.
+    An invalid setting prints one line and exits with code 2. A training that a signal stopped after a checkpoint prints
+    one line and exits with code 0, or 130 for SIGINT (Ctrl-C); a signal that stopped the program at once, with 128 plus
+    its number.
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -73,10 +77,7 @@ def run() -> None:
             seed_everything_default=0,
             trainer_class=CommandTrainer,
             trainer_defaults={
-                "logger": {
-                    "class_path": CSV_LOGGER,
-                    "init_args": {"save_dir": "logs", "name": ""},
-                },
+                "logger": {"class_path": CSV_LOGGER, "init_args": {"save_dir": "logs", "name": ""}},
                 "callbacks": [
                     ClassTable(),
                     NetworkSummary(),
@@ -84,6 +85,7 @@ def run() -> None:
                     AccuracyTable(),
                     AnomalyTable(),
                     EvaluationFiles(),
+                    PlainWeights(),
                     EpochTimer(),
                     WandbResults(),
                     DiscardRefusedRun(),
@@ -97,9 +99,9 @@ def run() -> None:
         say(str(interrupted))
         if interrupted.at_once:
             signals.end_launched()
-        sys.exit(interrupted.exit_code)  # with 0 too: no further seed either
+        sys.exit(interrupted.exit_code)  # also with 0: no further seed is trained
     except Exception as error:
-        if signals.received:  # another process stopped at once, and this one has missed it
+        if signals.received:  # another process stopped at once, and this one failed for lack of it
             signals.end_launched()
             sys.exit(128 + signals.received)
         line = user_message(error)
@@ -113,7 +115,7 @@ def run() -> None:
 
 
 def _find_configs(args: list[str]) -> list[str]:
-    """`configs/...` that is not in the current folder is looked for in the installation, or in the checkout."""
+    """Look up `configs/...` in the installation or the checkout if the current folder has no such file."""
 
     def find(value: str) -> str:
         if value.startswith("configs/") and not Path(value).exists():

@@ -14,13 +14,13 @@ FLAG = "--seeds"
 
 
 def split_seeds(args: Sequence[str]) -> list[list[str]]:
-    """The command line of each seed; the given one where it has no more than one seed.
+    """The command line of each seed, or the given one if it has no ``--seeds``.
 
     Args:
         args: command line, without the program.
 
     Raises:
-        SettingError: no seed follows ``--seeds``, or one is given twice.
+        SettingError: ``--seeds`` has no value, or has one twice.
     """
     if args[:1] != ["fit"] or FLAG not in args:
         return [list(args)]
@@ -34,7 +34,7 @@ def split_seeds(args: Sequence[str]) -> list[list[str]]:
 
 
 def apply_seed(config: Any) -> None:
-    """Set the one seed of this run in the settings: that of weights and order, and that of the data.
+    """Apply ``--seeds``: seed the weights and the order of the samples, and the data.
 
     Args:
         config: the parsed settings of `fit`.
@@ -45,16 +45,16 @@ def apply_seed(config: Any) -> None:
     if not config.get("seeds"):
         return
     if len(config.seeds) > 1:
-        raise SettingError(f"seeds is {config.seeds}: only imbsam fit, on its command line, takes more than one")
+        raise SettingError(f"seeds is {config.seeds}: give several seeds only to imbsam fit, on its command line")
     (config.seed_everything,) = config.seeds
     if "seed" in config.data.get("init_args", {}):
         config.data.init_args.seed = config.seed_everything
-    config.seeds = None  # config.yaml has the seeds where they belong
+    config.seeds = None  # config.yaml has it in seed_everything and data.seed
 
 
 @contextmanager
 def fresh_processes() -> Iterator[None]:
-    """Leave nothing of a training's processes to the next: its group, and the variables that Lightning sets."""
+    """Clean up between trainings: the process group, and the environment variables that Lightning sets."""
     environment = dict(os.environ)
     try:
         yield

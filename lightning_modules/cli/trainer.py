@@ -1,4 +1,4 @@
-"""The command line's Trainer: Lightning's, with `imbsam sharpness` and `imbsam check`."""
+"""The Trainer of the command line: Lightning's, with `imbsam sharpness` and `imbsam check`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,18 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 
 from imbsam import SettingError
 from imbsam.sharpness import SharpnessMeasures
+from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
-
-SHOWN = 20
-"""Unreadable files that are named."""
 
 
 class CommandTrainer(Trainer):
@@ -40,7 +37,7 @@ class CommandTrainer(Trainer):
     ) -> Results:
         """Measure the sharpness of the class groups at a checkpoint.
 
-        The samples must be those that the model was trained on: on the command line the checkpoint says which they are.
+        The samples must be those that the model was trained on: on the command line the checkpoint sets the data.
         Prints a table and appends to ``sharpness.csv``.
 
         Args:
@@ -48,17 +45,17 @@ class CommandTrainer(Trainer):
             datamodule: the data.
             ckpt_path: the checkpoint.
             weights_only: as in torch.load; default true.
-            folder: where the files go; default: the folder of the checkpoint's run.
+            folder: where the files are written; default: the folder of the checkpoint's run.
             split: the training samples (without augmentation), or the test set.
             samples: at most this many samples of a group, drawn with the seed.
-            chunk_size: samples of one backward pass; lower it where memory is short. It does not change the numbers.
+            chunk_size: samples in one backward pass; lower it to save memory. It does not change the results.
             slices: also write one- and two-dimensional loss slices: loss_slices.npz, and loss_slices.png.
             span: the slices go from -span to span, in units of each filter's length.
-            points: points of a slice in each dimension.
+            points: points of a slice along each dimension.
             **settings: those of :class:`imbsam.sharpness.SharpnessMeasures`.
 
         Returns:
-            The estimates by group, by measure.
+            The estimates by group and measure.
 
         Raises:
             SettingError: a setting cannot work, or the data are not those that the checkpoint was trained with.
@@ -87,17 +84,17 @@ class CommandTrainer(Trainer):
             arrays: dict[str, Any] = data.slices(span, points, measures.seed, show)
             np.savez_compressed(out / "loss_slices.npz", **arrays)
             plot_slices(arrays, out / "loss_slices.png")
-            Console().print(f"slices: {out / 'loss_slices.npz'} and .png", soft_wrap=True, highlight=False)
+            print(f"slices: {out / 'loss_slices.npz'} and .png")
         return results
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Load the data, print the classes and what a batch looks like, and look for files that cannot be read.
+        """Load the data, print the classes and the shape of a batch, and find files that cannot be read.
 
-        Training, validation and test samples are read once, those that are left out of a long tail are not. Nothing is
-        trained and nothing is written.
+        Training, validation and test samples are read once, except those left out of a long tail. Nothing is trained
+        and nothing is written.
 
         Args:
-            model: the model, which says what is many, medium, few and tail; its network is not built.
+            model: the model, which defines many, medium, few and tail; its network is not built.
             datamodule: the data.
 
         Raises:
@@ -108,26 +105,29 @@ class CommandTrainer(Trainer):
         model.trainer = self
         datamodule.prepare_data()
         datamodule.setup("fit")
-        model.setup("fit")
+        if isinstance(model, SharpnessAwareModule):
+            model.learn_from_data("fit")
+        else:
+            model.setup("fit")
         if hasattr(model, "test_accuracy"):
             print_class_table(model)
         else:
             data: Any = datamodule
             counts = zip(data.class_names, torch.as_tensor(data.class_counts).tolist(), strict=True)
-            _say("training samples: " + ", ".join(f"{count:,} {name}" for name, count in counts))
+            print("training samples: " + ", ".join(f"{count:,} {name}" for name, count in counts))
         find_unreadable = getattr(datamodule, "unreadable_files", None)
         unreadable: dict[str, str] = find_unreadable() if find_unreadable else {}
-        for path, reason in list(unreadable.items())[:SHOWN]:
-            _say(f"{path}: {reason}")
-        if len(unreadable) > SHOWN:
-            _say(f"… and {len(unreadable) - SHOWN:,} more")
+        for path, reason in list(unreadable.items())[:20]:
+            print(f"{path}: {reason}")
+        if len(unreadable) > 20:
+            print(f"… and {len(unreadable) - 20:,} more")
         if unreadable:
             files = "1 file" if len(unreadable) == 1 else f"{len(unreadable):,} files"
             raise SettingError(f"{files} cannot be read: fix or remove them, or set data.corrupt_images to skip")
         for part, name in (("training", "train"), ("validation", "val"), ("test", "test")):
             loader = getattr(datamodule, f"{name}_dataloader")()
-            _say(f"{part}: {_describe(loader, read_all=find_unreadable is None)}")
-        _say("the data can be read")
+            print(f"{part}: {_describe(loader, read_all=find_unreadable is None)}")
+        print("the data can be read")
 
 
 def _check_data(datamodule: LightningDataModule, trained: Any) -> None:
@@ -142,7 +142,7 @@ def _check_data(datamodule: LightningDataModule, trained: Any) -> None:
 
 
 def _describe(loader: Any, read_all: bool) -> str:
-    """Number of batches and what the first one holds."""
+    """The number of batches, and the dtypes and shapes of the first one."""
     batches = iter(loader)
     first = next(batches, None)
     for _ in batches if read_all else ():
@@ -153,7 +153,3 @@ def _describe(loader: Any, read_all: bool) -> str:
     kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors if isinstance(t, Tensor)]
     number = f"{len(loader):,} batches, " if hasattr(loader, "__len__") else ""
     return f"{number}the first one {', '.join(kinds)}"
-
-
-def _say(line: str) -> None:
-    Console().print(line, soft_wrap=True, highlight=False, markup=False)

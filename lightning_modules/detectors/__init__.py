@@ -1,4 +1,4 @@
-"""Detectors of anomalies with a few labelled ones."""
+"""Anomaly detectors that learn from a few labelled anomalies."""
 
 from lightning_modules.detectors.classifier import WeightedClassifier
 from lightning_modules.detectors.deep_sad import DeepSAD

@@ -1,38 +1,30 @@
-"""Pretraining of an encoder as half of an autoencoder, which DeepSAD and FEAWAD share."""
+"""Pretraining of an encoder as half of an autoencoder, for DeepSAD and FEAWAD."""
 
 import torch
 from torch import Tensor, nn
 
-from imbsam.errors import SettingError
+from imbsam.checks import check_whole_numbers
 
 
 def pretrain(
-    encoder: nn.Module,
-    decoder: nn.Module,
-    x: Tensor,
-    steps: int,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
+    encoder: nn.Module, decoder: nn.Module, x: Tensor, steps: int, lr: float = 1e-3, weight_decay: float = 0.0
 ) -> None:
-    """Train ``decoder(encoder(x))`` to give x back: mean squared error, Adam, batches drawn with replacement.
+    """Train ``decoder(encoder(x))`` to reconstruct x: mean squared error, Adam, batches of 128 drawn with replacement.
 
     Args:
         encoder: from x to a code.
         decoder: from the code to the shape of x.
-        x: all rows to learn from, (N, ...).
-        steps: optimizer steps; 0 leaves both as they are.
-        batch_size: rows of a step.
+        x: the training samples, (N, ...).
+        steps: optimizer steps; 0 leaves both unchanged.
         lr: Adam's learning rate.
         weight_decay: Adam's weight decay.
     """
-    if steps < 0:
-        raise SettingError(f"pretrain_steps is {steps}: give a number from 0")
+    check_whole_numbers(0, pretrain_steps=steps)
     params = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.Adam(params, lr=lr, weight_decay=weight_decay, fused=True)
     with torch.enable_grad():
         for _ in range(steps):
-            batch = x[torch.randint(len(x), (batch_size,), device=x.device)]
+            batch = x[torch.randint(len(x), (128,), device=x.device)]
             loss = nn.functional.mse_loss(decoder(encoder(batch)), batch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""DeepSAD: unlabelled rows are drawn to a centre, labelled anomalies pushed away from it."""
+"""DeepSAD: pulls unlabelled samples to a centre and pushes labelled anomalies away from it."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ from lightning_modules.detectors.detector import Detector, mlp
 class DeepSAD(Detector):
     r"""Deep semi-supervised anomaly detection (Ruff et al., ICLR 2020, arXiv 1906.02694).
 
-    The objective is :class:`imbsam.deep_sad.DeepSADObjective`, that of the scikit-learn estimator too. The encoder has
-    no bias (with one, everything could be mapped to the centre). Batches are drawn naturally. Tables get an MLP, images
-    two convolutions; neither has BatchNorm. The paper pretrains the encoder as half of an autoencoder; on tables that
-    gained nothing (docs/anomaly.md), so it is off by default.
+    The objective is :class:`imbsam.deep_sad.DeepSADObjective`, which the scikit-learn estimator uses too. The encoder
+    has no bias (with one, it could map everything to the centre). Batches are drawn naturally. The encoder is an MLP
+    for tables and two convolutions for images; neither has BatchNorm. The paper pretrains the encoder as half of an
+    autoencoder; on tables that gained nothing (docs/anomaly.md), so it is off by default.
 
     Args:
         input_shape: (d,), or (channels, H, W) with H and W divisible by 4.
-        hidden: sizes of the MLP's hidden layers, [] for none, or channels of the two convolutions.
+        hidden: sizes of the MLP's hidden layers ([] for none), or channels of the two convolutions.
         code_size: dimensions of the encoder's output.
         eta: weight of the labelled anomalies' loss.
         pretrain_steps: steps of the autoencoder before training.
@@ -54,14 +54,14 @@ class DeepSAD(Detector):
         self.objective = DeepSADObjective(code_size, eta)
 
     def prepare(self, x: Tensor, labels: Tensor) -> None:
-        """Pretrain, where asked for, then set centre and spread."""
-        decoder = self._decoder().to(x.device)  # of no use afterwards
+        """Pretrain if `pretrain_steps` is set, then set the centre and the spread."""
+        decoder = self._decoder().to(x.device)  # not needed afterwards
         pretrain(self.encoder, decoder, x, self.pretrain_steps, weight_decay=1e-6)
         with torch.no_grad():
-            self.objective.fit(torch.cat([self.encoder(rows) for rows in torch.split(x, 8192)]))
+            self.objective.fit(torch.cat([self.encoder(chunk) for chunk in torch.split(x, 8192)]))
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Squared distance of unlabelled rows, its inverse for labelled anomalies: the paper's Deep SAD objective."""
+        """Squared distance of unlabelled samples, its inverse for labelled anomalies: the paper's objective."""
         losses: Tensor = self.objective(self.encoder(x), labels == 1)
         return losses
 
@@ -74,8 +74,8 @@ class DeepSAD(Detector):
         hidden, code_size = self.sizes
         if len(hidden) != 2 or height % 4 or width % 4:
             raise SettingError(
-                f"deep_sad has hidden={hidden} for images of {height} x {width}: give two numbers of channels, and "
-                "images whose sides are divisible by 4"
+                f"hidden is {hidden} for images of {height} x {width}: give two numbers of channels, and images whose "
+                "sides are divisible by 4"
             )
         layers: list[nn.Module] = []
         for inputs, outputs in ((channels, hidden[0]), (hidden[0], hidden[1])):

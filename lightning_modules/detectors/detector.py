@@ -1,4 +1,4 @@
-"""What every detector of anomalies offers."""
+"""The base class of the anomaly detectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from imbsam.checks import check_whole_numbers
 from imbsam.errors import SettingError
 
 
 class Detector(nn.Module, ABC):
     """A network with the per-sample loss and the anomaly score of its method.
 
-    Labels are 0 for unlabelled rows (most of them normal) and 1 for labelled anomalies, the tail.
+    Labels are 0 for unlabelled samples (most of them normal) and 1 for labelled anomalies, the tail.
 
     Attributes:
         sampling: the sampling of its paper: natural, balanced or pairs.
-        uses_pairs: whether :meth:`losses` is given pairs of rows.
+        uses_pairs: whether :meth:`losses` takes pairs of samples.
     """
 
     sampling: ClassVar[str]
@@ -25,24 +26,43 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The loss of every row, shape (B,).
+        """The loss of every sample, shape (B,).
 
         Args:
-            x: rows (B, d), images (B, channels, H, W), or pairs of rows (B, 2, d) where ``uses_pairs``.
+            x: samples (B, d), images (B, channels, H, W), or pairs (B, 2, d) if ``uses_pairs``.
             labels: int64 (B,), or (B, 2) for pairs.
         """
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
-        """Anomaly scores (B,), higher is more anomalous, of rows (B, d) or images (B, channels, H, W)."""
+        """Anomaly scores (B,), higher is more anomalous, of samples (B, d) or images (B, channels, H, W)."""
 
     def prepare(self, x: Tensor, labels: Tensor) -> None:
-        """Once, before training, with all training rows: pretrain, or keep what the scores need of them.
+        """Called once before training: pretrain, or keep the training samples that the scores need.
 
         Args:
-            x: all training rows (N, d) or images (N, channels, H, W).
+            x: all training samples (N, d) or images (N, channels, H, W).
             labels: int64 (N,).
         """
+
+
+class ScoreNetwork(Detector):
+    """A detector of tables whose score phi(x) is the output of a multilayer perceptron, ``net``.
+
+    Args:
+        input_shape: (d,).
+        hidden: sizes of the hidden layers.
+    """
+
+    def __init__(self, input_shape: Sequence[int], hidden: Sequence[int]) -> None:
+        super().__init__()
+        check_whole_numbers(hidden=hidden)
+        self.net: nn.Sequential = mlp([features_of(type(self).__name__, input_shape), *hidden, 1])
+
+    def scores(self, x: Tensor) -> Tensor:
+        """phi(x)."""
+        scores: Tensor = self.net(x).squeeze(1)
+        return scores
 
 
 def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -54,9 +74,10 @@ def mlp(sizes: Sequence[int], *, bias: bool = True, activation: type[nn.Module] 
 
 
 def features_of(name: str, input_shape: Sequence[int]) -> int:
-    """The number of features of a table's row; refuses images."""
+    """The number of features of a table; refuses images."""
     if len(input_shape) != 1:
         raise SettingError(
-            f"detector is {name}, which takes tables, and the data has samples of shape {tuple(input_shape)}"
+            f"detector is {name}, which takes tables, and the data has samples of shape {tuple(input_shape)}: choose "
+            "DeepSAD"
         )
     return int(input_shape[0])

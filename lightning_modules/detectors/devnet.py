@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imbsam.checks import check_whole_numbers
-from lightning_modules.detectors.detector import Detector, features_of, mlp
+from lightning_modules.detectors.detector import ScoreNetwork
 
 
-class DevNet(Detector):
+class DevNet(ScoreNetwork):
     r"""Deviation network (Pang, Shen, van den Hengel, KDD 2019, arXiv 1911.08623).
 
     The deviation of a score phi(x) is counted in standard deviations of reference scores, l = 5,000 draws from N(0, 1):
@@ -18,13 +18,13 @@ class DevNet(Detector):
         dev(x) = \frac{\phi(x) - \mu_R}{\sigma_R}, \qquad
         L = (1 - y)\,|dev(x)| + y \max(0,\, a - dev(x)), \qquad a = 5
 
-    The network has one hidden layer; half of the rows of every batch are labelled anomalies.
+    The network has one hidden layer; half of every batch are labelled anomalies.
 
     Args:
         input_shape: (d,).
         hidden: sizes of the hidden layers (the paper's DevNet has one of 20).
         margin: a.
-        reference_draws: l. They are drawn once, when the net is built.
+        reference_draws: l, drawn once when the network is built.
     """
 
     sampling = "balanced"
@@ -38,9 +38,8 @@ class DevNet(Detector):
         margin: float = 5.0,
         reference_draws: int = 5000,
     ) -> None:
-        super().__init__()
-        check_whole_numbers(hidden=hidden, reference_draws=reference_draws)
-        self.net: nn.Sequential = mlp([features_of("DevNet", input_shape), *hidden, 1])
+        super().__init__(input_shape, hidden)
+        check_whole_numbers(reference_draws=reference_draws)
         self.margin = margin
         draws = torch.randn(reference_draws)
         self.register_buffer("reference_mean", draws.mean())
@@ -50,8 +49,3 @@ class DevNet(Detector):
         """The deviation loss, equation (6) of the paper."""
         deviation = (self.scores(x) - self.reference_mean) / self.reference_std
         return torch.where(labels == 1, (self.margin - deviation).relu(), deviation.abs())
-
-    def scores(self, x: Tensor) -> Tensor:
-        """phi(x)."""
-        scores: Tensor = self.net(x).squeeze(1)
-        return scores

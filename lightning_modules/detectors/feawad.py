@@ -1,4 +1,4 @@
-"""FEAWAD: deviations of what an autoencoder makes of a row."""
+"""FEAWAD: deviations of the features of an autoencoder."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,14 +15,14 @@ from lightning_modules.detectors.detector import Detector, features_of, mlp
 class FEAWAD(Detector):
     r"""Feature encoding with autoencoders (Zhou, Song, Zhang, Liu, Zhu, Liu, TNNLS 2021, arXiv 2105.10500).
 
-    From an autoencoder, pretrained on the unlabelled rows and trained further with the rest, come a row's code h, its
-    reconstruction error e = ||x - x'|| and the residual r = (x - x') / e. A network that is given e again at every
-    layer scores [h, r, e], and
+    An autoencoder, pretrained on the unlabelled samples and trained on with the rest, yields a sample's code h, its
+    reconstruction error e = ||x - x'|| and the residual r = (x - x') / e. A network that gets e again at every layer
+    scores [h, r, e], and
 
     .. math::
         L = (1 - y)\, (|\phi(x)| + e) + y\, [\max(0, a - \phi(x)) + \max(0, a - e)], \qquad a = 5
 
-    Half of the rows of every batch are labelled anomalies.
+    Half of every batch are labelled anomalies.
 
     Args:
         input_shape: (d,).
@@ -55,7 +55,7 @@ class FEAWAD(Detector):
         self.pretrain_steps = pretrain_steps
 
     def prepare(self, x: Tensor, labels: Tensor) -> None:
-        """Pretrain the autoencoder on the unlabelled rows."""
+        """Pretrain the autoencoder on the unlabelled samples."""
         pretrain(self.encoder, self.decoder, x[labels == 0], self.pretrain_steps)
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PReNet: how anomalous is a pair of rows?"""
+"""PReNet: how anomalous is a pair of samples?"""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ class PReNet(Detector):
     .. math::
         L = |\, y_{ij} - \phi(x_i, x_j) \,|, \qquad \phi(x_i, x_j) = \eta\,[\psi(x_i); \psi(x_j)]
 
-    with one feature network psi for both and a linear eta. A row's score is its mean relation to E labelled anomalies
-    and E unlabelled rows, drawn once before training:
+    with one feature network psi for both and a linear eta. A sample's score is its mean relation to E labelled
+    anomalies and E unlabelled samples, drawn once before training:
 
     .. math::
         s(x) = \frac{1}{2E} \Big[ \sum_{i=1}^{E} \phi(a_i, x) + \sum_{j=1}^{E} \phi(x, u_j) \Big]
@@ -60,16 +60,18 @@ class PReNet(Detector):
         self.register_buffer("unlabelled_references", torch.zeros(references, d))
 
     def prepare(self, x: Tensor, labels: Tensor) -> None:
-        """Draw the rows that scores are taken against, with replacement."""
+        """Draw the samples that scores are relative to, with replacement."""
         for label, references in ((1, self.anomalous_references), (0, self.unlabelled_references)):
-            rows = (labels == label).nonzero().squeeze(1)
-            if not len(rows):
-                raise SettingError(f"prenet has no training row with label {label}: it needs labelled anomalies")
-            references.copy_(x[rows[torch.randint(len(rows), (len(references),), device=x.device)]])
+            candidates = (labels == label).nonzero().squeeze(1)
+            if not len(candidates):
+                raise SettingError(
+                    f"PReNet has no training sample with label {label}: it needs labelled anomalies and unlabelled ones"
+                )
+            references.copy_(x[candidates[torch.randint(len(candidates), (len(references),), device=x.device)]])
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """Absolute error of the pairs' relations: equation (4) of the paper."""
-        psi = self._psi(x.flatten(0, 1)).reshape(len(x), -1)  # both rows' features, side by side
+        psi = self._psi(x.flatten(0, 1)).reshape(len(x), -1)  # the features of both, side by side
         losses: Tensor = (self.targets[labels.sum(dim=1)] - self.relation(psi).squeeze(1)).abs()
         return losses
 

@@ -1,1 +1,1 @@
-"""Runs that may be killed at any moment: checkpoints, the log, signals."""
+"""What lets a run be killed at any moment and resumed: checkpoints, the log, signals."""

@@ -1,4 +1,4 @@
-"""Checkpoint files that survive a kill at any moment, and the way back to the newest one."""
+"""Checkpoint files: written so that a kill at any moment leaves a whole one, and looked up again."""
 
 import os
 import zipfile
@@ -16,17 +16,17 @@ PREVIOUS = "previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary name, syncs and renames it, so that a file of its own name is always whole.
+    """Writes a checkpoint to a temporary file, syncs it and renames it, so that no checkpoint is ever half-written.
 
-    Of ``last.ckpt`` the one before it stays as ``previous.ckpt``.
+    The ``last.ckpt`` before it is kept as ``previous.ckpt``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the file, and return when it is on the disk.
+        """Write the file, and return once it is on the disk.
 
         Raises:
-            OSError: it cannot be written, for example because the disk is full. Nothing of it stays behind, and the
-                files that were there before are as they were.
+            OSError: it cannot be written, for example because the disk is full. Nothing is left behind, and the
+                existing files are unchanged.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,21 +52,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the operating system said: torch.save raises a RuntimeError of its own on top of it."""
+    """The operating system's error, which torch.save hides behind a RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = (error.__cause__ or error.__context__) if isinstance(error, RuntimeError) else None
     return error
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a file that is cut off or damaged, before anything is built.
+    """Refuse a file that is missing, cut off or damaged, before anything is built.
 
     Args:
-        path: A checkpoint. A folder (a sharded one) is left to torch.
+        path: A checkpoint. A folder (a sharded one) is not checked.
 
     Raises:
-        SettingError: It is no whole checkpoint; the message names the previous one where that is whole.
+        SettingError: There is no whole checkpoint; the message names the previous one if that is whole.
     """
+    if not path.exists():
+        raise SettingError(f"ckpt_path is {path}: there is no such file; a run keeps checkpoints/last.ckpt")
     if path.is_dir() or (reason := _damage(path)) is None:
         return
     previous = path.with_name(PREVIOUS)
@@ -77,7 +79,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the file; torch checks neither length nor checksums of what it reads."""
+    """What is wrong with the file; torch.load checks neither its length nor its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return "it is damaged (a checksum is wrong)" if archive.testzip() else None
@@ -90,10 +92,10 @@ def newest_checkpoint(runs: Path, version: int | str | None = None) -> Path | No
 
     Args:
         runs: The folder with the runs' folders ``version_0``, ``version_1``, ...
-        version: Look at this run only: its number, or the name of its folder.
+        version: Only this run: its number, or the name of its folder.
 
     Returns:
-        Its ``last.ckpt``, or ``previous.ckpt`` where a kill came between two renames, or None.
+        Its ``last.ckpt``, or ``previous.ckpt`` if a kill came between the two renames, or None.
     """
     for run in _newest_first(runs) if version is None else [run_folder(runs, version)]:
         for name in (LAST, PREVIOUS):
@@ -103,7 +105,7 @@ def newest_checkpoint(runs: Path, version: int | str | None = None) -> Path | No
 
 
 def newest_run(runs: Path) -> Path | None:
-    """The folder of the newest run, with a checkpoint or without, or None. An empty folder is none."""
+    """The folder of the newest run, with or without a checkpoint, or None. An empty folder does not count."""
     return next((run for run in _newest_first(runs) if any(run.iterdir())), None)
 
 

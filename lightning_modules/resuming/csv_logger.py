@@ -11,33 +11,23 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, whose ``metrics.csv`` can be cut back to a checkpoint's row and continued.
+    """Lightning's CSVLogger, whose ``metrics.csv`` can be cut back to the row of a checkpoint and continued.
 
     Args:
         save_dir: Folder of all logs.
         name: Folder of the experiment's runs inside it.
-        version: Number or name of the run; the next free number by default.
-        prefix: A string to put before the names of the metrics.
-        flush_logs_every_n_steps: How often to write to the disk.
-        resume: Go on with the ``metrics.csv`` that is there, instead of deleting it.
+        resume: Continue an existing ``metrics.csv`` instead of deleting it.
+        **settings: The other settings of CSVLogger: ``version``, ``prefix``, ``flush_logs_every_n_steps``.
     """
 
-    def __init__(
-        self,
-        save_dir: str = "logs",
-        name: str | None = "",
-        version: int | str | None = None,
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 100,
-        resume: bool = False,
-    ) -> None:
-        super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
+    def __init__(self, save_dir: str = "logs", name: str | None = "", resume: bool = False, **settings: Any) -> None:
+        super().__init__(save_dir, name, **settings)
         self.resume = resume
 
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsFile":
-        """The file's writer."""
+        """The writer of the file."""
         if self._experiment is None:
             os.makedirs(self.root_dir, exist_ok=True)
             self._experiment = MetricsFile(self.log_dir, self.resume)
@@ -46,15 +36,15 @@ class ResumableCSVLogger(CSVLogger):
 
 
 class MetricsFile(ExperimentWriter):
-    """``metrics.csv``, which is never without its older rows, not even while its header changes.
+    """``metrics.csv``, which a kill leaves with all older rows even while its header changes.
 
     Args:
         log_dir: The run's folder.
-        resume: Go on with the file that is there.
+        resume: Continue an existing file.
     """
 
     def __init__(self, log_dir: str, resume: bool) -> None:
-        self._resume = resume  # the parent's constructor asks for it
+        self._resume = resume  # the parent's constructor reads it
         super().__init__(log_dir)
         self.path = Path(self.metrics_file_path)
         self.rows = 0
@@ -62,12 +52,12 @@ class MetricsFile(ExperimentWriter):
             self._write(self._read())
 
     def save(self) -> None:
-        """Append what was logged since."""
+        """Append what was logged since the last time."""
         self.rows += len(self.metrics)
         super().save()
 
     def sync(self) -> int:
-        """Bring the file to the disk; returns the number of its rows."""
+        """Flush the file to the disk; returns its number of rows."""
         self.save()
         if self.path.exists():
             with self.path.open("rb") as file:
@@ -83,11 +73,11 @@ class MetricsFile(ExperimentWriter):
             return []
         lines = self.path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # a kill cut it off
+            lines.pop()  # cut off by a kill
         return list(csv.DictReader(lines))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        """The columns are those that these rows have values in, as if nothing had followed them."""
+        """Keep only the columns in which these rows have values, as if nothing had followed them."""
         self.rows = len(rows)
         self.metrics_keys = sorted({key for row in rows for key, value in row.items() if value != ""})
         if rows:

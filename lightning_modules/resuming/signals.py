@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1: noted while a training runs, and otherwise the end at once, in one line."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1: recorded during a training, otherwise they exit at once, with one line."""
 
 import _thread
 import contextlib
@@ -17,25 +17,25 @@ from lightning.pytorch.utilities import rank_zero_only
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 AT_ONCE = 3.0
-"""Seconds in which the program ends at once: for callbacks that close files, and for Lightning's teardown."""
+"""Seconds to exit at once: callbacks close files, Lightning tears down."""
 
 PATIENCE = 120.0
-"""Seconds in which a training notes a signal; rank 0 may have to wait for a disk, and the others for rank 0."""
+"""Seconds for a training to react to a signal; rank 0 may have to wait for a disk, and the others for rank 0."""
 
 LAST_COLLECTIVE = 60.0
-"""Seconds in which the other processes end after a run."""
+"""Seconds for the other processes to exit after a run."""
 
 SAME_KEYPRESS = 0.2
-"""Seconds: `timeout -s INT` and some launchers signal the process and then its group, so that it comes twice."""
+"""Seconds: `timeout -s INT` and some launchers signal the process and then its group, so the signal comes twice."""
 
 
 class Interrupted(BaseException):
-    """A signal ended the program. No Exception, which a library might take for a failure of its own.
+    """A signal stopped the program. Not an Exception, which a library might take for a failure of its own.
 
     Args:
         message: one line for the user.
-        exit_code: the program's.
-        at_once: whether other processes of the run may not know of it.
+        exit_code: the program's exit code.
+        at_once: whether other processes of the run may not know of the signal.
     """
 
     def __init__(self, message: str, exit_code: int, at_once: bool = False) -> None:
@@ -44,16 +44,16 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Handlers of the stop signals, from :meth:`install` to :meth:`remove`, in place of whatever others there are.
+    """Handlers of the stop signals, which replace all others between :meth:`install` and :meth:`remove`.
 
-    At once: a signal raises :class:`Interrupted` in the main thread. Deferred: it is noted in :attr:`received`, for a
-    convenient moment, and a second SIGINT raises.
+    At once: a signal raises :class:`Interrupted` in the main thread. Deferred: it is recorded in :attr:`received`, to
+    be acted on later, and a second SIGINT raises.
 
-    Python runs handlers in the main thread only, and that may wait in C code for a process that is gone. So a thread
-    reads the signals too, and ends the program where it does not end by itself.
+    Python runs handlers only in the main thread, which may wait in C code for a process that has died. So a thread
+    reads the signals too, and exits the program if it does not exit by itself.
 
     Args:
-        deferred: note a signal instead of raising.
+        deferred: record a signal instead of raising.
     """
 
     def __init__(self, deferred: bool) -> None:
@@ -61,13 +61,13 @@ class StopSignals:
         self.received = 0
         """The number of the last signal, or 0."""
         self.launcher: Any = None
-        """Lightning's launcher, which knows the other processes of the run that it has started on this machine."""
+        """Lightning's launcher, which knows the other processes of the run that it launched on this machine."""
         self._raise = not deferred
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
-        """Take over. Python allows that in the main thread alone; in another one nothing happens."""
+        """Install the handlers. Python allows that only in the main thread; in another one nothing happens."""
         if self._pipe is not None or threading.current_thread() is not threading.main_thread():
             return
         self._pipe = os.pipe()
@@ -78,7 +78,7 @@ class StopSignals:
         threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop-signals", daemon=True).start()
 
     def remove(self) -> None:
-        """Give back to the handlers of before."""
+        """Restore the previous handlers."""
         if self._pipe is None:
             return
         self._give_back(self._wakeup_before)
@@ -87,16 +87,16 @@ class StopSignals:
         _installed.remove(self)
 
     def end_launched(self) -> None:
-        """End the other processes that this one has started for the run: they would wait for it.
+        """Kill the processes that this one launched for the run: they would wait for it.
 
-        And take them off the list of Lightning's observer, which kills this one when another has ended with a code.
+        And remove them from the list of Lightning's observer, which kills this one when another exits with a code.
         """
         processes: list[Any] = getattr(self.launcher, "procs", [])
         while processes:
             processes.pop().kill()
 
     def await_launched(self) -> None:
-        """After a run, wait for the other processes to end: their last collective fails where this one leaves first."""
+        """After a run, wait for the other processes to exit: their last collective fails if this one exits first."""
         for process in getattr(self.launcher, "procs", []):
             if isinstance(process, subprocess.Popen):
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -115,7 +115,7 @@ class StopSignals:
             raise Interrupted(f"interrupted by {signal.Signals(number).name}{how}", 128 + number, at_once=True)
 
     def _watch(self, pipe: int) -> None:
-        """In a thread of its own: count SIGINT, and end the program where it waits."""
+        """In a thread of its own: count SIGINT, and exit the program if it hangs."""
         deadline, pressed, stop = math.inf, -math.inf, 0
         while True:
             wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
@@ -153,7 +153,7 @@ _installed: list[StopSignals] = []
 
 
 def _in_forked_child() -> None:
-    """A loader's worker has the signals of before: it shares the pipe with its parent, and has no thread to read it."""
+    """Restore the previous handlers in a loader's worker: it shares its parent's pipe, but has no thread to read it."""
     for signals in reversed(_installed):
         signals._give_back(-1)
     _installed.clear()
@@ -167,7 +167,7 @@ def _rank() -> int:
 
 
 def _write(line: str) -> None:
-    """To stderr, past Python's buffers, which the main thread may hold."""
+    """To stderr, bypassing Python's buffers, whose lock the main thread may hold."""
     if _rank() == 0:
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, f"imbsam: {line}\n".encode())

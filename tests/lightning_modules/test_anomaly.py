@@ -1,6 +1,5 @@
 """AnomalyDetector through the command line, and the gradient that it trains with."""
 
-import csv
 import os
 import warnings
 from functools import partial
@@ -21,20 +20,16 @@ from lightning_modules.detectors import FEAWAD, DeepSAD, DevNet, PReNet, Weighte
 from lightning_modules.resuming.csv_logger import ResumableCSVLogger
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from tests.pieces import anomaly
+from tests.training import csv_rows
 
 SHARED = Path(os.environ.get("IMBSAM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SHORT = ["--trainer.max_epochs=2", "--data.batches_per_epoch=3"]
 SHORT += ["--trainer.enable_model_summary=false"]
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize(("name", "detector"), [("deep_sad", "DeepSAD"), ("prenet", "PReNet")])
 def test_fit_test_predict(name, detector, imbsam, tmp_path):
-    """Both carry something from the training rows: a centre, references."""
+    """Both keep something of the training samples: a centre, references."""
     config = [*anomaly(name, "imbsam"), *SHORT]
     schedule = ["--trainer.callbacks+=RhoSchedule", "--trainer.callbacks.end=0.1"]
     code, out, _ = imbsam("fit", *config, "--model.sam.rho=0.05", *schedule)
@@ -42,8 +37,8 @@ def test_fit_test_predict(name, detector, imbsam, tmp_path):
     for text in ("AUROC", "average", "F1", detector, "ImbSAM", "checkpoint: logs/anomaly_table/"):
         assert text in out
     run = tmp_path / f"logs/anomaly_table/{name}_imbsam/version_0"
-    logged = next(row for row in rows(run / "metrics.csv") if row.get("test/auroc"))
-    assert [float(row["rho"]) for row in rows(run / "metrics.csv") if row["rho"]] == pytest.approx([0.05, 0.1])
+    logged = next(row for row in csv_rows(run / "metrics.csv") if row.get("test/auroc"))
+    assert [float(row["rho"]) for row in csv_rows(run / "metrics.csv") if row["rho"]] == pytest.approx([0.05, 0.1])
     last = run / "checkpoints/last.ckpt"
 
     code, out, _ = imbsam("test", *config, "--ckpt_path", last)
@@ -53,7 +48,7 @@ def test_fit_test_predict(name, detector, imbsam, tmp_path):
 
     code, out, _ = imbsam("predict", *config, "--ckpt_path", last, "--predictions.path", "scores.csv")
     assert code == 0
-    found = rows("scores.csv")
+    found = csv_rows("scores.csv")
     assert len(found) == 1797
     assert set(found[0]) == {"row", "score", "alarm"}
     assert (found[0]["row"], found[-1]["row"]) == ("1", "1797")
@@ -71,12 +66,12 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
     settings = [f"--data.path={path}", "--data.labelled_share=1", "--trainer.max_epochs=40"]
     code, _, _ = imbsam("fit", *anomaly("classifier", "sgd"), *settings)
     assert code == 0
-    logged = rows(tmp_path / "logs/anomaly_table/classifier_sgd/version_0/metrics.csv")
+    logged = csv_rows(tmp_path / "logs/anomaly_table/classifier_sgd/version_0/metrics.csv")
     assert next(float(row["test/average_precision"]) for row in logged if row.get("test/average_precision")) > 0.75
 
 
 def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
-    """The threshold's precision would be that of the rows of rank 0."""
+    """The precision of the threshold would be that of the samples of rank 0."""
     config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]
     assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
     more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -92,7 +87,7 @@ def test_without_validation_there_is_no_threshold(imbsam, tmp_path):
     assert "F1" not in out
     last = tmp_path / "logs/anomaly_table/devnet_sgd/version_0/checkpoints/last.ckpt"
     assert imbsam("predict", *config, "--ckpt_path", last, "--predictions.path", "scores.csv")[0] == 0
-    assert set(rows("scores.csv")[0]) == {"row", "score"}
+    assert set(csv_rows("scores.csv")[0]) == {"row", "score"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,7 @@ def test_wrong_setting_is_one_line(detector, settings, message, imbsam):
 
 
 def attached(detector, method, rho, **settings):
-    """A detector that stands as if Lightning had set it up, without a Trainer's loop, and its training rows."""
+    """A detector as if Lightning had set it up, without the loop of a Trainer, and its training samples."""
     torch.manual_seed(0)
     x, labels = torch.rand(60, 5, dtype=torch.float64), (torch.arange(60) < 8).long()
     module = AnomalyDetector(detector, sam=partial(ImbSAM, rho=rho, **settings))
@@ -194,7 +189,7 @@ def test_the_threshold_is_that_of_the_final_weights(settings, early, tmp_path):
 
 
 @pytest.mark.parametrize(("detector", "sampling"), [(DevNet, "balanced"), (DeepSAD, "natural"), (PReNet, "pairs")])
-def test_the_validation_loss_is_the_objective_on_the_labels_that_are_known(detector, sampling):
+def test_the_validation_loss_is_the_objective_on_the_known_labels(detector, sampling):
     data = AnomalyDataModule(sampling=sampling, val_share=0.3, eval_batch_size=70)
     module = AnomalyDetector(detector, sam=partial(Plain, tail_weight=3.0))
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)

@@ -56,7 +56,7 @@ def sgd(params):
     [Plain, partial(SAM, rho=0.1), partial(ImbSAM, rho=0.1), partial(FocalSAM, rho=0.1)],
     ids=["plain", "sam", "imbsam", "focal_sam"],
 )
-def test_trains_as_a_plain_loop_around_the_engine(tmp_path, method):
+def test_trains_like_a_plain_loop(tmp_path, method):
     model, run = fit(tmp_path, sam=partial(method, tail_weight=2.0), optimizer=sgd)
 
     seed_everything(0)
@@ -118,14 +118,14 @@ def test_logs(tmp_path):
     assert {"test/loss", "test/many", "test/medium", "test/few", "test/all"} <= set(run.callback_metrics)
 
 
-def test_tail_rows_are_the_rows_of_tail_classes(tmp_path):
+def test_tail_rows_counts_the_samples_of_tail_classes(tmp_path):
     data = DigitsLTDataModule(batch_size=10_000)
     _, run = fit(tmp_path, data=data, sam=partial(ImbSAM, eta=20), trainer_settings={"max_epochs": 1})
     assert run.callback_metrics["train/tail_rows"] == data.class_counts[data.class_counts < 20].sum()
 
 
 def test_accumulated_batches_count_as_one(tmp_path):
-    """4 batches of 8 rows are one of 32, for the perturbation too (GroupNorm net)."""
+    """4 batches of 8 samples are one of 32, for the perturbation too (GroupNorm)."""
 
     class Fixed(DigitsLTDataModule):
         def train_dataloader(self):
@@ -143,7 +143,7 @@ def test_accumulated_batches_count_as_one(tmp_path):
         seed_everything(0)
         run = trainer(tmp_path, precision="64-true", max_epochs=1)
         run.fit(model, datamodule=data)
-        assert run.global_step == 3  # 32 + 32 + 6 rows
+        assert run.global_step == 3  # 32 + 32 + 6 samples
         weights.append(torch.cat([p.detach().flatten() for p in model.backbone.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
 
@@ -171,7 +171,7 @@ def test_scheduler_steps_by_epoch_or_by_optimizer_step(tmp_path, interval, expec
     assert rates == pytest.approx(expected)
 
 
-def test_reduce_lr_on_plateau_watches_the_training_loss_without_a_validation_split(tmp_path):
+def test_reduce_lr_on_plateau_monitors_the_training_loss_without_a_validation_split(tmp_path):
     model, run = fit(
         tmp_path,
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-5),
@@ -320,9 +320,46 @@ def test_checkpoint_brings_its_classes(tmp_path):
     assert torch.equal(loaded.test_accuracy.class_counts, other.class_counts)
 
 
+def test_groups_of_another_ratio_last_through_checkpoint_and_test(tmp_path):
+    """At ratio 10 no digit has fewer than 10 training samples; at ratio 50 four have."""
+    data, other = DigitsLTDataModule(ratio=10), DigitsLTDataModule(ratio=50)
+    other.setup()
+    few = other.class_counts < 10
+    model, run = fit(tmp_path, data, groups_of_ratio=50)
+    assert data.class_counts.min() >= 10
+    assert torch.equal(model.test_accuracy.masks["few"], few)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = LongTailedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert torch.equal(loaded.test_accuracy.masks["few"], few)
+    assert torch.equal(loaded.class_counts, data.class_counts)
+    for ratio, wanted in ((50, few), (None, torch.zeros(10, dtype=torch.bool))):
+        fresh = LongTailedClassifier(**SMALL, groups_of_ratio=ratio)
+        trainer(tmp_path).test(
+            fresh, DigitsLTDataModule(ratio=10), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True
+        )
+        assert torch.equal(fresh.test_accuracy.masks["few"], wanted)
+
+
 class Unnamed(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), self.labels), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("data", "ratio", "message"),
+    [
+        (DigitsLTDataModule(profile="none"), 100, "groups_of_ratio is 100: .* has no ratio: leave it out"),
+        (DigitsLTDataModule(), 0.5, "groups_of_ratio is 0.5: ratio is 0.5, .*: give its inverse, 2 "),
+        (DigitsLTDataModule(), 999, "groups_of_ratio is 999: ratio is 999, .*: give at most 122"),
+        ("unnamed", 100, "groups_of_ratio is 100: Unnamed has no ratio: leave it out"),
+    ],
+)
+def test_groups_of_a_ratio_that_the_data_do_not_have_are_refused(tmp_path, data, ratio, message):
+    if data == "unnamed":
+        data = Unnamed()
+        data.class_counts, data.class_names = torch.tensor([4, 4]), ["a", "b"]
+    with pytest.raises(SettingError, match=f"^{message}"):
+        fit(tmp_path, data, groups_of_ratio=ratio)
 
 
 @pytest.mark.parametrize("method", [partial(ImbSAM, eta=4), SAM, Plain], ids=["imbsam", "sam", "plain"])
@@ -334,7 +371,7 @@ class Unnamed(LightningDataModule):
         ([5, 3], [0, 1, -1, 1] * 2, "targets holds the label -1"),
     ],
 )
-def test_data_that_does_not_fit(tmp_path, counts, labels, message, method):
+def test_unsuitable_data_are_refused(tmp_path, counts, labels, message, method):
     data = Unnamed()
     data.labels = torch.tensor(labels)
     if counts:
@@ -359,7 +396,7 @@ def test_model_of_other_classes(tmp_path):
         ({"sam": partial(ImbSAM, rho=-1.0)}, "rho is -1.0"),
         ({"sam": partial(ImbSAM, rho=float("nan"))}, "rho is nan"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0"),
-        ({"backbone": torch.nn.Linear(3, 4)}, "backbone is a Linear that is built already"),
+        ({"backbone": torch.nn.Linear(3, 4)}, "backbone is a Linear that is already built"),
         ({"backbone": partial(SmallCNN, wdth=3)}, "backbone or head: .*wdth=3"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, "Invalid learning rate"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
@@ -374,7 +411,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize(("eta", "message"), [(1, "leaves no tail class"), (1000, "makes every class a tail class")])
-def test_eta_that_leaves_nothing_of_imbsam_warns(tmp_path, eta, message):
+def test_eta_without_effect_warns(tmp_path, eta, message):
     with pytest.warns(UserWarning, match=message):
         fit(tmp_path, sam=partial(ImbSAM, eta=eta), trainer_settings={"max_steps": 1})
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -13,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
+@pytest.mark.processes
 def test_fit_on_two_processes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in RANKS}
     done = subprocess.run(

@@ -19,6 +19,7 @@ from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN
+from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,8 +43,8 @@ def trainer(tmp_path, *callbacks, **settings):
 
 @pytest.mark.parametrize(
     "average",
-    [partial(EMAWeightAveraging, decay=0.5), partial(WeightAveraging, use_buffers=False)],
-    ids=["ema", "mean"],
+    [partial(EMAWeightAveraging, decay=0.5), WeightAveraging, partial(WeightAveraging, use_buffers=False)],
+    ids=["ema", "mean", "mean, without buffers"],
 )
 def test_averaged_weights_are_those_of_the_steps(tmp_path, average):
     steps = []
@@ -162,3 +163,35 @@ def test_averaged_weights_are_in_the_checkpoint_and_resume_after_a_crash(tmp_pat
     for name, wanted in whole.backbone.named_parameters():
         assert torch.equal(rest.backbone.get_parameter(name), wanted)
         assert torch.equal(saved[f"backbone.{name}"], wanted)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["plain weights first", "average first"])
+def test_plain_weights_are_tested_and_resumed_beside_their_average(tmp_path, first):
+    """The plain weights are those of a training that averages nothing."""
+
+    def fit(name, average, epochs, **settings):
+        seed_everything(0)
+        callbacks = [PlainWeights(), EMAWeightAveraging(decay=0.99)] if average else []
+        keep = ResumableCheckpoint(dirpath=tmp_path / name)
+        run = trainer(tmp_path / name, *(callbacks if first else callbacks[::-1]), keep, max_epochs=epochs)
+        module = model()
+        run.fit(module, datamodule=DigitsLTDataModule(), **settings)
+        return module, run.test(module, datamodule=DigitsLTDataModule(), verbose=False)[0]
+
+    _, wanted = fit("alone", False, 3)
+    _, found = fit("average", True, 3)
+    assert not any("plain" in name for name in wanted)
+    names = [name for name in wanted if name.startswith("test/") and name != "test/loss"]
+    assert len(names) == 12
+    assert [found[name.replace("test/", "test/plain_")] for name in names] == [wanted[name] for name in names]
+    assert found["test/all"] != found["test/plain_all"]
+
+    run, path = trainer(tmp_path, PlainWeights()), tmp_path / "average/last.ckpt"
+    (again,) = run.test(model(), datamodule=DigitsLTDataModule(), ckpt_path=path, verbose=False, weights_only=False)
+    assert again == found
+
+    whole, _ = fit("whole", True, 5)
+    (tmp_path / "more").mkdir()
+    more, _ = fit("more", True, 5, ckpt_path=path, weights_only=False)
+    for name, value in whole.backbone.named_parameters():
+        assert torch.equal(more.backbone.get_parameter(name), value), name

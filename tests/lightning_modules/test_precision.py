@@ -72,7 +72,7 @@ def test_overflows_are_skipped_and_logged_and_training_continues(tmp_path):
     assert torch.isfinite(weights(whole)).all()
 
 
-def test_without_a_scaler_nothing_is_said_of_scales(tmp_path):
+def test_without_a_scaler_no_scale_is_logged(tmp_path):
     fit(tmp_path, max_epochs=1)
     assert "train/loss_scale" not in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
 
@@ -91,7 +91,7 @@ def test_perturbation_reaches_the_low_precision_passes(tmp_path, precision):
     assert torch.cosine_similarity(change["low"], change["32"], dim=0) > 0.8
 
 
-def test_bf16_weights_warn_and_log_the_share_that_moved(tmp_path):
+def test_bf16_weights_warn_and_log_the_perturbed_fraction(tmp_path):
     with pytest.warns(UserWarning, match="precision is bf16-true.*moves only some of them"):
         fit(tmp_path / "small", {"sam": partial(ImbSAM, rho=0.05)}, precision="bf16-true", max_epochs=1)
     with pytest.warns(UserWarning, match="precision is bf16-true"):

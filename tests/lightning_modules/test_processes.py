@@ -23,11 +23,11 @@ ARGS = [
 
 
 class LookOnRank0(Callback):
-    """Rank 0 alone looks at what was logged, as its progress bar does, and as a callback of a user's may."""
+    """Only rank 0 reads what was logged, as its progress bar does, and as a custom callback may."""
 
     def look(self, trainer, *args):
         if trainer.is_global_zero:
-            assert trainer.callback_metrics is not None  # Lightning reduces here what was left to reduce
+            assert trainer.callback_metrics is not None  # here Lightning would reduce
             assert trainer.progress_bar_metrics is not None
 
     on_train_batch_end = on_train_epoch_end = on_train_end = look
@@ -46,7 +46,7 @@ def last(folder):
 
 
 def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam, tmp_path):
-    """Batches of 32, 2 * 16 and 4 * 8 rows; the 540 test images in batches of unequal number on the ranks."""
+    """Batches of 32, 2 * 16 and 4 * 8 samples; the 540 test images in batches of unequal number on the ranks."""
     found = []
     for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
@@ -63,7 +63,8 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
     for checkpoint, log in found[1:]:
         for name, value in found[0][0]["state_dict"].items():
             torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=0, atol=1e-10)
-        for name in ("test/loss", "test/all", "test/few", "train/loss_epoch"):
+        measures = ("lowest_recall", "harmonic_mean", "macro_f1", "top5_few", "ece_all", "backward_50")
+        for name in ("test/loss", "test/all", "test/few", "train/loss_epoch", *(f"test/{name}" for name in measures)):
             values = [[float(row[name]) for row in rows if row[name]] for rows in (log, found[0][1])]
             assert values[0] == pytest.approx(values[1], rel=1e-6), name
 
@@ -93,7 +94,7 @@ def test_two_processes_stop_together_and_resume(run_imbsam, tmp_path):
 
 
 def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_path):
-    """Rank 1 alone meets it in the first epoch; rank 0 then waits for a gradient that never comes."""
+    """Only rank 1 meets it in the first epoch; rank 0 then waits for a gradient that never comes."""
     root = tmp_path / "images"
     shutil.copytree(image_folder_root, root)
     for image in sorted((root / "train/ant").iterdir())[:6]:

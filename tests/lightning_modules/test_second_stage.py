@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from sklearn.metrics import balanced_accuracy_score
 from torch.testing import assert_close
 
@@ -14,6 +14,7 @@ from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
 from lightning_modules.backbones import CosineClassifier, SmallCNN
+from tests.training import quiet_trainer
 
 NET: dict[str, Any] = {"backbone": partial(SmallCNN, width=8, norm="batch")}
 GROUPS: dict[str, Any] = {"many": 50, "few": 10}
@@ -21,12 +22,6 @@ GROUPS: dict[str, Any] = {"many": 50, "few": 10}
 
 def sgd(params):
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-
-
-def trainer(tmp_path, **settings) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    defaults = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_checkpointing": False, "max_epochs": 1}
-    return Trainer(**{**defaults, **quiet, **settings})
 
 
 def data(val_share=0.2, **settings):
@@ -39,7 +34,7 @@ def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
     seed_everything(0)
     model = LongTailedClassifier(**NET, **GROUPS, sam=Plain, optimizer=sgd)
-    run = trainer(folder, max_epochs=10, limit_val_batches=0)
+    run = quiet_trainer(default_root_dir=folder, max_epochs=10, limit_val_batches=0)
     run.fit(model, datamodule=data())
     run.save_checkpoint(folder / "first.ckpt")
     return model, folder / "first.ckpt"
@@ -48,7 +43,7 @@ def first(tmp_path_factory):
 def second(tmp_path, first, data=data, max_epochs=1, **settings):
     seed_everything(1)
     model = SecondStageClassifier(str(first[1]), **{**GROUPS, "sam": Plain, "optimizer": sgd, **settings})
-    run = trainer(tmp_path, max_epochs=max_epochs)
+    run = quiet_trainer(default_root_dir=tmp_path, max_epochs=max_epochs)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*sampling.*")
         run.fit(model, datamodule=data())
@@ -80,7 +75,7 @@ def test_only_the_classifier_is_trained(tmp_path, first, stage, trained, method)
         assert name not in before or not torch.equal(after[name], before[name])
 
 
-def test_the_engine_perturbs_what_is_trained_and_takes_rows_as_independent(tmp_path, first):
+def test_only_trained_weights_are_perturbed_and_samples_are_independent(tmp_path, first):
     plain, _ = second(tmp_path, first, stage="crt")
     model, _ = second(tmp_path, first, stage="crt", sam=partial(ImbSAM, rho=0.5))
     assert (model.backbone.fc.weight - plain.backbone.fc.weight).norm() > 1e-3
@@ -164,12 +159,12 @@ def test_its_own_checkpoint_needs_no_first_stage(tmp_path, first, stage):
     def again():
         return SecondStageClassifier(str(gone), stage=stage, sam=Plain, optimizer=sgd, **GROUPS)
 
-    tested = trainer(tmp_path)
+    tested = quiet_trainer(default_root_dir=tmp_path)
     tested.test(again(), datamodule=data(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
     assert tested.callback_metrics["test/all"] == wanted
     loaded = SecondStageClassifier.load_from_checkpoint(tmp_path / "own.ckpt")
     assert all(torch.equal(t, state(model)[name]) for name, t in state(loaded).items())
-    resumed, run = again(), trainer(tmp_path, max_epochs=2)
+    resumed, run = again(), quiet_trainer(default_root_dir=tmp_path, max_epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(sampling|last.ckpt).*")
         run.fit(resumed, datamodule=data(), ckpt_path=tmp_path / "own.ckpt")
@@ -179,7 +174,7 @@ def test_its_own_checkpoint_needs_no_first_stage(tmp_path, first, stage):
     elif stage == "weight_balancing":
         assert resumed._max_norm.radius == model._max_norm.radius
     with pytest.raises(SettingError, match=r"gone\.ckpt: no such file"):
-        trainer(tmp_path).fit(again(), datamodule=data())
+        quiet_trainer(default_root_dir=tmp_path).fit(again(), datamodule=data())
 
 
 def test_from_crt_to_tau_norm_and_not_from_lws(tmp_path, first):
@@ -195,7 +190,7 @@ def test_from_crt_to_tau_norm_and_not_from_lws(tmp_path, first):
 def test_a_cosine_head(tmp_path):
     seed_everything(0)
     model = LongTailedClassifier(**NET, head=partial(CosineClassifier, scale=16), sam=Plain, optimizer=sgd)
-    run = trainer(tmp_path)
+    run = quiet_trainer(default_root_dir=tmp_path)
     run.fit(model, datamodule=data())
     run.save_checkpoint(tmp_path / "cosine.ckpt")
     crt, _ = second(tmp_path, (None, tmp_path / "cosine.ckpt"), stage="crt")
@@ -205,7 +200,7 @@ def test_a_cosine_head(tmp_path):
             second(tmp_path, (None, tmp_path / "cosine.ckpt"), stage=stage)
 
 
-def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
+def test_unsuitable_checkpoints_and_data_are_refused(tmp_path, first):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SettingError, match="not one of LongTailedClassifier"):
         second(tmp_path, (None, tmp_path / "other.ckpt"))
@@ -216,17 +211,23 @@ def test_checkpoints_and_data_that_do_not_fit(tmp_path, first):
     with pytest.warns(UserWarning, match="class_counts are not those of the first stage"):
         second(tmp_path, first, data=lambda: data(val_share=0.3))
     with pytest.raises(SettingError, match=r"checkpoint of a first stage: name it with model\.checkpoint"):
-        trainer(tmp_path).fit(SecondStageClassifier(str(first[1])), datamodule=data(), ckpt_path=first[1])
+        quiet_trainer(default_root_dir=tmp_path).fit(
+            SecondStageClassifier(str(first[1])), datamodule=data(), ckpt_path=first[1]
+        )
 
 
 def test_sampling_that_does_not_balance_warns(tmp_path, first):
     natural, balanced = data(), data()
     natural.sampling, balanced.sampling = "instance_balanced", "class_balanced"
     with pytest.warns(UserWarning, match="data.sampling is instance_balanced: .* set data.sampling to class_balanced"):
-        trainer(tmp_path).fit(SecondStageClassifier(str(first[1]), stage="crt"), datamodule=natural)
+        quiet_trainer(default_root_dir=tmp_path).fit(
+            SecondStageClassifier(str(first[1]), stage="crt"), datamodule=natural
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="stage is crt")
-        trainer(tmp_path).fit(SecondStageClassifier(str(first[1]), stage="crt"), datamodule=balanced)
+        quiet_trainer(default_root_dir=tmp_path).fit(
+            SecondStageClassifier(str(first[1]), stage="crt"), datamodule=balanced
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_sampling_that_does_not_balance_warns(tmp_path, first):
     [
         ({"stage": "ncm"}, "stage is 'ncm': choose one of crt"),
         ({"stage": "tau_norm", "tau": -1.0}, "tau is -1.0"),
-        ({"stage": "crt", "tau": 1.0}, "tau is tau_norm's"),
+        ({"stage": "crt", "tau": 1.0}, "tau belongs to tau_norm"),
         ({"stage": "weight_balancing", "max_norm_threshold": -1.0}, "threshold is -1.0"),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -45,6 +46,7 @@ def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.processes
 def test_fit_on_two_nodes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -51,6 +51,7 @@ def test_published_numbers_match_their_rows_and_the_docs():
     assert published_table() in (REPOSITORY / "docs/benchmarks.md").read_text()
 
 
+@pytest.mark.processes
 def test_a_table_is_interrupted_and_resumed(tmp_path):
     rows = ["--rows", "imbsam_doubled_tail", "--seeds", "0"]
     code, out, err = reproduce(tmp_path, "digits_lt", *rows, "--minutes", "0.001", "--", *SHORT)

@@ -16,6 +16,7 @@ from datamodules.anomaly.batches import EpochBatches
 from datamodules.anomaly.split import split_rows
 from datamodules.tables.encoding import DATE
 from imbsam import SettingError
+from tests.training import quiet_trainer
 
 
 def frame(rows=200, frauds=20, seed=0):
@@ -377,15 +378,10 @@ class Mean(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def trainer(**settings):
-    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **settings}
-    return L.Trainer(enable_model_summary=False, **settings)
-
-
 def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     old = data_of(written(frame(), Path("old.csv")), batch_size=16)
-    fit = trainer(max_epochs=2, enable_checkpointing=False)
+    fit = quiet_trainer(max_epochs=2, enable_checkpointing=False)
     model = Mean()
     fit.fit(model, datamodule=old)
     assert not torch.equal(model.epochs[0], model.epochs[1])  # Lightning sets the epoch
@@ -397,7 +393,7 @@ def test_a_checkpoint_scores_a_new_file_with_the_training_scaling(tmp_path, monk
     settings = {"label": "fraud", "drop_columns": ["id"]}  # of the training run; the new file has neither
     fresh = AnomalyDataModule(path=written(new, Path("new.csv")), eval_batch_size=8, **settings)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        scores = torch.cat(trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
+        scores = torch.cat(quiet_trainer().predict(Mean(), datamodule=fresh, ckpt_path="last.ckpt", weights_only=True))
     assert "new.csv: values that training did not see in: country (1 rows)" in caplog.messages
     # by hand, from the training rows of the old file
     rows = _train_rows(frame())

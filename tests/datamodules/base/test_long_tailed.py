@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -15,6 +15,7 @@ from datamodules import CIFAR100LTDataModule, DigitsLTDataModule, ImageFolderLTD
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.sampling.samplers import EvalSampler, TrainSampler
 from imbsam.errors import SettingError
+from tests.training import quiet_trainer
 
 COUNTS = [40, 20, 10]
 
@@ -45,6 +46,25 @@ def numbered(**settings):
 def epoch(loader):
     numbers, labels = map(torch.cat, zip(*loader, strict=True))
     return numbers.tolist(), labels
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("profile", ["exponential", "step"])
+def test_counts_of_another_ratio_are_those_of_data_at_that_ratio(seed, profile):
+    """The classes are shuffled by the seed, and a validation split leaves the counts as they are."""
+    data, other = (
+        DigitsLTDataModule(ratio=r, seed=seed, profile=profile, val_share=v) for r, v in ((10, 0.2), (50, 0))
+    )
+    data.setup()
+    other.setup()
+    assert torch.equal(data.counts_of_ratio(50), other.class_counts)
+    assert len(data.kept_samples) == data.counts_of_ratio(10).sum() > data.class_counts.sum()
+
+
+def test_data_that_keep_every_sample_have_no_counts_of_a_ratio():
+    data = numbered(profile="none")
+    with pytest.raises(SettingError, match=r"^Numbered keeps every training sample .* has no ratio: leave it out$"):
+        data.counts_of_ratio(10)
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict", None])
@@ -192,15 +212,10 @@ class Linear(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def trainer(**settings):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet, **settings})
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize(("val_share", "validated"), [(0.0, 0), (0.3, 101)])
 def test_the_trainer_runs_every_stage(val_share, validated):
-    run, model = trainer(num_sanity_val_steps=0, enable_checkpointing=False), Linear()
+    run, model = quiet_trainer(num_sanity_val_steps=0, enable_checkpointing=False), Linear()
     data = DigitsLTDataModule(val_share=val_share)
     run.fit(model, datamodule=data)
     assert run.global_step == -(-int(data.class_counts.sum()) // 32)
@@ -211,7 +226,7 @@ def test_the_trainer_runs_every_stage(val_share, validated):
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_leaves_our_samplers_in_place():
-    run, model = trainer(strategy="ddp", enable_checkpointing=False), Linear()
+    run, model = quiet_trainer(strategy="ddp", enable_checkpointing=False), Linear()
     assert run._accelerator_connector.use_distributed_sampler
     try:
         run.fit(model, datamodule=DigitsLTDataModule(val_share=0.3))
@@ -223,7 +238,13 @@ def test_lightning_leaves_our_samplers_in_place():
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_settings_are_logged_and_restored_from_the_checkpoint(tmp_path):
-    run = trainer(max_steps=1, logger=CSVLogger(tmp_path), default_root_dir=tmp_path, limit_train_batches=1)
+    run = quiet_trainer(
+        max_steps=1,
+        enable_checkpointing=True,
+        logger=CSVLogger(tmp_path),
+        default_root_dir=tmp_path,
+        limit_train_batches=1,
+    )
     run.fit(Linear(), datamodule=DigitsLTDataModule(ratio=20, seed=3))
     path = tmp_path / "checkpoint.ckpt"
     run.save_checkpoint(path)

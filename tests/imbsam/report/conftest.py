@@ -9,9 +9,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from imbsam.metrics import ClassGroupAccuracy
+from imbsam.class_measures import ClassMeasures
 from lightning_modules import LongTailedClassifier
-from lightning_modules.callbacks.evaluation_files import _errors, write_evaluation
+from lightning_modules.callbacks.evaluation_files import evaluation_metrics, write_evaluation
 from lightning_modules.cli.run import main as train
 from tests.pieces import anomaly
 
@@ -60,15 +60,16 @@ def write_run() -> Callable[..., Path]:
         right = torch.rand(len(target), generator=random) < skill
         predicted = torch.where(right, target, (target + 1) % len(counts))
         confidence = torch.rand(len(target), generator=random)
-        accuracy = ClassGroupAccuracy(torch.tensor(counts), many=50, few=10)
-        accuracy.update(predicted, target)
+        accuracy = ClassMeasures(torch.tensor(counts), many=50, few=10)
+        accuracy.update(torch.eye(len(counts))[predicted], target)
         for epoch in range(epochs):
             logger.log_metrics({"train/loss_step": 1.0, "train/tail_rows": 2.0, "lr": 0.1, "epoch": epoch}, 2 * epoch)
             loss = (2.0 + seed) / (1 + epoch)
             logger.log_metrics({"train/loss_epoch": loss, "train/seconds": 1.5, "epoch": epoch}, 2 * epoch + 1)
         results = {f"test/{g}": v.item() for g, v in accuracy.compute().items()}
         if files:
-            results |= {f"test/ece_{g}": e.item() for g, e in _errors(model, target, predicted, confidence)}
+            metrics = evaluation_metrics(model, target, predicted, confidence)
+            results |= {name: value.item() for name, value in metrics.items()}
         logger.log_metrics({**results, "epoch": epochs}, 2 * epochs)
         logger.log_hyperparams({"device": "CPU", "processes": 1})
         logger.save()

@@ -105,9 +105,8 @@ def test_nothing_of_a_run_becomes_html_and_nothing_is_fetched(html):
 
 def test_plotly_accepts_every_figure(html):
     found = figures(html)
-    assert (
-        len(found) == 1 + 1 + 2 + 3 + 4
-    )  # classes, loss, sharpness of two groups, confusion of three runs, calibration
+    # many against few, classes, before and after, distributions, loss, sharpness of two groups, confusion, calibration
+    assert len(found) == 1 + 1 + 2 + 1 + 1 + 2 + 3 + 4
     for figure in found.values():
         go.Figure(data=figure["data"], layout=figure["layout"])
 
@@ -328,10 +327,10 @@ def test_it_says_what_was_compared_on_which_data(tmp_path, write_run):
 
 def test_classes_are_named_on_the_axis_and_epochs_count_from_1(html, groups):
     drawn = list(figures(html).values())
-    axis = drawn[0]["layout"]["xaxis"]
+    axis = drawn[1]["layout"]["xaxis"]
     assert axis["ticktext"][0] == "cat (120)"
     assert len(axis["ticktext"]) == 6
-    assert drawn[1]["data"][0]["x"] == [1, 2, 3]
+    assert drawn[5]["data"][0]["x"] == [1, 2, 3]
 
 
 def test_a_long_name_is_cut_on_the_axis(tmp_path, write_run):
@@ -376,7 +375,7 @@ def test_runs_of_other_data_are_marked_and_not_compared(tmp_path, write_run, cap
     assert err == ""
     main([str(tmp_path), "--format", "csv"])
     assert f"d/other has other data than d/plain, so it is not compared: {reason}." in capsys.readouterr().err
-    differences = out.split("difference to d/plain")[1]
+    differences = out.split("difference to d/plain")[1].split("\n\n")[0]
     assert "| d/same |" in differences
     assert "| d/other |" not in differences
     html = page(baseline_first(group_runs(read_runs([tmp_path])[0])), {})

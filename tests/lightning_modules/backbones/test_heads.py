@@ -1,4 +1,4 @@
-"""The cosine classifier, and how the last layer of any network is found."""
+"""The cosine classifier, and locating the last layer of any network."""
 
 from functools import partial
 
@@ -24,15 +24,15 @@ def test_logits_are_the_scaled_cosine():
     assert [name for name, _ in head.named_parameters()] == ["weight"]
 
 
-def test_starts_with_rows_of_length_1_and_takes_features_of_0():
+def test_starts_with_unit_weights_and_maps_zero_features_to_zero():
     head = CosineClassifier(6, 4).half()
     assert_close(head.weight.float().norm(dim=1), torch.ones(4), rtol=1e-2, atol=0)
     assert head(torch.zeros(2, 6).half()).eq(0).all()
     assert not torch.equal(CosineClassifier(6, 4).weight, CosineClassifier(6, 4).weight)
 
 
-# one network of every family whose classifier lies elsewhere
-PLACES = {
+# one network of each family, whose classifiers have other names
+NAMES = {
     "resnet18": "fc",
     "vgg11": "classifier.6",
     "densenet121": "classifier",
@@ -48,7 +48,7 @@ OURS = [CifarResNet20, CifarResNet32, CifarResNet34, SmallCNN]
 
 
 @pytest.mark.parametrize(
-    ("build", "place"), [*((Torchvision(name), place) for name, place in PLACES.items()), *((b, "fc") for b in OURS)]
+    ("build", "place"), [*((Torchvision(name), place) for name, place in NAMES.items()), *((b, "fc") for b in OURS)]
 )
 def test_the_last_layer_of_a_network_is_replaced(build, place):
     with torch.device("meta"):  # shapes without numbers: quick

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from datamodules import DigitsLTDataModule
 from imbsam import Plain, SettingError
@@ -15,6 +15,7 @@ from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN, Timm
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, replace_classifier
 from lightning_modules.backbones.weights import load_weights
+from tests.training import quiet_trainer
 
 
 def network(num_classes=10, norm="batch", **settings):
@@ -98,11 +99,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def trainer(tmp_path, **settings):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **settings)
-
-
 def test_training_starts_from_the_file_and_a_checkpoint_does_not_need_it(tmp_path):
     path = tmp_path / "weights.pth"
     wanted = SmallCNN(5, width=4).state_dict()
@@ -113,17 +109,21 @@ def test_training_starts_from_the_file_and_a_checkpoint_does_not_need_it(tmp_pat
         seed_everything(0)
         return LongTailedClassifier(**settings, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
 
-    run, first = trainer(tmp_path, max_epochs=1), model()
+    run, first = quiet_trainer(default_root_dir=tmp_path, max_epochs=1), model()
     run.fit(first, datamodule=DigitsLTDataModule())
     assert same(first.backbone.state_dict(), {n: t for n, t in wanted.items() if "fc" not in n})
     run.save_checkpoint(tmp_path / "own.ckpt")
     path.unlink()
-    trainer(tmp_path).test(model(), datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    quiet_trainer(default_root_dir=tmp_path).test(
+        model(), datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt", verbose=False
+    )
     again = model()
-    trainer(tmp_path, max_epochs=2).fit(again, datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt")
+    quiet_trainer(default_root_dir=tmp_path, max_epochs=2).fit(
+        again, datamodule=DigitsLTDataModule(), ckpt_path=tmp_path / "own.ckpt"
+    )
     assert same(again.backbone.state_dict(), first.backbone.state_dict())
     with pytest.raises(SettingError, match=r"weights\.pth: there is no such file"):
-        trainer(tmp_path, max_epochs=1).fit(model(), datamodule=DigitsLTDataModule())
+        quiet_trainer(default_root_dir=tmp_path, max_epochs=1).fit(model(), datamodule=DigitsLTDataModule())
 
 
 def test_timm_by_name():

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torchmetrics.functional.classification import binary_calibration_error
 
+from imbsam.group_names import TEST_DISTRIBUTIONS
 from imbsam.metrics import ClassGroupAccuracy
 from lightning_modules.callbacks.evaluation_files import _errors, calibration_bins, write_evaluation
 from lightning_modules.cli.run import main
@@ -50,6 +51,16 @@ def test_the_classes_accuracies_are_those_of_the_log(run):
     for row in classes:
         hits = sum(int(c["count"]) for c in confusion if c["target"] == row["class"] == c["predicted"])
         assert hits / int(row["test_samples"]) == pytest.approx(float(row["accuracy"]), abs=1e-5)
+    recalls, f1 = ([float(row[name]) for row in classes] for name in ("accuracy", "f1"))
+    assert float(logged["test/lowest_recall"]) == pytest.approx(min(recalls), abs=1e-5)
+    assert float(logged["test/macro_f1"]) == pytest.approx(np.mean(f1), abs=1e-5)
+    assert float(logged["test/top5_all"]) >= float(logged["test/all"])
+    order = sorted(range(10), key=lambda c: -int(classes[c]["training_samples"]))
+    for name in TEST_DISTRIBUTIONS:
+        direction, ratio = name.split("_")
+        ranks = order if direction == "forward" else order[::-1]
+        weights = [int(ratio) ** (-ranks.index(c) / 9) for c in range(10)]
+        assert float(logged[f"test/{name}"]) == pytest.approx(np.average(recalls, weights=weights), abs=1e-5)
     calibration = read(run / "calibration.csv")
     assert sum(int(row["samples"]) for row in calibration if row["group"] == "all") == 540
     for group in ("many", "medium", "few", "all"):
@@ -85,8 +96,11 @@ def test_confusion_is_scikit_learns_and_a_class_without_test_samples_has_no_accu
         found[int(row["target"]), int(row["predicted"])] = int(row["count"])
         assert row["count"] != "0"
     assert (found == confusion_matrix(target, predicted, labels=range(5))).all()
-    last = read(tmp_path / "per_class.csv")[4]
-    assert (last["test_samples"], last["accuracy"]) == ("0", "")
+    *others, last = read(tmp_path / "per_class.csv")
+    assert (last["test_samples"], last["accuracy"], last["precision"], last["f1"]) == ("0", "", "", "")
+    wanted = precision_recall_fscore_support(target, predicted)
+    for name, values in zip(("precision", "accuracy", "f1"), wanted, strict=False):
+        assert [float(row[name]) for row in others] == pytest.approx(values, abs=1e-5)
 
 
 def test_calibration_bins_are_those_of_torchmetrics():

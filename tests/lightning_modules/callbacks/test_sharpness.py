@@ -1,6 +1,5 @@
 """The callback and `imbsam sharpness`, on the digits."""
 
-import csv
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,10 @@ from lightning_modules import GroupSharpness, LongTailedClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
 from lightning_modules.group_sharpness import GroupSamples
+from tests.training import csv_rows
 
 QUICK = {"steps": 1, "directions": 2, "probes": 2, "tolerance": 0.1, "samples": 40}
 GROUPS = ["many", "medium", "few", "all"]
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 CONFIG = """
@@ -67,7 +62,7 @@ def run(tmp_path_factory):
 
 def test_callback_writes_and_logs(run):
     folder, _, data = run
-    found = rows(folder / "sharpness.csv")
+    found = csv_rows(folder / "sharpness.csv")
     assert [(r["epoch"], r["group"], r["measure"]) for r in found] == [
         (epoch, group, measure) for epoch in ("2", "3") for group in GROUPS for measure in MEASURES
     ]
@@ -76,7 +71,7 @@ def test_callback_writes_and_logs(run):
     assert samples == {"many": 40, "medium": 40, "few": int(counts[counts < 10].sum()), "all": 40}
     assert all("rho=0.05" in r["settings"] and r["split"] == "train" for r in found)
     assert all(bool(r["standard_error"]) == (r["measure"] in ("average_rise", "trace")) for r in found)
-    logged = [float(r["sharpness/few/trace"]) for r in rows(folder / "metrics.csv") if r.get("sharpness/few/trace")]
+    logged = [float(r["sharpness/few/trace"]) for r in csv_rows(folder / "metrics.csv") if r.get("sharpness/few/trace")]
     traces = [float(r["value"]) for r in found if (r["group"], r["measure"]) == ("few", "trace")]
     assert logged == pytest.approx(traces, rel=1e-5)
 
@@ -127,8 +122,8 @@ def test_command_gives_the_callbacks_numbers(run, sharpness, tmp_path):
     last = next(folder.rglob("*.ckpt"))
     code, out, _ = sharpness("--ckpt_path", last, "--folder", tmp_path / "out", "--slices=true", "--points=3")
     assert code == 0
-    found = rows(tmp_path / "out/sharpness.csv")
-    assert found == rows(folder / "sharpness.csv")[len(found) :]
+    found = csv_rows(tmp_path / "out/sharpness.csv")
+    assert found == csv_rows(folder / "sharpness.csv")[len(found) :]
     assert "standard errors of the random draws are in sharpness.csv" in " ".join(out.split())
     assert all(text in out for text in ("many", "eigenvalue", "out/sharpness.csv", "out/loss_slices.npz and .png"))
     few = next(r["value"] for r in found if (r["group"], r["measure"]) == ("few", "loss"))

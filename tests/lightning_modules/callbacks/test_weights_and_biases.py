@@ -1,13 +1,14 @@
 """Real runs with Lightning's WandbLogger and the real client, offline; its own reader reads what it wrote."""
 
 import base64
-import csv
 import hashlib
 import json
 import sys
 
 import pytest
 import yaml
+
+from tests.training import csv_rows
 
 pytest.importorskip("wandb")
 
@@ -46,11 +47,6 @@ def first(wandb_runs, read_wandb):
     return read_wandb(wandb_runs[0])
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def merged(records, name):
     return {key: value for record in records[name] for key, value in record.get("update", {}).items()}
 
@@ -71,7 +67,7 @@ def test_the_run_folder_is_as_without_wandb(logs):
             *("per_class.csv", "confusion.csv", "calibration.csv"),
         }
         assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == seed
-        logged = rows(run / "metrics.csv")
+        logged = csv_rows(run / "metrics.csv")
         assert [int(row["step"]) for row in logged if row["train/tail_rows"]] == list(range(9))
 
 
@@ -94,9 +90,10 @@ def test_name_group_and_settings(first):
 
 
 def test_metrics_are_those_of_the_run_folder(logs, first):
-    logged = rows(logs / "digits_lt/imbsam/version_0/metrics.csv")
+    logged = csv_rows(logs / "digits_lt/imbsam/version_0/metrics.csv")
     summary = merged(first, "summary")
-    for name in ("test/many", "test/few", "test/all", "val/all", "train/loss_epoch", "train/tail_rows"):
+    measures = ("test/lowest_recall", "test/macro_f1", "test/top5_few", "test/ece_all", "test/backward_50")
+    for name in ("test/many", "test/few", "test/all", "val/all", "train/loss_epoch", "train/tail_rows", *measures):
         assert summary[name] == pytest.approx([float(row[name]) for row in logged if row[name]][-1], rel=1e-5), name
     steps = [record["item"]["train/tail_rows"] for record in first["history"] if "train/tail_rows" in record["item"]]
     assert steps == [float(row["train/tail_rows"]) for row in logged if row["train/tail_rows"]]
@@ -106,7 +103,10 @@ def test_metrics_are_those_of_the_run_folder(logs, first):
 def test_tables_and_charts_are_those_of_the_run_folder(logs, wandb_runs, first):
     run, summary, folder = logs / "digits_lt/imbsam/version_0", merged(first, "summary"), wandb_runs[0]
     classes = table(folder, summary, "test/classes")
-    expected = rows(run / "per_class.csv")
+    expected = csv_rows(run / "per_class.csv")
+    for row, wanted in zip(classes, expected, strict=True):
+        for name in ("precision", "f1"):
+            assert row.pop(name) == (float(wanted[name]) if wanted[name] else None)
     assert [{**row, "accuracy": f"{row['accuracy']:.4f}"} for row in classes] == [
         {
             **{key: int(row[key]) for key in ("class", "training_samples", "tail", "test_samples")},
@@ -122,7 +122,7 @@ def test_tables_and_charts_are_those_of_the_run_folder(logs, wandb_runs, first):
     names = [row["class_name"] for row in expected]
     cells = {
         (names[int(row["target"])], names[int(row["predicted"])]): int(row["count"])
-        for row in rows(run / "confusion.csv")
+        for row in csv_rows(run / "confusion.csv")
     }
     pairs = table(folder, summary, "test/confusion_pairs")
     assert {(p["target"], p["predicted"]): p["count"] for p in pairs} == cells
@@ -203,6 +203,7 @@ def test_without_wandb_the_line_says_how_to_install_it(imbsam, monkeypatch):
     assert 'pip install "wandb>=0.31"' in err.splitlines()[-1]
 
 
+@pytest.mark.processes
 def test_two_processes_are_one_run_and_loggers_may_be_listed(tmp_path, run_imbsam, read_wandb):
     """With the WandbLogger before the CSV log, as a user may list them."""
     csv_logger = "lightning_modules.resuming.csv_logger.ResumableCSVLogger"

@@ -41,7 +41,7 @@ def test_your_own_method_and_loss_are_class_paths(imbsam, tmp_path, monkeypatch)
     assert torch.isfinite(model(torch.zeros(2, 1, 8, 8))).all()
 
 
-def test_a_choice_has_its_own_defaults_and_not_those_of_ours(imbsam, tmp_path, monkeypatch):
+def test_a_custom_class_keeps_its_own_defaults(imbsam, tmp_path, monkeypatch):
     (tmp_path / "mine2.py").write_text(
         "from imbsam import ImbSAM\n"
         "from imbsam.losses import CrossEntropy\n"

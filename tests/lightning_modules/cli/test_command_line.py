@@ -1,11 +1,12 @@
 """The `imbsam` command, run in this process on the digits."""
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from tests.training import csv_rows
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DIGITS = ["--config", "configs/data/digits_lt.yaml", "--trainer.enable_model_summary=false"]
@@ -17,19 +18,14 @@ SHORT = [
 ]
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_fit_test_validate_predict(imbsam, tmp_path):
-    """From an empty folder: the config is found beside the installed packages."""
+    """From an empty folder: the config is looked up beside the installed packages."""
     code, out, _ = imbsam("fit", *SHORT)
     assert code == 0
     run = tmp_path / "logs/digits_lt/imbsam/version_0"
     for text in ("many", "medium", "few", "all", "ImbSAM", "checkpoint: logs/digits_lt/imbsam/version_0", "log: logs/"):
         assert text in out
-    logged = rows(run / "metrics.csv")
+    logged = csv_rows(run / "metrics.csv")
     accuracy = next(row["test/all"] for row in logged if row.get("test/all"))
     assert f"{100 * float(accuracy):.1f}" in out
     assert (
@@ -48,7 +44,7 @@ def test_fit_test_validate_predict(imbsam, tmp_path):
     code, out, _ = imbsam("predict", *SHORT, "--ckpt_path", last, "--predictions.path", "found.csv")
     assert code == 0
     assert "predictions: found.csv" in out
-    found = rows("found.csv")
+    found = csv_rows("found.csv")
     assert len(found) == 540
     assert list(found[0]) == ["row", "predicted", *"0123456789"]
     assert [row["row"] for row in found[:2]] == ["1", "2"]
@@ -69,7 +65,7 @@ def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
     assert (code, "weights: of the last epoch (1)" in out) == (0, True)
     assert "best on validation: epoch 1, val/all 0." in out
     code, out, _ = imbsam("fit", *validated, "--trainer.max_epochs=4", "--ckpt_path", run / "checkpoints/last.ckpt")
-    scores = [float(row["val/all"]) for row in rows(run / "metrics.csv") if row["val/all"]]
+    scores = [float(row["val/all"]) for row in csv_rows(run / "metrics.csv") if row["val/all"]]
     best = 1 + scores.index(max(scores))
     assert (code, len(scores), "weights: of the last epoch (4)" in out) == (0, 4, True)
     found = f"best on validation: epoch {best}, val/all {max(scores):.4g}: imbsam "
@@ -82,7 +78,7 @@ def test_last_and_best_epoch_are_kept_apart_and_named(imbsam, tmp_path):
     code, out, _ = imbsam("test", *command[1:3], "--ckpt_path", run / "checkpoints/last.ckpt")
     assert (code, "weights: after epoch 4" in out, "calibration error" in out) == (0, True, True)
     tested = [command[2], "--ckpt_path", run / "checkpoints/last.ckpt", "--model.flip_tta", "true"]
-    code, flipped, _ = imbsam("test", "--config", *tested)  # how to evaluate, the checkpoint does not say
+    code, flipped, _ = imbsam("test", "--config", *tested)  # a setting of the evaluation, not of the checkpoint
     numbers = [next(line for line in text.splitlines() if "calibration error" in line) for text in (out, flipped)]
     assert (code, numbers[0] != numbers[1]) == (0, True)
 
@@ -101,7 +97,7 @@ def test_ckpt_path_last_resumes_the_newest_run(imbsam, tmp_path):
     assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
     code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3")
     assert code == 2
-    assert "version_0 was trained with model.init_args.sam.init_args.rho 0.05, not 0.3" in err.splitlines()[-1]
+    assert "version_0 was trained with model.sam.rho 0.05, not 0.3" in err.splitlines()[-1]
     other = "--trainer.logger.init_args.version=other"
     code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3", other)
     assert (code, "starting a new run" in out) == (0, True)
@@ -130,7 +126,7 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_nothing_but_a_training_writes_into_the_folder_of_a_run(imbsam, tmp_path):
+def test_only_a_training_writes_to_the_folder_of_a_run(imbsam, tmp_path):
     """A run with a name of its own, evaluated by its own config, which has the name in it."""
     named = "--trainer.logger.init_args.version=mine"
     assert imbsam("fit", *SHORT, named, "--data.val_share=0.3", "--trainer.log_every_n_steps=1")[0] == 0
@@ -142,8 +138,8 @@ def test_nothing_but_a_training_writes_into_the_folder_of_a_run(imbsam, tmp_path
         assert (code, str((runs / "mine/checkpoints/last.ckpt").relative_to(tmp_path)) in out) == (0, True), err
     assert files(runs / "mine") == before
     assert {path.name for path in runs.iterdir()} == {"mine", "test_0", "test_1", "validate_0", "predict_0"}
-    assert rows(runs / "test_0/metrics.csv")[0]["test/all"] == rows(runs / "test_1/metrics.csv")[0]["test/all"]
-    assert len(rows(runs / "predict_0/predictions.csv")) == 540
+    assert csv_rows(runs / "test_0/metrics.csv")[0]["test/all"] == csv_rows(runs / "test_1/metrics.csv")[0]["test/all"]
+    assert len(csv_rows(runs / "predict_0/predictions.csv")) == 540
 
     code, _, err = imbsam("fit", *SHORT, named)
     assert code == 2
@@ -155,7 +151,7 @@ def test_nothing_but_a_training_writes_into_the_folder_of_a_run(imbsam, tmp_path
 
 
 def test_last_names_a_newer_run_that_has_no_checkpoint(imbsam, tmp_path):
-    """Killed before its first one: the older run is not taken for it."""
+    """Killed before its first one: the older run is not mistaken for it."""
     short = [*SHORT, "--trainer.limit_train_batches=1"]
     assert imbsam("fit", *short)[0] == 0
     assert imbsam("fit", *short, "--checkpoint.save_last=false")[0] == 0
@@ -172,7 +168,7 @@ def test_last_names_a_newer_run_that_has_no_checkpoint(imbsam, tmp_path):
 
 
 def test_a_run_restarted_before_its_first_checkpoint_keeps_its_folder(imbsam, tmp_path):
-    """As a job script does that names the run: --ckpt_path last starts it over, but not with other settings."""
+    """A job script that names its run restarts it with --ckpt_path last, but not with other settings."""
     short = [*SHORT, "--trainer.limit_train_batches=1", "--trainer.logger.init_args.version=job"]
     assert imbsam("fit", *short, "--checkpoint.save_last=false")[0] == 0
     code, _, err = imbsam("fit", *short, "--ckpt_path=last", "--model.sam.rho=0.3")
@@ -191,7 +187,7 @@ def test_a_finished_run_of_steps_logs_the_same_test_again(imbsam, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["trainer.logger.init_args.save_dir", "checkpoint.dirpath", "predictions.path"])
-def test_a_folder_that_cannot_be_written_is_one_line(imbsam, tmp_path, setting):
+def test_an_unwritable_folder_is_one_line(imbsam, tmp_path, setting):
     """Below a regular file, which stops root too."""
     Path("file").write_text("")
     command = ["fit", *SHORT, "--trainer.limit_train_batches=1"]

@@ -54,6 +54,7 @@ def test_a_wrong_setting_ends_it_with_one_line(imbsam, tmp_path):
     assert (code, "seeds is empty" in err) == (2, True)
 
 
+@pytest.mark.processes
 def test_two_processes_for_each_seed(tmp_path):
     """Lightning starts the second process anew for every seed."""
     arguments = ["fit", *SHORT, "--seeds", "0", "1", "--trainer.accelerator=cpu", "--trainer.devices=2"]

@@ -1,4 +1,4 @@
-"""Trainings that cannot work end in one line: optimizers, schedulers, metrics that nobody logs, divergence."""
+"""Trainings that cannot work end in one line: optimizers, schedulers, metrics that are not logged, divergence."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
     ("args", "line"),
     [
         (["--model.optimizer=torch.optim.LBFGS"], "optimizer is LBFGS, which evaluates the loss itself: choose one"),
-        (["--model.optimizer=torch.optim.SparseAdam"], "optimizer is SparseAdam, which takes sparse gradients alone"),
+        (["--model.optimizer=torch.optim.SparseAdam"], "optimizer is SparseAdam, which takes only sparse gradients"),
         (
             [
                 "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping",
@@ -47,11 +47,11 @@ def test_one_line(args, line, monkeypatch, capsys, tmp_path):
         main()
     assert ended.value.code == 2
     assert line in capsys.readouterr().err.splitlines()[-1]
-    if "lr=1e10" in args[0]:  # the weights that are no numbers are not kept
+    if "lr=1e10" in args[0]:  # NaN weights are not saved
         assert not list(tmp_path.rglob("last.ckpt"))
 
 
-def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
+def test_summary_lists_only_the_network(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "sys.argv",
@@ -65,7 +65,7 @@ def test_summary_lists_the_network_alone(monkeypatch, capsys, tmp_path):
     assert "FLOPs" not in shown
 
 
-def test_summary_can_be_left_out(monkeypatch, capsys, tmp_path):
+def test_summary_can_be_disabled(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "--config=configs/data/digits_lt.yaml",

@@ -14,7 +14,7 @@ D = 6
 
 @pytest.fixture
 def rows():
-    """400 rows, the first 20 of them labelled anomalies away from the others."""
+    """400 samples; the first 20 are labelled anomalies, away from the others."""
     generator = torch.Generator().manual_seed(0)
     x = 0.3 + 0.1 * torch.randn(400, D, generator=generator)
     labels = (torch.arange(400) < 20).long()

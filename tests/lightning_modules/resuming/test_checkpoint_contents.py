@@ -1,6 +1,5 @@
-"""What is done with a checkpoint after the training: predicted with, or refused in one line; in processes."""
+"""Checkpoints after the training: predicting with them, or refusing them in one line; in real processes."""
 
-import csv
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ from imbsam import SettingError
 from lightning_modules.class_names import check_class_names
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 from tests.pieces import anomaly
+from tests.training import csv_rows
 
 CLASSES = {"ant": 24, "bee": 12, "cat": 8}
 SMALL_NET = ["--model.backbone=SmallCNN", "--model.backbone.width=4", "--model.backbone.in_channels=3"]
@@ -28,14 +28,9 @@ DEVNET = anomaly("devnet", "sgd")
 TABLES = ["--trainer.max_epochs=1", "--data.batches_per_epoch=2", "--data.val_share=0"]
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def trained(run_imbsam, tmp_path_factory):
-    """A folder with a run on images, one on the digits, and ones of two detectors on a table."""
+    """A folder with a run on images, one on the digits, and two detectors on a table."""
     folder = tmp_path_factory.mktemp("trained")
     random = np.random.default_rng(0)
     for label, (name, count) in enumerate(CLASSES.items()):
@@ -131,7 +126,7 @@ PREDICTED = {
 
 @pytest.mark.parametrize("case", PREDICTED)
 def test_images_are_predicted_from_the_checkpoint_alone(run_imbsam, work, case):
-    """No config, no training data; one row an image, named by its path, with every class's probability."""
+    """No config, no training data; a row for each image, with its path and the probability of every class."""
     given, paths = PREDICTED[case]
     (work / "pictures").rename(work / "new")
     (work / "list.csv").write_text("note;path\n1;new/cat/0.png\n2;new/bee/0.png\n")
@@ -139,7 +134,7 @@ def test_images_are_predicted_from_the_checkpoint_alone(run_imbsam, work, case):
         work, "predict", "--ckpt_path", last("image_folder/imbsam"), "--data.predict", given, "--predictions.path=p.csv"
     )
     assert answer["codes"] == [0], answer["err"][0]
-    found = rows(work / "p.csv")
+    found = csv_rows(work / "p.csv")
     assert list(found[0]) == ["path", "predicted", *CLASSES]
     names = [row["path"] for row in found]
     if paths is None:
@@ -152,7 +147,7 @@ def test_images_are_predicted_from_the_checkpoint_alone(run_imbsam, work, case):
         assert row["predicted"] == max(probabilities, key=probabilities.get)
 
 
-def test_predictions_are_the_models(run_imbsam, work):
+def test_predictions_are_those_of_the_model(run_imbsam, work):
     """The probabilities of a file, computed here from the weights and the pixels."""
     args = ["predict", "--ckpt_path", last("image_folder/imbsam"), "--predictions.path=p.csv"]
     assert run_imbsam(work, *args, "--data.predict=pictures/bee/0.png")["codes"] == [0]
@@ -163,7 +158,7 @@ def test_predictions_are_the_models(run_imbsam, work):
     transform = ImageTransform("none", 8, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         wanted = model(transform(Image.open(work / "pictures/bee/0.png"))[None]).softmax(dim=1)[0]
-    assert [float(rows(work / "p.csv")[0][name]) for name in CLASSES] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert [float(csv_rows(work / "p.csv")[0][name]) for name in CLASSES] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_what_cannot_be_predicted_is_one_line(run_imbsam, work):
@@ -177,15 +172,15 @@ def test_what_cannot_be_predicted_is_one_line(run_imbsam, work):
 
 
 def test_a_new_table_is_scored_from_the_checkpoint_alone(run_imbsam, work):
-    """Columns by their names, whatever separates them and in whatever order; the rows are numbered from 1."""
+    """Columns are matched by name, with any separator and in any order; the rows are numbered from 1."""
     args = ["predict", "--ckpt_path", last("anomaly_table/devnet_sgd"), "--predictions.path=p.csv"]
     assert run_imbsam(work, *args, "--data.predict=frauds.csv")["codes"] == [0]
-    scores = rows(work / "p.csv")
+    scores = csv_rows(work / "p.csv")
     (work / "frauds.csv").unlink()
     table(work / "new.csv", separator=";", columns=("kind", "hour", "amount"))
     answer = run_imbsam(work, *args, "--data.predict=new.csv")
     assert answer["codes"] == [0], answer["err"][0]
-    assert rows(work / "p.csv") == scores
+    assert csv_rows(work / "p.csv") == scores
     assert [row["row"] for row in scores] == [str(i) for i in range(1, 97)]
     table(work / "less.csv", columns=("kind", "amount"))
     line = refused(run_imbsam(work, *args, "--data.predict=less.csv"))
@@ -236,16 +231,16 @@ def others_model(checkpoint, path):
 
 
 FOREIGN = {
-    "state_dict": (state_dict, "it holds weights alone (a state_dict), not a checkpoint of a run; to start a training"),
-    "zip": (other_zip, "other.ckpt: it is a file of something else, not a checkpoint"),
-    "TorchScript": (script, "other.ckpt: it is a file of something else, not a checkpoint"),
+    "state_dict": (state_dict, "it holds only weights (a state_dict), not a checkpoint of a run; to start a training"),
+    "zip": (other_zip, "other.ckpt: it is cut off, or not a file of torch.save"),
+    "TorchScript": (script, "other.ckpt: it is cut off, or not a file of torch.save"),
     "torch": (other_torch_file, "it was not written by Lightning; name a run's checkpoints/last.ckpt"),
     "pickle": (with_code, "it holds types.SimpleNamespace beside tensors and plain data: reading that could run code"),
 }
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_what_is_no_checkpoint_is_one_line(trained, tmp_path, case):
+def test_other_files_are_refused_in_one_line(trained, tmp_path, case):
     make, message = FOREIGN[case]
     make(torch.load(trained / last("digits_lt/imbsam"), weights_only=True), tmp_path / "other.ckpt")
     with pytest.raises(SettingError) as error:
@@ -259,10 +254,10 @@ def test_what_is_no_checkpoint_is_one_line(trained, tmp_path, case):
     [
         ("test", with_code, FOREIGN["pickle"][1]),
         ("fit", with_code, FOREIGN["pickle"][1]),
-        ("fit", others_model, "that was not written by imbsam: a LongTailedClassifier cannot take its weights"),
+        ("fit", others_model, "that was not written by imbsam: a LongTailedClassifier cannot load its weights"),
     ],
 )
-def test_the_command_reads_no_other_files(run_imbsam, trained, tmp_path, command, make, message):
+def test_the_command_refuses_other_files(run_imbsam, trained, tmp_path, command, make, message):
     make(torch.load(trained / last("digits_lt/imbsam"), weights_only=True), tmp_path / "other.ckpt")
     assert message in refused(run_imbsam(tmp_path, command, *DIGITS, "--ckpt_path=other.ckpt"))
 
@@ -329,7 +324,7 @@ def test_weights_that_do_not_fit_are_counted(run_imbsam, work):
 
 
 def test_settings_of_an_evaluation_on_the_command_line_win(run_imbsam, work):
-    """Of the others the checkpoint's do, where no config names one too."""
+    """For the other settings the checkpoint wins, unless a config sets one."""
     args = ["test", "--ckpt_path", last("digits_lt/imbsam")]
     out = run_imbsam(work, *args)["out"][0]
     assert [int(n) for n in re.findall(r"\((\d+) classes\)", out)] == [3, 3, 4, 10]
@@ -340,8 +335,8 @@ def test_settings_of_an_evaluation_on_the_command_line_win(run_imbsam, work):
     assert "alarms for 3 rows" in run_imbsam(work, *args, "--model.budget=3")["out"][0]
 
 
-def test_other_data_take_no_settings_of_the_checkpoints(run_imbsam, work):
-    """The images' are none of a long tail; the digits' settings would make them one of ratio 50."""
+def test_other_data_do_not_take_the_settings_of_the_checkpoint(run_imbsam, work):
+    """The images have no long tail; the settings of the digits would give them one of ratio 50."""
     images = ["--data=ImageFolderLTDataModule", "--data.root=pictures", "--data.num_workers=0"]
     line = refused(run_imbsam(work, "test", "--ckpt_path", last("digits_lt/imbsam"), *images))
     assert "the checkpoint knows 0, 1, 2, 3, 4 and 5 more, which the data lack" in line
@@ -358,7 +353,7 @@ def test_other_data_take_no_settings_of_the_checkpoints(run_imbsam, work):
         (["--ckpt_path=none.ckpt"], "ckpt_path is none.ckpt: there is no such file"),
     ],
 )
-def test_nothing_says_what_the_model_is(run_imbsam, tmp_path, args, message):
+def test_an_unknown_model_is_one_line(run_imbsam, tmp_path, args, message):
     assert message in refused(run_imbsam(tmp_path, "predict", "--data.predict=a.jpg", *args))
 
 
@@ -387,8 +382,8 @@ class Blobs(LightningDataModule):
 """
 
 
-def test_data_of_the_users_own(imbsam, tmp_path, monkeypatch):
-    """Its class, settings and class names travel in the checkpoint as those of ours do."""
+def test_custom_data(imbsam, tmp_path, monkeypatch):
+    """The checkpoint has its class, its settings and its class names, as for our DataModules."""
     (tmp_path / "blobs_for_test.py").write_text(OWN_DATA)
     named = ["--model=LongTailedClassifier", "--model.backbone=SmallCNN", "--data=blobs_for_test.Blobs"]
     args = ["test", "--ckpt_path=logs/version_0/checkpoints/last.ckpt"]
@@ -406,7 +401,7 @@ def test_data_of_the_users_own(imbsam, tmp_path, monkeypatch):
 
 def test_best_without_validation_is_one_line(run_imbsam, work):
     line = refused(run_imbsam(work, "test", *DIGITS, "--ckpt_path=best"))
-    assert "ckpt_path is best: logs/digits_lt/imbsam/version_0 has no best.ckpt, which a training keeps where" in line
+    assert "ckpt_path is best: logs/digits_lt/imbsam/version_0 has no best.ckpt, which a training keeps only" in line
     checkpoints = Path(work / last("digits_lt/imbsam")).parent
     shutil.copy(checkpoints / "last.ckpt", checkpoints / "best.ckpt")
     answer = run_imbsam(work, "test", *DIGITS, "--ckpt_path=best")

@@ -57,7 +57,7 @@ class Watch(Callback):
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch):
-    """Here processes die and not machines."""
+    """Skip fsync: here processes die, not machines."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -110,7 +110,7 @@ def fit(
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What must be equal: the last checkpoint but for paths, and the log."""
+    """What must be equal: the last checkpoint except for paths, and the log."""
     checkpoint = torch.load(folder / "version_0/checkpoints" / LAST, weights_only=True)
     del checkpoint["callbacks"]
     values = {keystr(path): value for path, value in tree_flatten_with_path(checkpoint)[0]}
@@ -133,7 +133,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "by step, by plateau": {"model": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5)}},
+    "plateau": {"model": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5)}},
     "max_steps, cosine by step": {
         "max_epochs": -1,
         "max_steps": 11,
@@ -221,7 +221,7 @@ def test_how_often_it_saves(tmp_path, monkeypatch):
     assert len(written) == 1 + 3 * trainer.num_training_batches + 1
 
 
-def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_named(tmp_path):
     last, previous = tmp_path / LAST, tmp_path / PREVIOUS
     for value in range(2):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), value)}, last)
@@ -241,7 +241,7 @@ def test_of_a_truncated_or_damaged_checkpoint_the_previous_one_is_named(tmp_path
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    """The limit is the system's, of this process; the last write is that of `close`, which knows no name."""
+    """A limit on file size for this process; the last write is in `close`, which has no file name."""
     last, limit = tmp_path / LAST, resource.getrlimit(resource.RLIMIT_FSIZE)
     AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, last)
     before = last.read_bytes()

@@ -37,7 +37,7 @@ class Command:
             )
 
     def wait_for(self, seen) -> None:
-        """Until it has come to the moment that `seen` sees."""
+        """Wait until `seen` is true."""
         end = time.monotonic() + 240
         while not seen():
             assert self.process.poll() is None, self.err.read_text()
@@ -45,15 +45,15 @@ class Command:
             time.sleep(0.05)
 
     def wait_for_training(self) -> None:
-        """Until something is in the log."""
+        """Wait until something is in the log."""
         self.wait_for(lambda: list(self.folder.rglob("metrics.csv")))
 
     def signal_all(self, number: int) -> None:
-        """As a terminal does."""
+        """Signal the whole process group, as a terminal does."""
         os.killpg(self.process.pid, number)
 
     def end(self, seconds: float = 120) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; nothing of it may live on."""
+        """Exit code, stdout and stderr; no process may be left."""
         try:
             code = self.process.wait(seconds)
             time.sleep(0.5)  # for a child to be gone
@@ -86,10 +86,11 @@ def has_torch(pid: int) -> bool:
 
 
 def lines(text: str) -> list[str]:
-    """What we say."""
+    """Our lines."""
     return [line for line in text.splitlines() if line.startswith("imbsam: ")]
 
 
+@pytest.mark.processes
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     """To the whole group: two processes and their loaders' workers."""
     command = Command(tmp_path, "--trainer.devices=2", "--data.num_workers=1")
@@ -118,6 +119,7 @@ def test_sigterm_to_the_first_of_two_processes_ends_both(tmp_path):
     assert list(tmp_path.rglob("last.ckpt"))
 
 
+@pytest.mark.processes
 def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
     """The second process is stopped, so the first one waits in C code, where Python runs no handlers."""
     command = Command(tmp_path, "--trainer.devices=2")
@@ -131,7 +133,7 @@ def test_ctrl_c_twice_ends_a_process_that_waits_for_another(tmp_path):
     code, out, err = command.end()
     assert code == 130
     assert time.monotonic() - start < 10
-    # the first is ended, or comes back from its wait once it has ended the second
+    # the first is ended, or returns from its wait once it has killed the second
     waited = "imbsam: ended by SIGINT, without saving: it was waiting for another process"
     assert lines(err)[1:] + lines(out) in ([waited], ["imbsam: interrupted by SIGINT again: nothing was saved"])
     assert "Traceback" not in err
@@ -150,6 +152,7 @@ store.wait(["what nobody sets"], timedelta(seconds=60))
 """
 
 
+@pytest.mark.processes
 def test_sigterm_ends_a_training_that_waits_for_another_process():
     """In C code, which a Python handler would wait for: two minutes, here one second."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -164,6 +167,7 @@ def test_sigterm_ends_a_training_that_waits_for_another_process():
         assert process.stderr.read().endswith(said)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", ["import torch", "meeting the other process"])
 def test_ctrl_c_during_start_up_is_one_line(tmp_path, moment):
     command = Command(tmp_path, "--trainer.devices=2")
@@ -177,6 +181,7 @@ def test_ctrl_c_during_start_up_is_one_line(tmp_path, moment):
     assert "by SIGINT" in (lines(out) + lines(err))[0]
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path):
     """No file may exceed 20 kB, and the checkpoint does; the second process must not wait for the first one."""
     command = Command(tmp_path, "--trainer.devices=2", "--checkpoint.every_seconds=0", file_size=20_000)

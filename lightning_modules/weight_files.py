@@ -1,0 +1,69 @@
+"""Files with weights: read without running code in them, and compared with a network."""
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbsam.errors import SettingError
+from imbsam.messages import first_few
+
+
+def mismatch(weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """How tensors differ from a network's in names and shapes, or "" if they fit.
+
+    Example:
+        >>> mismatch({"a": torch.ones(2)}, {"a": torch.ones(3), "b": torch.ones(1)})
+        '1 missing (b), 1 of another shape (a is (2,), not (3,))'
+    """
+    shapes = {n: (weights[n], own[n]) for n in own if n in weights and isinstance(own[n], Tensor)}
+    wrong = {
+        "missing": [name for name in own if name not in weights],
+        "unknown": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{n} is {tuple(a.shape)}, not {tuple(b.shape)}" for n, (a, b) in shapes.items() if a.shape != b.shape
+        ],
+    }
+    return ", ".join(f"{len(names)} {what} ({first_few(names, 3)})" for what, names in wrong.items() if names)
+
+
+def read_file(path: str | Path, setting: str, weights_only: bool = True, mmap: bool = False) -> Any:
+    """Read what torch or safetensors saved, to the CPU and without running code in it.
+
+    Args:
+        path: the file.
+        setting: the setting that named it, for the error.
+        weights_only: as in torch.load; false runs code in the file.
+        mmap: as in torch.load; true leaves tensors on the disk until they are used.
+
+    Raises:
+        SettingError: there is no such file, or it cannot be read.
+    """
+    if not Path(path).is_file():
+        what = "a folder" if Path(path).is_dir() else "no such file"
+        raise SettingError(f"{setting} is {path}: {what}; name a file")
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise SettingError(f"{setting} is {path}: reading it needs safetensors; pip install safetensors") from error
+        try:
+            return load_file(path)
+        except Exception as error:  # its own class, which is not public
+            raise SettingError(f"{setting} is {path}: {' '.join(str(error).split())}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript archive.*")  # refused below
+            return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise SettingError(
+                f"{setting} is {path}: it holds {code[1]} beside tensors and plain data: reading that could run code, "
+                "so it is refused; save it again without that object"
+            ) from error
+        raise SettingError(f"{setting} is {path}: it is cut off, or not a file of torch.save") from error
