@@ -16,6 +16,10 @@ ALSO_ALLOWED = {
     "imbsam/anomaly_metrics.py": {"torchmetrics"},
     "imbsam/sklearn.py": {"sklearn"},
     "imbsam/sharpness.py": {"scipy"},
+    "imbsam/calibration.py": {"scipy", "sklearn"},
+    "imbsam/calibration_metrics.py": {"torchmetrics"},
+    "imbsam/conformal.py": {"scipy"},
+    "imbsam/intervals.py": {"scipy"},
 }
 """What single files of the method may import in addition to torch and NumPy."""
 FOLDERS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]

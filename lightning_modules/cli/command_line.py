@@ -16,6 +16,8 @@ import datamodules  # noqa: F401  jsonargparse resolves the short names of impor
 import lightning_modules  # noqa: F401
 from imbsam import SettingError
 from imbsam.report.runs import flatten
+from lightning_modules.callbacks.calibration import Calibration
+from lightning_modules.callbacks.decisions import Decisions
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.predictions import PredictionsCSV
 from lightning_modules.cli.loggers import complete_wandb, csv_log, loggers
@@ -52,9 +54,11 @@ class ImbSAMCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make the checkpoint, the predictions and the seeds configurable."""
+        """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
+        parser.add_lightning_class_args(Calibration, "calibration")  # before what decides by it
+        parser.add_lightning_class_args(Decisions, "decisions")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def setup_parser(self, *args: Any) -> None:
