@@ -21,8 +21,8 @@ run: install  ## train SGD, then ImbSAM, on long-tailed digits, and print a tabl
 test: install  ## the tests that every change must pass
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-processes: install  ## real processes: DDP by Lightning's launcher and torchrun, signals, W&B's agent, an installed wheel
-	$(BIN)/python -m pytest -q -m processes -n 2 --dist loadfile
+test-processes: install  ## runs in processes of their own: DDP, torchrun, kill and resume, signals, W&B, the programs of docs, an installed wheel
+	$(BIN)/python -m pytest -q -m "processes and not slow" -n 2 --dist loadfile
 
 test-slow: install  ## torch.compile, SIGTERM to two processes, Ctrl-C at every line for every method
 	$(BIN)/python -m pytest -q -m slow --ignore tests/lightning_modules/resuming/test_kill.py

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +47,6 @@ def test_only_three_names_are_installed_into_site_packages(site):
     assert (site / "imbsam/py.typed").exists()
 
 
-@pytest.mark.processes
 def test_it_trains_and_reports_from_an_empty_folder(site, tmp_path):
     config = "configs/data/digits_lt.yaml"
     out = run(site, tmp_path, "fit", "--config", config, "--trainer.max_epochs=1")

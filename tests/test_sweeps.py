@@ -15,9 +15,9 @@ wandb = pytest.importorskip("wandb")
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweep_is_valid(path):
+    sweeps = pytest.importorskip("sweeps", reason='W&B\'s schema comes with "wandb[sweeps]", which needs numpy below 2')
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
-    sweeps = pytest.importorskip("sweeps", reason='W&B\'s schema comes with "wandb[sweeps]", which needs numpy below 2')
     assert sweeps.schema_violations_from_proposed_config(load_sweep_config(str(path))) == []
 
 

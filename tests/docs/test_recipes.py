@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.processes
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NEEDS = {"pytorch": "torch", "fabric": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
 WEIGHTS = {page: "trainer.model" if page == "huggingface" else "model" for page in NEEDS}

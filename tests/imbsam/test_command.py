@@ -90,6 +90,7 @@ def test_a_command_without_settings_is_one_line(command):
     assert err == "imbsam: error: fit needs settings: give --config FILE, see imbsam fit --help\n"
 
 
+@pytest.mark.processes
 def test_a_datamodule_in_the_current_folder_is_found_and_a_report_folder_there_does_no_harm(tmp_path):
     """From the project of a user with folders and modules of common names."""
     (tmp_path / "my_data.py").write_text(

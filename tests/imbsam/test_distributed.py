@@ -237,7 +237,7 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.processes)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]]]:
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(ranks, str(folder)), nprocs=ranks)

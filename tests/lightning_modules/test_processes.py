@@ -7,6 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+pytestmark = pytest.mark.processes
+
 ARGS = [
     "fit",
     "--config=configs/data/digits_lt.yaml",

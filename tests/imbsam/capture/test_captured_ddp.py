@@ -15,6 +15,8 @@ from imbsam.capture.captured_step import CapturedStep
 from imbsam.capture.graphs import DirectCalls
 from tests.imbsam.capture.nets import assert_same
 
+pytestmark = pytest.mark.processes
+
 COUNTS = [100, 10]
 ROWS = 12
 STEPS = 8

@@ -10,6 +10,8 @@ import yaml
 
 from tests.training import csv_rows
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("wandb")
 
 SHORT = [
@@ -203,7 +205,6 @@ def test_without_wandb_the_line_says_how_to_install_it(imbsam, monkeypatch):
     assert 'pip install "wandb>=0.31"' in err.splitlines()[-1]
 
 
-@pytest.mark.processes
 def test_two_processes_are_one_run_and_loggers_may_be_listed(tmp_path, run_imbsam, read_wandb):
     """With the WandbLogger before the CSV log, as a user may list them."""
     csv_logger = "lightning_modules.resuming.csv_logger.ResumableCSVLogger"

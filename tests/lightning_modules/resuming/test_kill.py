@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.processes
+
 ARGS = [
     "fit",
     "--config=configs/data/digits_lt.yaml",
