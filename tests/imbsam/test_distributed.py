@@ -16,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
 
+pytestmark = pytest.mark.processes
+
 COUNTS = [100, 10]
 STEPS = 30
 SHARDED_STEPS = 10  # FSDP2 is slow on the CPU
@@ -237,7 +239,7 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.processes)])
+@pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]]]:
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(ranks, str(folder)), nprocs=ranks)

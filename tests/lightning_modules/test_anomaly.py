@@ -70,6 +70,7 @@ def test_the_config_trains_until_the_table_is_learned(imbsam, tmp_path):
     assert next(float(row["test/average_precision"]) for row in logged if row.get("test/average_precision")) > 0.75
 
 
+@pytest.mark.processes
 def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
     """The precision of the threshold would be that of the samples of rank 0."""
     config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]

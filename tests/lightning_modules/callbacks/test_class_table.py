@@ -55,6 +55,7 @@ def test_a_name_with_square_brackets_is_shown_as_it_is(capsys):
     assert {"[red]", "[/]"} <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rank_zero_prints_it_before_the_first_epoch(run_imbsam, tmp_path, processes):
     """With the progress bar and the model summary of a user."""

@@ -18,6 +18,8 @@ from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 from tests.pieces import anomaly
 from tests.training import csv_rows
 
+pytestmark = pytest.mark.processes
+
 CLASSES = {"ant": 24, "bee": 12, "cat": 8}
 SMALL_NET = ["--model.backbone=SmallCNN", "--model.backbone.width=4", "--model.backbone.in_channels=3"]
 ONE_EPOCH = ["--trainer.max_epochs=1", "--model.lr_scheduler.init_args.T_max=1"]
