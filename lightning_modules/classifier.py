@@ -26,7 +26,6 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, restore, takes
-from lightning_modules.group_counts import counts_of_ratio
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
@@ -57,8 +56,6 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: batches in one optimizer step, and in one perturbation.
         many: classes with more training samples than this are many-shot.
         few: classes with fewer training samples than this are few-shot.
-        groups_of_ratio: many and few go by the class counts of this imbalance ratio and not by the training's, for data
-            with a ``ratio``; the literature's groups of CIFAR-100-LT are those of ratio 100.
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
@@ -80,7 +77,6 @@ class LongTailedClassifier(SharpnessAwareModule):
         accumulate_grad_batches: int = 1,
         many: int = 100,
         few: int = 20,
-        groups_of_ratio: float | None = None,
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
@@ -121,7 +117,7 @@ class LongTailedClassifier(SharpnessAwareModule):
             check_class_names(self.class_names, self.data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
         if self.class_counts is None or stage == "fit":
-            self.group_counts = counts_of_ratio(self.data, self.settings.groups_of_ratio)
+            self.group_counts = getattr(self.data, "group_counts", None)
             self._learn_classes(torch.as_tensor(counts), list(names))
 
     def configure_model(self) -> None:
@@ -326,7 +322,7 @@ class LongTailedClassifier(SharpnessAwareModule):
                     "the data's class_counts are not those that the checkpoint was trained with (another seed, ratio "
                     "or val_share?): many, medium and few are the checkpoint's"
                 )
-            if checkpoint.get("hyper_parameters", {}).get("groups_of_ratio") == self.settings.groups_of_ratio:
+            if self.group_counts is None:
                 self.group_counts = checkpoint.get("group_counts")
             self._learn_classes(checkpoint["class_counts"], checkpoint["class_names"])
         if not hasattr(self, "backbone"):

@@ -31,6 +31,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         class_names: The C names of the classes; known after ``setup``.
         kept_samples: Indices of the long tail's samples in the whole training set, including those held out for
             validation, int64 (M,); known after ``setup``.
+        group_counts: The class counts that decide many, medium and few, int64 (C,), or None for ``class_counts``; known
+            after ``setup``.
         shuffle_classes: Whether ``seed`` deals the class counts to the classes; otherwise class 0 has the most.
         predict: What to predict, if the data set takes samples from outside; None for its test samples.
         own_validation: Whether the data set comes with validation samples, so that ``val_share`` must be 0.
@@ -54,6 +56,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         mixup: alpha of mixup's Beta distribution, 0 for no mixup. Each sample is mixed with its neighbour in the batch.
         cutmix: alpha of CutMix's, 0 for no CutMix. With both set, each batch takes one of them at random.
         seed: Seed of the draw of the training samples and of the validation split.
+        groups_of_ratio: Many, medium and few go by the class counts of this imbalance ratio and not by the training's;
+            the literature's groups of CIFAR-100-LT at ratio 50 and 10 are those of ratio 100.
 
     Raises:
         SettingError: A setting is out of range.
@@ -62,6 +66,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
     class_counts: Tensor
     class_names: list[str]
     kept_samples: Tensor
+    group_counts: Tensor | None = None
     shuffle_classes: bool = False
     predict: Any = None
     own_validation: bool = False
@@ -80,6 +85,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         seed: int = 0,
+        groups_of_ratio: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # the subclasses' arguments too
@@ -99,6 +105,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         self.mixup = mixup
         self.cutmix = cutmix
         self.seed = seed
+        self.groups_of_ratio = groups_of_ratio
         self._train_labels: Tensor
         self._largest: int
         self._rank_of_class: Tensor
@@ -153,6 +160,11 @@ class LongTailedDataModule(RecordedDataModule, ABC):
             if self.shuffle_classes:
                 self._rank_of_class = torch.randperm(num_classes, generator=generator)
             kept = subsample(labels, self.counts_of_ratio(self.ratio), generator)
+        if self.groups_of_ratio is not None:
+            try:
+                self.group_counts = self.counts_of_ratio(self.groups_of_ratio)
+            except SettingError as error:
+                raise SettingError(f"groups_of_ratio is {self.groups_of_ratio:g}: {error}") from error
         self.kept_samples = kept
         held_out = held_out_mask(labels[kept], self.class_names, generator, val_share=self.val_share)
         self._val = self.validation_set() if self.own_validation else self.select(train, kept[held_out], training=False)

@@ -63,7 +63,7 @@ def print_class_table(model: Any) -> None:
     console = Console()
     console.print(f"{samples:,} training samples of {len(rows):,} classes{ratio}", soft_wrap=True, highlight=False)
     console.print(table)
-    of_ratio = model.settings.groups_of_ratio
+    of_ratio = getattr(model.data, "groups_of_ratio", None)
     by = "training samples" + ("" if of_ratio is None else f" at ratio {of_ratio:g}")
     console.print(f"classes by {by}: {groups}", soft_wrap=True, highlight=False)
     line = f"tail: {len(tail):,} classes with {share:.1f} % of the training samples"
