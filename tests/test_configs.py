@@ -160,6 +160,7 @@ def test_combinations_named_in_docs_parse(pieces, monkeypatch, capsys, tmp_path)
 
 def test_docs_name_only_existing_configs():
     text = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
-    for path in [*text, *CONFIGS.rglob("*.yaml"), *(REPOSITORY / "scripts").rglob("*.*"), REPOSITORY / "Makefile"]:
+    scripts = [path for suffix in ("py", "sh", "sbatch") for path in (REPOSITORY / "scripts").rglob(f"*.{suffix}")]
+    for path in [*text, *CONFIGS.rglob("*.yaml"), *scripts, REPOSITORY / "Makefile"]:
         for name in re.findall(r"configs/[\w/]+\.yaml", path.read_text()):
             assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
