@@ -2,10 +2,9 @@
 
 import contextlib
 import gc
-import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import imbsam
 from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
+from tests.interrupts import InterruptAtLine, tracing
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -204,34 +204,6 @@ def test_exception_in_any_pass_leaves_everything_as_it_was(method, error, in_pas
         return
     assert_same(state(model), before)
     assert model.head.weight.grad is head_grad
-
-
-class InterruptAtLine:
-    """Raise KeyboardInterrupt at the n-th line that runs inside imbsam/."""
-
-    folder = os.path.dirname(imbsam.__file__)
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(self.folder):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-
-@contextlib.contextmanager
-def tracing(tracer: Any) -> Iterator[None]:
-    old = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        yield
-    finally:
-        sys.settrace(old)
 
 
 SLOW = [

@@ -1,7 +1,6 @@
 """A captured step that is interrupted or fails leaves everything as it was; what cannot work is refused in one line."""
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from tests.imbsam.capture.nets import (
     pair,
     state,
 )
+from tests.interrupts import InterruptAtLine
 
 
 def after_a_step(method: str, losses: Any = None) -> tuple[Any, Any]:
@@ -65,24 +65,6 @@ def test_exception_in_any_pass_leaves_everything_as_it_was(method, error, in_pas
     same, other = after_a_step(method)
     other(x, y)
     assert_same(state(own), state(same))
-
-
-class InterruptAtLine:
-    """Raise KeyboardInterrupt at the n-th line that runs inside imbsam/."""
-
-    folder = os.path.dirname(imbsam.__file__)
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(self.folder):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
 
 
 @pytest.mark.parametrize("method", ["imbsam batch", "asam"])
