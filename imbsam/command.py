@@ -36,6 +36,14 @@ SETTINGS = {
     "--model.optimizer.lr": ("0.05", "learning rate"),
     "--data.batch_size": ("32", "samples per training batch"),
     "--data.val_share": ("0.2", "share of the training samples to hold out for validation"),
+    "--calibration.method": (
+        "prior",
+        "calibrate on the validation split: prior, temperature, vector or isotonic",
+    ),
+    "--decisions.recall": (
+        "0.9",
+        "choose thresholds there; precision, false_alarms, costs and coverage too",
+    ),
     "--data.seed": ("0", "seed of the split and of drawing the samples"),
     "--seed_everything": ("0", "seed of weights, order and augmentation"),
     "--trainer.max_epochs": ("200", "epochs; ImbSAM shows its effect once the rare classes are learned"),
