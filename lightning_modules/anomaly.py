@@ -15,7 +15,7 @@ from imbsam import SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.detectors import Detector, DevNet
-from lightning_modules.factories import called, describe, restore
+from lightning_modules.factories import called, describe, plain_settings, restore
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 DetectorCallable = Callable[[Sequence[int]], Detector]
@@ -68,6 +68,7 @@ class AnomalyDetector(SharpnessAwareModule):
         self.detector_factory: DetectorCallable = restore(detector) or DevNet
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "detector", "sam"])
         self.save_hyperparameters({"detector": describe(self.detector_factory), "sam": describe(self.sam_factory)})
+        self._weight_of_anomalies = float(plain_settings(self.sam_factory).get("tail_weight", 1.0))
         self.input_shape: tuple[int, ...] | None = None
         self.class_counts: Tensor | None = None
         self.detector: Detector
@@ -255,8 +256,7 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def _tail_weight(self, labels: Tensor) -> Tensor:
         """The factor of the loss of each sample or pair."""
-        weight = float(describe(self.sam_factory)["init_args"].get("tail_weight", 1.0))
-        return torch.where(_in_tail(labels) == 1, weight, 1.0)
+        return torch.where(_in_tail(labels) == 1, self._weight_of_anomalies, 1.0)
 
     def _check_sampling(self) -> None:
         """Pairs for detectors of pairs, samples for the others."""

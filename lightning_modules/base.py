@@ -17,7 +17,7 @@ from torchmetrics import SumMetric
 from imbsam import ClassAwareSAM, ImbSAM, SettingError
 from imbsam.checks import check_numbers
 from lightning_modules.epoch_log import log_epoch
-from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.factories import called, plain_settings, restore, takes
 
 SAMCallable = Callable[[nn.Module, Tensor], ClassAwareSAM]
 """A method's class, or a partial of one, which takes a module and its class counts."""
@@ -243,7 +243,7 @@ class SharpnessAwareModule(LightningModule):
         if factory is None:
             return None
         cosine = isinstance(called(factory), type) and takes(factory, "T_max")
-        self._cosine_follows_run = cosine and describe(factory)["init_args"].get("T_max") is None
+        self._cosine_follows_run = cosine and plain_settings(factory).get("T_max") is None
         settings = {"T_max": self._scheduler_steps() or 1} if self._cosine_follows_run else {}
         return factory(optimizer, **settings)
 

@@ -25,7 +25,7 @@ from lightning_modules.backbones.weights import load_weights
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
-from lightning_modules.factories import called, describe, restore, takes
+from lightning_modules.factories import called, describe, plain_settings, restore, takes
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
@@ -207,7 +207,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     @property
     def tail_settings(self) -> tuple[float, Any]:
         """The method's eta and tail_classes; the logs count tail samples by them, whatever the method."""
-        settings = describe(self.sam_factory)["init_args"]
+        settings = plain_settings(self.sam_factory)
         return settings.get("eta", 20), settings.get("tail_classes")
 
     @property

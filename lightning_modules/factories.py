@@ -15,7 +15,7 @@ from typing import Any
 
 from imbsam.errors import SettingError
 
-__all__ = ["called", "describe", "restore", "takes"]
+__all__ = ["called", "describe", "plain_settings", "restore", "takes"]
 
 Factory = Callable[..., Any]
 
@@ -69,6 +69,12 @@ def describe(factory: Factory | None) -> Any:
         with contextlib.suppress(TypeError):  # not plain data
             plain[name] = json.loads(json.dumps(value))
     return {"class_path": path, "init_args": plain}
+
+
+def plain_settings(factory: Factory) -> dict[str, Any]:
+    """Return the settings of :func:`describe`, empty for a function without settings."""
+    described = describe(factory)
+    return described["init_args"] if isinstance(described, Mapping) else {}
 
 
 def restore(choice: Any) -> Any:

@@ -6,7 +6,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules import LongTailedClassifier
+from datamodules import AnomalyDataModule, DigitsLTDataModule
+from imbsam import ImbSAM
+from lightning_modules import AnomalyDetector, LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
+from tests.training import quiet_trainer, sgd
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs/data/digits_lt.yaml")
 SHORT = [f"--config={CONFIG}", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
@@ -68,6 +72,20 @@ def test_a_custom_class_keeps_its_own_defaults(imbsam, tmp_path, monkeypatch):
         "fit", "--model=AnomalyDetector", "--model.detector=DeepSAD", "--data=AnomalyDataModule", "--print_config"
     )
     assert yaml.safe_load(out)["model"]["init_args"]["detector"]["init_args"]["hidden"] is None
+
+
+def test_a_method_may_be_a_function(tmp_path):
+    def half(module, class_counts, **settings):
+        return ImbSAM(module, class_counts, rho=0.025, **settings)
+
+    classifier = LongTailedClassifier(SmallCNN, sam=half, optimizer=sgd)
+    quiet_trainer(default_root_dir=tmp_path, max_steps=1).fit(classifier, datamodule=DigitsLTDataModule())
+    assert classifier.sam.rho == 0.025
+    detector = AnomalyDetector(sam=half, optimizer=sgd)
+    data = AnomalyDataModule(sampling="balanced", batch_size=32, batches_per_epoch=1, val_share=0.2)
+    run = quiet_trainer(default_root_dir=tmp_path)
+    run.fit(detector, datamodule=data)
+    assert torch.isfinite(run.callback_metrics["val/loss"])
 
 
 @pytest.mark.parametrize(
