@@ -39,6 +39,8 @@ def create_network(backbone: BackboneCallable, num_classes: int, head: HeadCalla
         network = backbone(num_classes=num_classes) if named else backbone(num_classes)  # type: ignore[call-arg]
         if head is not None:
             replace_classifier(network, head)
+    except SettingError:
+        raise
     except (TypeError, ValueError) as error:
         raise SettingError(f"backbone or head: {error}") from error
     return network

@@ -184,6 +184,15 @@ def test_bad_setting_is_one_line_with_its_name(build, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_line_that_names_its_setting_stays_as_it_is():
+    for build, line in (
+        (Torchvision("resnet_50"), "backbone.name is resnet_50"),
+        (partial(SmallCNN, width=0), "width is 0"),
+    ):
+        with pytest.raises(SettingError, match=f"^{line}"):
+            create_network(build, 10)
+
+
 def test_a_function_is_a_backbone_too():
     network = create_network(torchvision.models.resnet18, 5, partial(CosineClassifier, scale=16))
     assert network.fc.weight.shape == (5, 512)
