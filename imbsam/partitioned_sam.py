@@ -1,6 +1,5 @@
 """Methods with several perturbations a step, one for each group of classes: the general case, CC-SAM and SSE-SAM."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.batch import Plan
+from imbsam.checks import check_numbers
 from imbsam.class_aware_sam import ClassAwareSAM
 from imbsam.class_groups import class_counts_tensor, tail_mask
 from imbsam.distributed import union
@@ -159,7 +159,7 @@ class CCSAM(PartitionedSAM):
         **settings: Any,
     ) -> None:
         counts = class_counts_tensor(class_counts)
-        _check_from_0(radius_power=radius_power, flat_ratio=flat_ratio)
+        check_numbers(radius_power=radius_power, flat_ratio=flat_ratio)
         n = counts.double().clamp(min=1)
         super().__init__(
             module,
@@ -225,12 +225,6 @@ class SSESAM(PartitionedSAM):
             fix = f"set eta above {smallest} and to at most {largest}" if tail_classes is None else "name some classes"
             missing = "head" if tail.all() else "tail"
             raise SettingError(f"{named}, which leaves SSE-SAM no {missing} class: {fix}")
-        _check_from_0(head_rho=head_rho)
+        check_numbers(head_rho=head_rho)
         super().__init__(module, counts, partition=tail.long(), rho=rho, eta=eta, tail_classes=tail_classes, **settings)
         self.radius = [head_rho / self.rho if self.rho > 0 else 0.0, 1.0]
-
-
-def _check_from_0(**settings: float) -> None:
-    for name, value in settings.items():
-        if isinstance(value, str) or not 0 <= value < math.inf:
-            raise SettingError(f"{name} is {value!r}: give a finite number from 0")

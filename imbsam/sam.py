@@ -3,7 +3,6 @@
 Those with several perturbations a step, CC-SAM and SSE-SAM, come from :mod:`imbsam.partitioned_sam`.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from imbsam.batch import Plan
+from imbsam.checks import check_numbers
 from imbsam.class_aware_sam import ClassAwareSAM
 from imbsam.class_groups import class_counts_tensor, focal_sharpness, tail_mask
 from imbsam.distributed import Reduction
@@ -80,8 +80,7 @@ class GSAM(SAM):
         alpha: float = 0.4,
         **settings: Any,
     ) -> None:
-        if isinstance(alpha, str) or not 0 <= alpha < math.inf:
-            raise SettingError(f"alpha is {alpha!r}: give a finite number from 0 (0 is SAM)")
+        check_numbers(alpha=alpha, hint="0 is SAM")
         super().__init__(module, class_counts, **settings)
         self.alpha = float(alpha)
 

@@ -1,10 +1,10 @@
 """The settings of a method that schedules change between calls."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from imbsam.checks import check_numbers
 from imbsam.errors import SettingError
 from imbsam.row_weights import class_vector
 
@@ -21,8 +21,7 @@ class Scheduled:
 
     @rho.setter
     def rho(self, rho: float) -> None:
-        if isinstance(rho, str) or not 0 <= rho < math.inf:
-            raise SettingError(f"rho is {rho!r}: give a finite number from 0 (0.05 is the literature's)")
+        check_numbers(rho=rho, hint="0.05 is the literature's")
         self._rho = float(rho)
 
     @property

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import imbsam
 from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM
 from tests.interrupts import InterruptAtLine, tracing
+from tests.no_synchronisation import NoSynchronisation
 
 COUNTS = [200, 60, 15, 4]
 BATCH = 24
@@ -326,14 +327,6 @@ def test_one_autocast_region_around_everything(context_rows, method):
     )
     assert_same(grads[True], grads[False])
     assert (grads[True] - plain).norm() > 0.05 * plain.norm()
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fail on what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from imbsam.errors import SettingError
 from imbsam.metrics import ClassGroupAccuracy
+from tests.no_synchronisation import NoSynchronisation
 
 mpl.use("agg")
 
@@ -140,14 +140,6 @@ def test_target_outside_the_classes_is_refused_and_never_counted(bad):
     lax = ClassGroupAccuracy(COUNTS, validate_args=False)
     lax.update(torch.cat([preds, more]), torch.cat([target, more]))
     assert_same(lax.compute(), expected_groups(preds, target))
-
-
-class NoSynchronisation(TorchDispatchMode):
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(name in str(func) for name in self.FORBIDDEN), f"{func} waits for the GPU"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("as_logits", [False, True])

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbsam import ImbSAM
 from imbsam.capture.pass_sizes import graph_sizes
@@ -24,6 +23,7 @@ from tests.imbsam.capture.nets import (
     pair,
     state,
 )
+from tests.no_synchronisation import NoSynchronisation
 
 
 def test_own_sharpness_weights_and_probabilities():
@@ -142,14 +142,6 @@ def test_smaller_last_batch_runs_eagerly_and_outputs_are_kept():
         torch.testing.assert_close(loss, F.cross_entropy(step.outputs[0], y), rtol=1e-12, atol=0)
         assert not step.outputs[0].requires_grad
     assert seen == [24, 12, 12, 10, 6, 6, 24, 12, 12]
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fail on what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)
