@@ -41,16 +41,19 @@ class Row:
         title: its name in the table.
         pieces: its files under configs/ in addition to the benchmark's, without ".yaml".
         settings: further arguments of ``imbsam fit``.
+        variant: what ``settings`` are called in the folder's name.
     """
 
     title: str
     pieces: tuple[str, ...]
     settings: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Its folder."""
-        return "_".join(piece.rpartition("/")[2] for piece in self.pieces)
+        parts = [piece.rpartition("/")[2] for piece in self.pieces]
+        return "_".join([*parts, self.variant] if self.variant else parts)
 
 
 DOUBLED = "loss/doubled_tail"
@@ -60,6 +63,17 @@ METHODS = [
     Row("SAM", ("method/sam",)),
     Row("SAM, tail loss doubled", ("method/sam", DOUBLED)),
     Row("ImbSAM, tail loss doubled", ("method/imbsam", DOUBLED)),
+]
+CIFAR100 = [
+    *METHODS[:-1],
+    Row(
+        "ImbSAM, tail loss doubled, published gradient",
+        ("method/imbsam", DOUBLED),
+        ("--model.sam.context_rows=batch",),
+        "published_gradient",
+    ),
+    METHODS[-1],
+    Row("ImbSAM, tail loss doubled, rho 0.1", ("method/imbsam", DOUBLED), ("--model.sam.rho=0.1",), "rho_0.1"),
 ]
 LOSSES = [
     Row(f"{method_title}, {title}", (f"method/{method}", *pieces), settings)
@@ -81,7 +95,8 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "cifar100_lt": Benchmark(("data/cifar100_lt",), METHODS),
+    "cifar100_lt": Benchmark(("data/cifar100_lt",), CIFAR100),
+    "cifar100_lt_small": Benchmark(("data/cifar100_lt", "size/small"), [*CIFAR100, Row("ImbSAM", ("method/imbsam",))]),
     "cifar100_lt_50": Benchmark(("data/cifar100_lt", "ratio/50"), METHODS),
     "cifar100_lt_10": Benchmark(("data/cifar100_lt", "ratio/10"), METHODS),
     "cifar100_lt_losses": Benchmark(("data/cifar100_lt", "size/small"), LOSSES),
