@@ -8,16 +8,27 @@ from lightning_modules.callbacks.sharpness import GroupSharpness
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cosine_to_end import CosineToEnd
 from lightning_modules.second_stage import SecondStageClassifier
+from lightning_modules.tuning import AdaptFormer, All, Bias, HeadOnly, LastBlocks, LoRA, Norm
+from lightning_modules.tuning.head_init import ClassMeans, TextFeatures
 
 __all__ = [
+    "AdaptFormer",
+    "All",
     "AnomalyDetector",
+    "Bias",
+    "ClassMeans",
     "CosineToEnd",
     "DeferredReweighting",
     "GroupSharpness",
+    "HeadOnly",
+    "LastBlocks",
+    "LoRA",
     "LongTailedClassifier",
     "MaxNorm",
+    "Norm",
     "RestoringEarlyStopping",
     "RhoSchedule",
     "SecondStageClassifier",
     "TailStage",
+    "TextFeatures",
 ]

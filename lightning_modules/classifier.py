@@ -1,7 +1,6 @@
 """A long-tailed classifier, trained by a sharpness-aware method."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
 from lightning_modules.backbones.library import LibraryNetwork
-from lightning_modules.backbones.network import BackboneCallable, create_network
-from lightning_modules.backbones.weights import load_weights
-from lightning_modules.base import SharpnessAwareModule
+from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
+from lightning_modules.fine_tuning import FineTunedModule
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
@@ -33,7 +31,7 @@ LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
 """A loss's class, or a partial of one; it gets ``class_counts`` if it takes them."""
 
 
-class LongTailedClassifier(SharpnessAwareModule):
+class LongTailedClassifier(FineTunedModule):
     """Classification with rare classes.
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
@@ -44,12 +42,14 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     Args:
         backbone: builds the network from the number of classes: a class or a partial of one (``CifarResNet32``,
-            ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, or a function such as
-            ``torchvision.models.resnet50``.
+            ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, ``OpenCLIP(name)``,
+            ``HuggingFace(name)``, or a function such as ``torchvision.models.resnet50``.
         head: builds the last layer from the number of features and of classes, such as ``CosineClassifier``; default:
             the network's own.
-        backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
-            a checkpoint of imbsam. The classifier's are skipped if they do not fit. Not read by test and predict.
+        backbone_weights: weights to start the training from: a local file, which is a state_dict (.pt, .pth,
+            .safetensors) or a checkpoint of imbsam; a folder of transformers; or ``pretrained`` or ``pretrained:TAG``,
+            the library's own, from its cache or downloaded. The classifier's are skipped if they do not fit. Not read
+            by test and predict. ``pickle:FILE`` runs the code in the file.
         loss: the per-sample loss, a class or a partial of one, which gets ``class_counts`` if it takes them:
             CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your
             own.
@@ -59,8 +59,9 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
-        **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval`` and ``gradient_clip_val``, see
-            :class:`~lightning_modules.base.SharpnessAwareModule`.
+        **training: ``tune``, ``head_init`` and ``gradient_checkpointing``, see
+            :class:`~lightning_modules.fine_tuning.FineTunedModule`; ``sam``, ``optimizer``, ``lr_scheduler``,
+            ``lr_interval`` and ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     train_loss_name = "train/loss_epoch"
@@ -88,7 +89,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.backbone_factory: BackboneCallable = restore(backbone)
         self.head_factory: HeadCallable | None = restore(head)
         self.loss_factory: LossCallable = restore(loss) or CrossEntropy
-        choices = ("backbone", "head", "loss", "sam")
+        choices = ("backbone", "head", "head_init", "tune", "loss", "sam")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *choices])
         self.save_hyperparameters({name: describe(getattr(self, f"{name}_factory")) for name in choices})
         self.settings: Any = self.hparams
@@ -97,10 +98,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.group_counts: Tensor | None = None
         # Lightning's own means are not in its checkpoints; without "disable" each update would wait for the GPU
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
-        self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
-        self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
 
     def learn_from_data(self, stage: str) -> None:
@@ -149,14 +148,7 @@ class LongTailedClassifier(SharpnessAwareModule):
             self.sam = self.sam_factory(self.backbone, self.class_counts)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
-        backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
-        path = self.settings.backbone_weights
-        # a run that resumes does not need the file, which may be gone; it loads its checkpoint later
-        if path is not None and self.fitting:
-            self._weights_missing = not Path(path).exists()
-            if not self._weights_missing:
-                load_weights(backbone, path)
-        return backbone
+        return self.build_network(num_classes, self.settings.backbone_weights)
 
     def on_fit_start(self) -> None:
         """Warn of a loss that does not suit the head, or of a sampling that does not suit ImbSAM."""
@@ -177,8 +169,6 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_start(self) -> None:
         """Drop the batches of a step that was interrupted."""
-        if self._weights_missing:
-            raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
         self._micro_batches = []
 
@@ -307,6 +297,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
         checkpoint["group_counts"] = self.group_counts
         checkpoint.update(describe_classes(self))
+        self.save_pretrained(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the classes that the model was trained on, except in a training, which has those of the data.
@@ -328,8 +319,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         if not hasattr(self, "backbone"):
             self.configure_model()
             self.make_sam()
+        self.load_pretrained(checkpoint)
         check_weights(self, checkpoint)
-        self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""

@@ -18,6 +18,7 @@ from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.factories import restore
+from lightning_modules.fine_tuning import complete
 from lightning_modules.weight_files import read_file
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
@@ -62,7 +63,7 @@ class SecondStageClassifier(LongTailedClassifier):
         tau: exponent of tau_norm; null chooses it on the validation set, never on the test set.
         max_norm_threshold: radius of weight_balancing's MaxNorm, from the shortest (0) to the longest (1) class weight
             of the first stage.
-        **settings: the settings of LongTailedClassifier except backbone, head and backbone_weights.
+        **settings: the settings of LongTailedClassifier except backbone, head, backbone_weights, tune and head_init.
 
     Raises:
         SettingError: a setting cannot work, or the checkpoint does not suit the stage or the data.
@@ -84,9 +85,11 @@ class SecondStageClassifier(LongTailedClassifier):
         **settings: Any,
     ) -> None:
         # backbone and head follow from the checkpoint
-        super().__init__(backbone=CifarResNet32, head=None, backbone_weights=None, **settings)
+        super().__init__(
+            backbone=CifarResNet32, head=None, backbone_weights=None, tune=None, head_init=None, **settings
+        )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam", "loss"])
-        for name in ("backbone", "head", "backbone_weights"):
+        for name in ("backbone", "head", "backbone_weights", "tune", "head_init"):
             self.hparams.pop(name, None)
         check_choice(Stage, stage=stage)
         if tau is not None:
@@ -199,13 +202,20 @@ class SecondStageClassifier(LongTailedClassifier):
                 "the data's class_counts are not those of the first stage (another seed, ratio or val_share?): it may "
                 "have been trained on what is now the validation set"
             )
-        self.architecture = {name: settings[name] for name in ("backbone", "head")} | {"stage": self.settings.stage}
+        complete(first)
+        self.preprocessing = first.get("preprocessing") or {}
+        choices = {"backbone": settings["backbone"], "head": settings["head"], "tune": settings.get("tune")}
+        self.architecture = choices | {"stage": self.settings.stage}
         state: dict[str, Tensor] = first["state_dict"]
         return {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         hp = self.settings
         network = create_network(self.backbone_factory, num_classes, self.head_factory)
+        self.hand_over_preprocessing()
+        assert self.architecture is not None
+        if (tune := restore(self.architecture.get("tune"))) is not None:
+            tune.apply(network)  # its adapters
         self._head_name = classifier_name(network)
         if self._first_weights is not None:
             network.load_state_dict(self._first_weights)

@@ -28,7 +28,8 @@ LIGHTNING_FOLDERS = {
     "resuming": {"resuming", "weight_files"},
     "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
-    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
+    "tuning": {"tuning", "backbones"},
+    "callbacks": {"callbacks", "backbones", "tuning", "epoch_log", "group_sharpness"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}

@@ -13,6 +13,7 @@ from imbsam.sharpness import SharpnessMeasures
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
+from lightning_modules.fine_tuning import FineTunedModule
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
@@ -71,6 +72,8 @@ class CommandTrainer(Trainer):
         datamodule.setup("test")
         check_class_names(checkpoint["class_names"], datamodule)
         model.on_load_checkpoint(checkpoint)
+        if isinstance(model, FineTunedModule):
+            model.hand_over_preprocessing(datamodule)
         model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device)
         data = GroupSamples(model, datamodule, split, samples, chunk_size, measures.seed)
