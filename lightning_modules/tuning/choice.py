@@ -118,8 +118,8 @@ class Tuning(ABC):
             return
         if precision != "bf16-mixed":
             raise SettingError(
-                f"model.tune.frozen_precision is bfloat16 and trainer.precision is {precision}: set trainer.precision to "
-                "bf16-mixed"
+                f"model.tune.frozen_precision is bfloat16 and trainer.precision is {precision}: set trainer.precision "
+                "to bf16-mixed"
             )
         for module in network.modules():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):

@@ -1,4 +1,4 @@
-"""A real pretrained network: ImageNet's EfficientNet-Lite0 from a PyPI package, in timm's network of the same tensors."""
+"""A real pretrained network, ImageNet's EfficientNet-Lite0 from PyPI, in timm's network of the same tensors."""
 
 import importlib.util
 from functools import partial
@@ -86,7 +86,9 @@ class Crops(TinyImages):
         return train, train.labels, test
 
 
-@pytest.mark.parametrize("tune", [HeadOnly(), LastBlocks(n=1, backbone_lr=0.1)], ids=["head", "last_block"])
+@pytest.mark.parametrize(
+    "tune", [HeadOnly(), LastBlocks(n=1, backbone_lr=0.1, freeze_batch_norm=True)], ids=["head", "last_block"]
+)
 def test_fine_tuning_it_learns_a_rare_class_in_few_steps(weights, tune):
     seed_everything(0, verbose=False)
     data = Crops(image_size=96, batch_size=9)
