@@ -1,5 +1,6 @@
 """Every piece of configs/ runs two batches on data shaped like the real data set; combinations named in docs parse."""
 
+import json
 import re
 import sys
 
@@ -12,7 +13,7 @@ from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
 REPOSITORY = CONFIGS.parent
-KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage")
+KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage", "tune", "head")
 PIECES = sorted(f"{path.parent.name}/{path.stem}" for kind in KINDS for path in (CONFIGS / kind).glob("*.yaml"))
 RUNS = [
     ("data/digits_lt", "method/sgd"),
@@ -30,6 +31,12 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
+    *(
+        ("data/image_folder", f"tune/{name}", "head/class_means")
+        for name in ("full", "head_only", "last_blocks", "norm")
+    ),
+    ("data/image_folder", "tune/lora", "head/class_means"),
+    ("data/image_folder", "tune/adaptformer", "head/text_features"),
     *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
@@ -53,8 +60,9 @@ def fit(monkeypatch, *arguments):
     main()
 
 
-def data_arguments(name, request):
+def data_arguments(pieces, request):
     """Arguments for the small tree, with images and a network small enough to take no time."""
+    name = pieces[0].removeprefix("data/")
     if name.startswith("anomaly"):
         return ["--data.batch_size=16"]
     if name not in TREES:
@@ -63,13 +71,20 @@ def data_arguments(name, request):
     tree = [f"--data.{option}={request.getfixturevalue(TREES[name])}", *SMALL]
     tree += ["--data.val_share=0"] if name == "image_folder" else []
     network = ["--model.backbone=CifarResNet20", "--model.backbone.width=4"]
+    if "tune/lora" in pieces:
+        settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+        network = ["--model.backbone=Timm", "--model.backbone.name=vit_tiny_patch16_224"]
+        network += [f"--model.backbone.settings={json.dumps(settings)}"]
+    elif "head/text_features" in pieces:
+        network = ["--model.backbone=OpenCLIP", f"--model.backbone.name={request.getfixturevalue('tiny_clip')}"]
+        network += ['--model.backbone.settings={"force_image_size": 32}']
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
 
 
 @pytest.mark.parametrize("pieces", RUNS, ids=" ".join)
 def test_pieces_run(pieces, request, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces[0][5:], request))
+    fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces, request))
 
 
 @pytest.fixture(scope="module")

@@ -23,23 +23,6 @@ def hf_folder(tmp_path_factory):
     return hf_vit_folder(tmp_path_factory.mktemp("hf"))
 
 
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    """The name of a CLIP of two layers each, in open_clip's list."""
-    import open_clip
-
-    tower = {"layers": 2, "width": 32, "heads": 2}
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "patch_size": 4, "layers": 2, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, **tower},
-    }
-    path = tmp_path_factory.mktemp("clip") / "tiny-clip.json"
-    path.write_text(json.dumps(config))
-    open_clip.add_model_config(path)
-    return "tiny-clip"
-
-
 def images(size=16):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
