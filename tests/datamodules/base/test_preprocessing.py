@@ -60,7 +60,7 @@ def test_image_files_without_a_model_are_as_before(folder, caplog):
 def test_cifar_is_resized_after_the_augmentation(cifar10_root, tmp_path):
     plain, data = (CIFAR10LTDataModule(cifar10_root, augment=False, ratio=10) for _ in range(2))
     data.use_preprocessing(**{**MODEL, "image_size": 64})
-    images, labels = next(iter(batches(data).test_dataloader()))
+    images, _ = next(iter(batches(data).test_dataloader()))
     before, _ = next(iter(batches(plain).test_dataloader()))
     assert images.shape[1:] == (3, 64, 64)
     mean, std = (torch.tensor(MODEL[name]).view(-1, 1, 1) for name in ("mean", "std"))
