@@ -18,6 +18,7 @@ from imbsam.losses import LDAM, CrossEntropy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
+from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import LibraryNetwork
 from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.class_names import check_class_names
@@ -178,15 +179,10 @@ class LongTailedClassifier(FineTunedModule):
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             logits: Tensor = self.backbone(images)
-        except RuntimeError as error:
-            stem = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
-            if stem is None or images.dim() != 4 or images.shape[1] == stem.in_channels:
+        except FAILURES as error:
+            if (why := input_error(self.backbone, images, self.settings.backbone)) is None:
                 raise
-            raise SettingError(
-                f"backbone {self.settings.backbone} takes images of {stem.in_channels} channels and these have "
-                f"{images.shape[1]}: set backbone.in_channels to {images.shape[1]} (in_chans for timm's), or "
-                "choose another backbone"
-            ) from error
+            raise why from error
         return logits
 
     def on_train_epoch_start(self) -> None:

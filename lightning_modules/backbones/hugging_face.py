@@ -1,5 +1,6 @@
 """Vision models of Hugging Face transformers."""
 
+import contextlib
 import difflib
 import importlib
 from collections.abc import Sequence
@@ -39,11 +40,12 @@ class HuggingFace(LibraryNetwork):
 
     def __post_init__(self) -> None:
         if self.config is None and not self._is_kind:
-            object.__setattr__(self, "config", self._read_config())
+            with contextlib.suppress(SettingError):  # raised again by whoever needs it: the parser would wrap it
+                object.__setattr__(self, "config", self._read_config())
 
     @property
     def _is_kind(self) -> bool:
-        return "/" not in self.name and not Path(self.name).exists()
+        return self.config is None and "/" not in self.name and not Path(self.name).exists()
 
     def _names(self) -> list[str]:
         return _kinds() if self._is_kind else [self.name]
@@ -67,7 +69,9 @@ class HuggingFace(LibraryNetwork):
         return {key: value for key, value in plain.items() if key not in _OF_OTHER_CLASSES}
 
     def _configuration(self, num_classes: int | None = None) -> Any:
-        values: dict[str, Any] = {"model_type": self.name} if self.config is None else dict(self.config)
+        values: dict[str, Any] = (
+            {"model_type": self.name} if self._is_kind else dict(self.config or self._read_config())
+        )
         for key, value in self.settings.items():
             nested = isinstance(value, dict) and isinstance(values.get(key), dict)
             values[key] = {**values[key], **value} if nested else value

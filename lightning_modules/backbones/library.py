@@ -175,9 +175,10 @@ class Torchvision(LibraryNetwork):
 
     def _weights(self, tag: str | None) -> Any:
         choices = torchvision.models.get_model_weights(self.name)
-        names = [*choices.__members__, "DEFAULT"]
-        if (tag or "DEFAULT") not in names:
-            raise SettingError(f"backbone_weights is pretrained:{tag}: {self.name} has {', '.join(names)}")
+        if (tag or "DEFAULT") not in choices.__members__:
+            raise SettingError(
+                f"backbone_weights is pretrained:{tag}: {self.name} has {', '.join(choices.__members__)}"
+            )
         return choices[tag or "DEFAULT"]
 
     def _pretrained(self, tag: str | None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torchvision.models import VisionTransformer
 
 from imbsam.errors import SettingError
 from lightning_modules.backbones import HuggingFace, OpenCLIP, SmallCNN, Timm, Torchvision
+from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.positions import resample_positions
 from lightning_modules.backbones.weights import load_weights
@@ -193,7 +194,10 @@ def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
     ("build", "says"),
     [
         (lambda: HuggingFace("vti")(3), "backbone.name is vti: huggingface has no such network; did you mean .*vit"),
-        (lambda: HuggingFace("./nowhere/vit"), "nowhere/vit: its config.json cannot be read .* a kind of model .*vit"),
+        (
+            lambda: HuggingFace("./nowhere/vit")(3),
+            "nowhere/vit: its config.json cannot be read .* a kind of model .*vit",
+        ),
         (lambda: OpenCLIP("ViT-B16")(3), "ViT-B16: openclip has no such network; did you mean .*ViT-B-16"),
         (lambda: HuggingFace("vit", {"hidden": 3})(3), "backbone.settings of vit has hidden, which vit has not"),
         (lambda: OpenCLIP("ViT-B-32", {"pretrained": "openai"})(3), "backbone_weights .* pretrained:openai"),
@@ -222,3 +226,24 @@ def test_preprocessing_is_the_models(hf_folder, tiny_clip):
     clip = OpenCLIP(tiny_clip, {"force_image_size": 32}).preprocessing("file.pt")
     assert clip["image_size"] == 32
     assert clip["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        TIMM_VIT,
+        HuggingFace("vit", HF_VIT),
+        partial(VisionTransformer, 16, 4, 2, 2, 16, 32),
+        "tiny_clip",
+    ],
+    ids=["timm", "transformers", "torchvision", "open_clip"],
+)
+def test_images_of_another_size_are_one_line(choice, request):
+    choice = OpenCLIP(request.getfixturevalue(choice)) if isinstance(choice, str) else choice
+    network = choice(num_classes=2)
+    with pytest.raises(FAILURES):
+        network(images(24))
+    line = str(input_error(network, images(24), {"class_path": "a.X", "init_args": {"name": "y"}}))
+    assert line.startswith("backbone X y takes images of 16 pixels and these have 24: set data.image_size to 16, or")
+    assert "takes images of 3 channels and these have 1" in str(input_error(network, torch.zeros(2, 1, 16, 16)))
+    assert input_error(network, images()) is None
