@@ -37,8 +37,8 @@ def input_error(network: nn.Module, images: Tensor, choice: Any = None) -> Setti
     if size is not None and size != found:
         return SettingError(
             f"backbone {name} takes images of {size} pixels and these have {found}: set data.image_size to {size}, "
-            f"or the size in model.backbone.settings to {found} (img_size for Timm, force_image_size for OpenCLIP, else "
-            "image_size), at which pretrained positions are interpolated"
+            f"or the size in model.backbone.settings to {found} (img_size for Timm, force_image_size for OpenCLIP, "
+            "image_size for others), at which pretrained positions are interpolated"
         )
     return None
 
