@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -136,11 +135,6 @@ class LongTailedClassifier(FineTunedModule):
                 if next(child.parameters(), None) is not None:
                     fully_shard(child, mesh=mesh)
             fully_shard(self.backbone, mesh=mesh)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the weights are sharded over the processes (FSDP2)."""
-        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def make_sam(self) -> None:
         """The backbone is what is perturbed."""

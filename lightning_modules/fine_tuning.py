@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -55,6 +56,11 @@ class FineTunedModule(SharpnessAwareModule):
         self._resumed = False
         self._left_out: tuple[list[str], str] | None = None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are sharded over the processes (FSDP2)."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
     def build_network(self, num_classes: int, weights: str | None) -> nn.Module:
         """Build the network, load its pretrained weights for a training, and freeze what is not trained.
 
@@ -77,10 +83,16 @@ class FineTunedModule(SharpnessAwareModule):
                 raise SettingError(
                     "tune.save_frozen is false and backbone_weights is null: nobody could find the frozen weights again"
                 )
+            if self.sharded and not self.tune_factory.save_frozen:
+                raise SettingError(
+                    "tune.save_frozen is false, and the strategy saves the shards of all weights: set it to true"
+                )
             self.tune_factory.apply(network)
             self.tune_factory.set_modes(network)
             if self.fitting:
                 self.tune_factory.cast_frozen(network, str(self.trainer.precision))
+        if self.sharded and self.head_init_factory is not None:
+            raise SettingError("head_init is set, and the strategy shards the weights: leave it out, or train with ddp")
         if self.gradient_checkpointing:
             checkpoint_blocks(network)
         return network
