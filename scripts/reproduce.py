@@ -13,7 +13,6 @@ logs/reproduce/TABLE/ROW/seed_N: an interrupted run resumes from its last checkp
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +78,6 @@ def main() -> None:
         return
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}: give a number from 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs would outlive this script
     rows = known[args.table_name]
     if args.rows:
         names = [row.name for row in rows]

@@ -1,6 +1,5 @@
 """Processes side by side, which a deadline, Ctrl-C or SIGTERM ends with a checkpoint."""
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -8,9 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 POLL_SECONDS = 0.1
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,22 @@ class Job:
     arguments: Sequence[str]
     output: Path | None = None
 
-    def start(self) -> "subprocess.Popen[bytes]":
+    def start(self) -> "Running":
         """Start it, and say so."""
         print(self.title + (f": {self.output}" if self.output else ""), flush=True)
         if self.output is None:
-            return subprocess.Popen(self.arguments)
+            return Running(self, subprocess.Popen(self.arguments))
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with self.output.open("ab") as file:
-            return subprocess.Popen(self.arguments, stdout=file, stderr=subprocess.STDOUT)
+            return Running(self, subprocess.Popen(self.arguments, stdout=file, stderr=subprocess.STDOUT))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job and its process."""
+
+    job: Job
+    process: "subprocess.Popen[bytes]"
 
 
 class Processes:
@@ -50,50 +58,58 @@ class Processes:
         self.at_once = at_once
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.failed: list[Job] = []
-        self._stopped = False
+        self._interrupted = self._stopped = False
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the jobs in their order; those that failed are in :attr:`failed`.
 
         Raises:
-            SystemExit: on Ctrl-C or SIGTERM, once the jobs have ended. A second one kills them.
+            SystemExit: on Ctrl-C or SIGTERM, once the jobs have ended.
         """
-        running: dict[Job, subprocess.Popen[bytes]] = {}
-        waiting = list(jobs)
+        handlers = {number: signal.signal(number, self._interrupt) for number in STOPS}
+        try:
+            self._run(list(jobs))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self._interrupted:
+            raise SystemExit("interrupted: run the same command again to resume")
+
+    def _run(self, waiting: list[Job]) -> None:
+        running: list[Running] = []
         try:
             while running or (waiting and not self._stopped):
-                if not self._stopped and self.deadline is not None and time.monotonic() >= self.deadline:
+                if not self._stopped and (self._interrupted or self._late):
                     self._stop(running)
                 while waiting and len(running) < self.at_once and not self._stopped:
-                    job = waiting.pop(0)
-                    running[job] = job.start()
-                self._end_finished(running)
+                    running.append(waiting.pop(0).start())
+                running = [one for one in running if not self._has_ended(one)]
                 time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:  # Ctrl-C reaches the jobs too, SIGTERM does not
+        except BaseException:  # such as an output file that cannot be written: no job outlives this one
             self._stop(running)
-            try:
-                for process in running.values():
-                    process.wait()
-            except KeyboardInterrupt:
-                for process in running.values():
-                    process.kill()
-            raise SystemExit("interrupted: run the same command again to resume") from None
+            raise
 
-    def _stop(self, running: dict[Job, Any]) -> None:
+    def _stop(self, running: list[Running]) -> None:
         self._stopped = True
-        for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+        for one in running:
+            one.process.terminate()
 
-    def _end_finished(self, running: dict[Job, Any]) -> None:
-        for job, process in list(running.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del running[job]
-            # stopped before training began: it says so itself, or was still importing
-            if code == 0 or (self._stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM)):
-                continue
-            self.failed.append(job)
-            where = f": see {job.output}" if job.output else ""
-            print(f"{job.title} failed with code {code}{where}", file=sys.stderr, flush=True)
+    @property
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C reaches the jobs too, which a second one ends without a checkpoint; SIGTERM does not."""
+        self._interrupted = True
+
+    def _has_ended(self, one: Running) -> bool:
+        code = one.process.poll()
+        if code is None:
+            return False
+        # stopped before training began: it says so itself, or was still importing
+        stopped = self._stopped and code in (*(128 + number for number in STOPS), *(-number for number in STOPS))
+        if code != 0 and not stopped:
+            self.failed.append(one.job)
+            where = f": see {one.job.output}" if one.job.output else ""
+            print(f"{one.job.title} failed with code {code}{where}", file=sys.stderr, flush=True)
+        return True
