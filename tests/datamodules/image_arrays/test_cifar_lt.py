@@ -88,7 +88,7 @@ def test_cifar100_has_the_benchmarks_class_counts(cifar100):
 
 
 def test_the_first_images_of_each_class_are_the_authors_choice(cifar100_root):
-    """The code of the ImbSAM authors: class 0 is the largest, and of each class the first images in the file are kept."""
+    """The code of the ImbSAM authors: class 0 is the largest, and of each class the file's first images are kept."""
     labels = np.array(
         pickle.loads((cifar100_root / "cifar-100-python/train").read_bytes(), encoding="latin1")["fine_labels"]
     )
