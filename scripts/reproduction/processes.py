@@ -107,8 +107,8 @@ class Processes:
         if code is None:
             return False
         # stopped before training began: it says so itself, or was still importing
-        stopped = self._stopped and code in (*(128 + number for number in STOPS), *(-number for number in STOPS))
-        if code != 0 and not stopped:
+        codes = {code for number in STOPS for code in (128 + number, -number)}
+        if code != 0 and not ((self._stopped or self._interrupted) and code in codes):
             self.failed.append(one.job)
             where = f": see {one.job.output}" if one.job.output else ""
             print(f"{one.job.title} failed with code {code}{where}", file=sys.stderr, flush=True)
