@@ -21,7 +21,7 @@ NOTE = (
 
 
 def table(name: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Mean and standard deviation over the finished seeds, and the published numbers, in Markdown.
+    """Mean and standard deviation over the finished seeds, and the published numbers if there are any, in Markdown.
 
     Where a run tested every epoch there are also the last epoch with the mirrored image, and the epoch chosen on the
     test set.
@@ -29,15 +29,16 @@ def table(name: str, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     found = [[run for seed in seeds if (run := SeededRow(row, seed).tested())] for row in rows]
     every_epoch = [[epochs for run in runs if (epochs := tested_epochs(run))] for runs in found]
     further = [LAST_MIRRORED, CHOSEN, CHOSEN_MIRRORED] if any(every_epoch) else []
-    heading = [name, "seeds", "epochs", *GROUPS, *further, f"published: {ALL_GROUPS}"]
+    published = [f"published: {ALL_GROUPS}"] if any(row.published for row in rows) else []
+    heading = [name, "seeds", "epochs", *GROUPS, *further, *published]
     lines = [_line(heading), "| :-- " + "| --: " * (len(heading) - 1) + "|"]
     for row, runs, tested in zip(rows, found, every_epoch, strict=True):
         cells = [_cell([100 * run.final[f"test/{group}"] for run in runs]) for group in GROUPS]
         if further:
             cells += _every_epoch_cells(tested)
-        known = row.published
-        others = " / ".join(f"{known[group]:.1f}" if group in known else "" for group in GROUPS) if known else ""
-        lines.append(_line([row.title, str(len(runs)), _epochs(runs), *cells, others]))
+        if published:
+            cells.append(_published(row))
+        lines.append(_line([row.title, str(len(runs)), _epochs(runs), *cells]))
     return "\n".join(lines + (["", NOTE] if further else []))
 
 
@@ -55,6 +56,12 @@ def _means(epochs: Sequence[dict[str, float]], prefix: str) -> str:
     # no number: the group has no class
     known = [[epoch.get(f"{prefix}{group}", math.nan) for epoch in epochs] for group in GROUPS]
     return " / ".join("-" if any(map(math.isnan, values)) else f"{100 * mean(values):.1f}" for values in known)
+
+
+def _published(row: Row) -> str:
+    """The groups in one cell; empty if there are no numbers of this row."""
+    known = row.published
+    return " / ".join(f"{known[group]:.1f}" if group in known else "" for group in GROUPS) if known else ""
 
 
 def _epochs(runs: Sequence[Run]) -> str:
