@@ -11,12 +11,12 @@ from reproduction.tables import Row
 
 ALL_GROUPS = " / ".join(GROUPS)
 LAST_MIRRORED = f"mirrored: {ALL_GROUPS}"
-CHOSEN = f"chosen on the test set: {ALL_GROUPS} (epochs)"
-CHOSEN_MIRRORED = f"chosen on the test set, mirrored: {ALL_GROUPS}"
+CHOSEN = f"chosen on the test set, never for comparing methods: {ALL_GROUPS} (epochs)"
+CHOSEN_MIRRORED = f"these epochs, mirrored: {ALL_GROUPS}"
 NOTE = (
     "Accuracies are of the last epoch, without the mirrored image, unless the heading says otherwise. Chosen on the "
     "test set: each seed's epoch with the highest accuracy without the mirrored image, as in the ImbSAM authors' code, "
-    "to be set beside their numbers; never for comparing methods."
+    "to be set beside their numbers."
 )
 
 
