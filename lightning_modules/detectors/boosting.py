@@ -121,8 +121,12 @@ class Boosting(Detector):
 
     def scores(self, x: Tensor) -> Tensor:
         """Log-odds of the booster."""
-        if x.dtype.itemsize < 4:
-            raise SettingError(f"trainer.precision makes the features {x.dtype}, too coarse for trees: set it to 32-true")
+        for tensor in (x, self.threshold):
+            if tensor.dtype.itemsize < 4:
+                raise SettingError(
+                    f"trainer.precision rounds features or thresholds to {tensor.dtype}, too coarse for trees: set it to "
+                    "32-true"
+                )
         used = int(self.used)
         tree = torch.arange(used, device=x.device)
         node = torch.zeros(len(x), used, dtype=torch.int64, device=x.device)
