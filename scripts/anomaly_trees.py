@@ -13,6 +13,7 @@ message, where that is not installed. All other fits go to results/anomaly/trees
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import sys
@@ -20,11 +21,12 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import anomaly_table
 import numpy as np
+import yaml
 from sklearn.ensemble import HistGradientBoostingClassifier, IsolationForest, RandomForestClassifier
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -64,19 +66,32 @@ TREES: dict[str, Scores] = {
     "IsolationForest, no labels": isolation_forest,
     "XGBOD": xgbod,
 }
+BOOSTING = "detector/boosting"
 DETECTORS = {
     f"{detector}, {method}": (detector, method)
     for detector, method in itertools.product(("devnet", "classifier"), ("sgd", "imbsam"))
 }
+METHODS = (*TREES, BOOSTING, *DETECTORS)
+
+
+def data_module(path: Path, share: float, seed: int) -> Any:
+    """The splits and labels of anomaly_table.py."""
+    from datamodules import AnomalyDataModule
+
+    return AnomalyDataModule(
+        path=path,
+        batches_per_epoch=10,  # the trees do not look at batches
+        labelled_share=share,
+        val_share=anomaly_table.VAL_SHARE,
+        min_rows=1000,
+        max_rows=10000,
+        seed=seed,
+    )
 
 
 def fit_trees(method: str, path: Path, share: float, seed: int) -> dict[str, Any]:
     """Train and test one of :data:`TREES`."""
-    from datamodules import AnomalyDataModule
-
-    data = AnomalyDataModule(
-        path=path, labelled_share=share, val_share=anomaly_table.VAL_SHARE, min_rows=1000, max_rows=10000, seed=seed
-    )
+    data = data_module(path, share, seed)
     data.setup("fit")
     in_order, *drawn = data.val_dataloader()  # the second has the known labels, and is left out where none is known
     labels = drawn[0].labels if drawn else np.zeros(len(in_order.features), dtype=int)
@@ -89,6 +104,37 @@ def fit_trees(method: str, path: Path, share: float, seed: int) -> dict[str, Any
     seconds = time.process_time() - start
     precision, auroc = average_precision_score(test.labels, scores), roc_auc_score(test.labels, scores)
     return {"auroc": f"{auroc:.6f}", "average_precision": f"{precision:.6f}", "seconds": f"{seconds:.3f}"}
+
+
+def fit_boosting(path: Path, share: float, seed: int) -> dict[str, Any]:
+    """Train and test configs/detector/boosting.yaml, which leaves the validation rows out of the training."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    from imbsam import Plain
+    from lightning_modules import AnomalyDetector
+    from lightning_modules.detectors import Boosting
+
+    config = yaml.safe_load(Path("configs/detector/boosting.yaml").read_text())
+    trees = functools.partial(Boosting, **config["model"]["init_args"]["detector"].get("init_args", {}))
+    seed_everything(seed, verbose=False)
+    detector, data = AnomalyDetector(trees, sam=Plain), data_module(path, share, seed)
+    start = time.process_time()
+    trainer = Trainer(
+        max_epochs=1000,  # until all trees are in
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(detector, datamodule=data)
+    seconds = time.process_time() - start
+    found = trainer.test(detector, datamodule=data, verbose=False)[0]
+    return {
+        "auroc": f"{found['test/auroc']:.6f}",
+        "average_precision": f"{found['test/average_precision']:.6f}",
+        "seconds": f"{seconds:.3f}",
+    }
 
 
 def fit_detector(
@@ -130,64 +176,49 @@ def unavailable(method: str) -> str:
     return ""
 
 
-Cell = tuple[str, str, str]
-"""A data set, the labelled share and the seed, as in the file."""
+def comparable(rows: list[dict[str, str]], share: float) -> dict[str, dict[str, float]]:
+    """Average precision of each method on each data set in %, mean over the seeds.
 
-
-def by_method(rows: list[dict[str, str]], metric: str) -> dict[str, dict[Cell, float]]:
-    """The metric of each method's fits, of the (data set, seed) pairs with both shares."""
-    found: dict[str, dict[Cell, float]] = {}
+    Only (data set, seed) pairs count that all methods have; a method with fewer than half of the fits of the one with
+    the most is left out.
+    """
+    found: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
-        found.setdefault(row["method"], {})[row["data"], row["labelled_share"], row["seed"]] = float(row[metric])
+        if float(row["labelled_share"]) == share:
+            found.setdefault(row["method"], {})[row["data"], row["seed"]] = 100 * float(row["average_precision"])
+    most = max(map(len, found.values()), default=0)
+    found = {method: cells for method, cells in found.items() if 2 * len(cells) > most}
+    common = set.intersection(*map(set, found.values())) if found else set()
     return {
-        method: {key: value for key, value in cells.items() if all((key[0], str(s), key[2]) in cells for s in SHARES)}
+        method: {
+            name: mean(cells[data, seed] for data, seed in common if data == name)
+            for name in sorted({data for data, _ in common})
+        }
         for method, cells in found.items()
     }
 
 
-def over_data_sets(cells: dict[Cell, float], share: float) -> dict[str, float]:
-    """Mean over the seeds for each data set."""
-    chosen = {(data, seed): value for (data, labelled, seed), value in cells.items() if float(labelled) == share}
-    return {
-        name: mean(value for (data, _), value in chosen.items() if data == name)
-        for name in sorted({data for data, _ in chosen})
-    }
+def held_out(each: dict[str, float]) -> list[float]:
+    """The values of the data sets that nothing was chosen on."""
+    return [value for name, value in each.items() if name not in CHOSEN_ON]
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Mean average precision and median seconds in Markdown, on the fits that every method has.
-
-    A method that lacks fits is left out of the first table and has one of its own, with the others on its fits.
-    """
-    precision, seconds = by_method(rows, "average_precision"), by_method(rows, "seconds")
-    everything = max(precision.values(), key=len).keys()
-    whole = [method for method, cells in precision.items() if cells.keys() == everything]
-    parts = [_table({method: precision[method] for method in whole}, seconds)]
-    for method in [method for method, cells in precision.items() if cells and method not in whole]:
-        keys = precision[method].keys() & everything
-        shared = {other: {key: precision[other][key] for key in keys} for other in (*whole, method)}
-        parts.append(_table(shared, seconds))
-    return "\n\n".join(parts)
-
-
-def _table(precision: dict[str, dict[Cell, float]], seconds: dict[str, dict[Cell, float]]) -> str:
-    keys = next(iter(precision.values())).keys()
-    names, seeds = {data for data, _, _ in keys}, {seed for _, _, seed in keys}
-    held_out = names - CHOSEN_ON
-    lines = [
-        f"{len(names)} data sets, {len(seeds)} seeds, {len(keys)} fits a method; in brackets the {len(held_out)} data "
-        "sets that nothing was chosen on",
-        "",
-        "| | 10 % labelled | all labelled | median CPU s |",
-        "| --- | --- | --- | --- |",
+    """Mean average precision in Markdown, for each share on the fits that every method has."""
+    columns = {share: comparable(rows, share) for share in SHARES}
+    counts = [next(iter(found.values()), {}) for found in columns.values()]
+    titles = [
+        f"{'all' if share == 1 else f'{share:.0%}'.replace('%', ' %')} labelled, {len(each)} data sets "
+        f"({len(held_out(each))} that nothing was chosen on)"
+        for share, each in zip(SHARES, counts, strict=True)
     ]
-    for method, cells in precision.items():
-        means = []
-        for share in SHARES:
-            each = over_data_sets(cells, share)
-            means.append(f"{100 * mean(each.values()):.1f} ({100 * mean(each[name] for name in held_out):.1f})")
-        time_taken = median(seconds[method][key] for key in cells)
-        lines.append(f"| {method} | " + " | ".join(means) + f" | {time_taken:.1f} |")
+    lines = [f"| average precision in % | {' | '.join(titles)} |", "| --- | --- | --- |"]
+    for method in [method for method in METHODS if any(method in found for found in columns.values())]:
+        cells = []
+        for found in columns.values():
+            each = found.get(method, {})
+            cells.append(f"{mean(each.values()):.1f} ({mean(held_out(each)):.1f})" if held_out(each) else "")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -198,15 +229,15 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    precision = by_method(rows, "average_precision")
-    everything = max(precision.values(), key=len).keys()
-    methods = [method for method, cells in reversed(precision.items()) if cells.keys() == everything]
+    columns = {share: comparable(rows, share) for share in SHARES}
+    methods = [method for method in reversed(METHODS) if any(method in found for found in columns.values())]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.6 + 0.38 * len(methods)), sharey=True, layout="constrained")
     for ax, share, title in zip(axes, SHARES, ("10 % labelled", "all labelled"), strict=True):
         for y, method in enumerate(methods):
-            each = over_data_sets(precision[method], share)
-            values = [100 * value for name, value in each.items() if name not in CHOSEN_ON]
-            colour = "tab:blue" if method in TREES else "tab:orange"
+            values = held_out(columns[share].get(method, {}))
+            if not values:
+                continue
+            colour = "tab:blue" if method in (*TREES, BOOSTING) else "tab:orange"
             ax.plot(values, [y] * len(values), "o", color=colour, alpha=0.3, markersize=4)
             ax.plot([mean(values)], [y], "|", color=colour, markersize=18, markeredgewidth=3)
             ax.annotate(f"{mean(values):.0f}", (mean(values), y), (0, 9), textcoords="offset points", ha="center")
@@ -226,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/anomaly"), help="folder of trees.csv and fits.csv")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds from 0")
     parser.add_argument("--only", default="", help="only data sets whose name contains this, for a short trial")
-    parser.add_argument("--methods", nargs="+", default=[*TREES, *DETECTORS], choices=[*TREES, *DETECTORS])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     settings = parser.parse_args(arguments)
     path = settings.out / "trees.csv"
     rhos = anomaly_table.best_rhos(anomaly_table.select_max_epochs(anomaly_table.read(settings.out / "tuning.csv")))
@@ -240,7 +271,6 @@ def main(arguments: list[str] | None = None) -> None:
                 methods.remove(method)
         run_missing(settings, methods, path, rhos)
     rows = [*read(path), *fits_of_the_table(settings.out, rhos)]
-    rows.sort(key=lambda row: [*TREES, *DETECTORS].index(row["method"]))
     if settings.plot is not None:
         plot(rows, settings.plot)
     print(table(rows))
@@ -257,8 +287,11 @@ def run_missing(
     for seed, data, share, method in itertools.product(range(settings.seeds), names, SHARES, methods):
         if (method, data, str(share), str(seed)) in done:
             continue
+        path_of_data = settings.folder / f"{data}.npz"
         if method in TREES:
-            found = fit_trees(method, settings.folder / f"{data}.npz", share, seed)
+            found = fit_trees(method, path_of_data, share, seed)
+        elif method == BOOSTING:
+            found = fit_boosting(path_of_data, share, seed)
         else:
             found = fit_detector(method, settings.folder, data, share, seed, rhos)
         key = dict(zip(COLUMNS, (method, data, str(share), str(seed)), strict=True))

@@ -46,8 +46,7 @@ class Boosting(Detector):
     uses_gradient = False
     feature: Tensor
     threshold: Tensor
-    left: Tensor
-    right: Tensor
+    next_node: Tensor
     baseline: Tensor
     weight: Tensor
     random_state: Tensor
@@ -78,9 +77,10 @@ class Boosting(Detector):
         }
         self.weighted = weighted
         shape = (trees, 2 * max_leaf_nodes - 1)  # a tree's nodes, its root first; unused ones are 0
-        for name in ("feature", "left", "right"):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("feature", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("threshold", torch.zeros(shape))
+        # the node to the left and to the right, by its place among the nodes of all trees; a leaf's are the leaf
+        self.register_buffer("next_node", torch.zeros(*shape, 2, dtype=torch.int64))
         # a parameter, so that there is an optimizer, whose steps Lightning counts and saves checkpoints by
         self.value = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.register_buffer("baseline", torch.zeros(()))
@@ -124,17 +124,16 @@ class Boosting(Detector):
         for tensor in (x, self.threshold):
             if tensor.dtype.itemsize < 4:
                 raise SettingError(
-                    f"trainer.precision rounds features or thresholds to {tensor.dtype}, too coarse for trees: set it to "
-                    "32-true"
+                    f"trainer.precision rounds features or thresholds to {tensor.dtype}, too coarse for trees: set it "
+                    "to 32-true"
                 )
-        used = int(self.used)
-        tree = torch.arange(used, device=x.device)
-        node = torch.zeros(len(x), used, dtype=torch.int64, device=x.device)
+        roots = torch.arange(int(self.used), device=x.device) * self.value.shape[1]
+        node = roots.expand(len(x), -1)
         while True:
-            goes_left = x.gather(1, self.feature[tree, node]) <= self.threshold[tree, node]
-            below = torch.where(goes_left, self.left[tree, node], self.right[tree, node])
-            if torch.equal(below, node):  # a leaf's children are itself
-                return self.baseline + self.value[tree, node].sum(1)
+            goes_right = x.gather(1, self.feature.take(node)) > self.threshold.take(node)
+            below = self.next_node.take(2 * node + goes_right)
+            if torch.equal(below, node):
+                return self.baseline + self.value.take(node).sum(1)
             node = below
 
     def _copy(self, booster: HistGradientBoostingClassifier) -> None:
@@ -150,6 +149,7 @@ class Boosting(Detector):
 
     def _copy_tree(self, index: int, nodes: Any) -> None:
         own, leaf = np.arange(len(nodes)), nodes["is_leaf"].astype(bool)
+        children = np.where(leaf, own, np.stack([nodes["left"], nodes["right"]])).T + index * self.value.shape[1]
         # x is float32, so x <= t holds for the same x if t is rounded down to float32
         threshold = nodes["num_threshold"].astype(np.float32)
         rounded_up = threshold > nodes["num_threshold"]
@@ -157,8 +157,7 @@ class Boosting(Detector):
         for tensor, values in (
             (self.feature, np.where(leaf, 0, nodes["feature_idx"])),
             (self.threshold, np.where(leaf, 0, threshold)),
-            (self.left, np.where(leaf, own, nodes["left"])),
-            (self.right, np.where(leaf, own, nodes["right"])),
+            (self.next_node, children),
             (self.value, np.where(leaf, nodes["value"], 0)),
         ):
             tensor[index, : len(nodes)] = torch.as_tensor(values.astype(np.float64)).to(tensor)

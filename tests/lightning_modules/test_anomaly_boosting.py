@@ -14,7 +14,7 @@ from imbsam.report.command import main as report
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.callbacks.early_stopping import RestoringEarlyStopping
 from lightning_modules.detectors import Boosting
-from tests.pieces import anomaly, configs
+from tests.pieces import configs
 from tests.training import csv_rows
 
 BOOSTING = [*configs("data/anomaly_table", "detector/boosting"), "--model.detector.trees=25"]
@@ -124,7 +124,7 @@ def test_no_labelled_anomaly_is_one_line():
         def train_dataloader(self):
             return [(self.train_features, self.train_labels)]
 
-    with pytest.raises(SettingError, match="no labelled anomaly: raise data.labelled_share"):
+    with pytest.raises(SettingError, match=r"no labelled anomaly: raise data.labelled_share"):
         fit(Unlabelled())
-    with pytest.raises(SettingError, match="model.sam is ImbSAM: Boosting has no gradient"):
+    with pytest.raises(SettingError, match=r"model.sam is ImbSAM: Boosting has no gradient"):
         fit(Unlabelled(), sam=ImbSAM)

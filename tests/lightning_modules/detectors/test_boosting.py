@@ -64,7 +64,7 @@ def test_trees_that_scikit_learn_keeps_otherwise_are_refused(rows):
     """An unfitted booster has none of the names; the trees of another booster have other scores."""
     x, labels = rows
     detector = built(rows)
-    with pytest.raises(SettingError, match="detector is Boosting, and scikit-learn .* keeps its trees in a way"):
+    with pytest.raises(SettingError, match=r"detector is Boosting, and scikit-learn .* keeps its trees in a way"):
         detector._copy(HistGradientBoostingClassifier())
     with pytest.raises(SettingError, match="keeps its trees in a way"):
         detector._check(HistGradientBoostingClassifier(max_iter=3).fit(x.numpy(), labels.numpy()), x)
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line(rows):
             Boosting((4,), **settings)
     with pytest.raises(SettingError, match="Boosting, which takes tables"):
         Boosting((1, 8, 8))
-    with pytest.raises(SettingError, match="no labelled anomaly: raise data.labelled_share"):
+    with pytest.raises(SettingError, match=r"no labelled anomaly: raise data.labelled_share"):
         Boosting((4,)).prepare(x, torch.zeros_like(labels))
     with pytest.raises(SettingError, match="bfloat16, too coarse for trees: set it to 32-true"):
         built(rows).scores(x.bfloat16())
