@@ -17,7 +17,11 @@ from lightning_modules.detectors import Boosting
 from tests.pieces import configs
 from tests.training import csv_rows
 
-BOOSTING = [*configs("data/anomaly_table", "detector/boosting"), "--model.detector.trees=25"]
+BOOSTING = [
+    *configs("data/anomaly_table", "detector/boosting"),
+    "--model.detector.trees=25",
+    "--model.detector.learning_rate=0.1",
+]
 
 
 def booster_of(data, trees):
