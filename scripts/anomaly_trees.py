@@ -1,7 +1,7 @@
 """Compare the detectors of anomaly_table.py with tree ensembles, on its data sets, splits and labels.
 
 python scripts/anomaly_trees.py ADBENCH_FOLDER           # run every fit, then print the table; run it again to resume
-python scripts/anomaly_trees.py ADBENCH_FOLDER --table   # only print the table of the finished fits
+python scripts/anomaly_trees.py ADBENCH_FOLDER --table   # only print the table of the finished fits (--only, --seeds)
 python scripts/anomaly_trees.py ADBENCH_FOLDER --plot docs/anomaly_trees.png
 
 Each method is trained with 10 % and with all of the training anomalies labelled. The trees have their default settings
@@ -270,7 +270,11 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{method} is left out: {reason}", file=sys.stderr)
                 methods.remove(method)
         run_missing(settings, methods, path, rhos)
-    rows = [*read(path), *fits_of_the_table(settings.out, rhos)]
+    rows = [
+        row
+        for row in [*read(path), *fits_of_the_table(settings.out, rhos)]
+        if settings.only in row["data"] and int(row["seed"]) < settings.seeds
+    ]
     if settings.plot is not None:
         plot(rows, settings.plot)
     print(table(rows))
