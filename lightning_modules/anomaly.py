@@ -67,7 +67,7 @@ class AnomalyDetector(SharpnessAwareModule):
         **training: Any,
     ) -> None:
         super().__init__(optimizer=optimizer or torch.optim.Adam, **training)
-        self._of_gradients = {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler}
+        self._of_gradients: dict[str, Any] = {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler}
         self._of_gradients["gradient_clip_val"] = self.gradient_clip_val
         self.detector_factory: DetectorCallable = restore(detector) or DevNet
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "detector", "sam"])
