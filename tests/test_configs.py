@@ -37,7 +37,10 @@ RUNS = [
     ),
     ("data/image_folder", "tune/lora", "head/class_means"),
     ("data/image_folder", "tune/adaptformer", "head/text_features"),
-    *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
+    *(
+        ("data/anomaly_table", f"detector/{name}")
+        for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
+    ),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
 SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]

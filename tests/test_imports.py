@@ -29,7 +29,7 @@ LIGHTNING_FOLDERS = {
     "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
     "tuning": {"tuning", "backbones"},
-    "callbacks": {"callbacks", "backbones", "tuning", "epoch_log", "group_sharpness"},
+    "callbacks": {"callbacks", "backbones", "tuning", "epoch_log", "group_sharpness", "mirror"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}

@@ -32,6 +32,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
             downloaded there if missing. Or a packed file, ``.npz``, with the images of one long-tailed split
             (``scripts/reproduce.py pack`` makes it).
         augment: Pad each training image with 4 black pixels and crop it at random, and flip half of them left to right.
+        autoaugment: After that, AutoAugment with its policy for CIFAR-10 on each training image.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
         image_size: Resize to this side after the augmentation; null for that of a pretrained model, or 32.
@@ -51,6 +52,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self,
         root: str | Path = "data",
         augment: bool = True,
+        autoaugment: bool = False,
         predict: list[str] | str | Path | None = None,
         image_size: int | None = None,
         mean: list[float] | None = None,
@@ -62,7 +64,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self.root = Path(root).expanduser()
         own = Preprocessing(SIZE, tuple(v / 255 for v in self.mean), tuple(v / 255 for v in self.std))
         self._preprocessing = PreprocessingSettings(image_size, mean, std, own)
-        self.train_collate = BatchTransform(self.mean, self.std, crop_padding=4 * augment, flip=augment)
+        self.train_collate = BatchTransform(self.mean, self.std, 4 * augment, flip=augment, autoaugment=autoaugment)
         self.eval_collate = BatchTransform(self.mean, self.std)
         if (image_size, mean, std) != (None, None, None):
             self.use_preprocessing()
