@@ -169,7 +169,8 @@ def test_no_network_is_one_line(choice, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    torch.hub.set_dir(tmp_path)
+    monkeypatch.setattr("urllib.request._opener", None)  # which keeps the proxies of its first use
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     tag = "pretrained:laion2b_e16" if isinstance(choice, OpenCLIP) else "pretrained"
     with pytest.raises(
         MissingWeights, match=f"{tag}: .* could not load those of .*without a network name a local"
@@ -179,7 +180,7 @@ def test_no_network_is_one_line(choice, monkeypatch, tmp_path):
 
 
 def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
-    torch.hub.set_dir(tmp_path)
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     choice = Torchvision("resnet18")
     file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
     file.parent.mkdir()
