@@ -11,8 +11,16 @@ from torch import Tensor
 
 from imbsam.checks import check_numbers
 from imbsam.errors import SettingError
+from imbsam.group_names import GROUPS
 
-__all__ = ["class_counts_tensor", "class_groups", "focal_sharpness", "nonzero_class_counts", "tail_mask"]
+__all__ = [
+    "GroupedClasses",
+    "class_counts_tensor",
+    "class_groups",
+    "focal_sharpness",
+    "nonzero_class_counts",
+    "tail_mask",
+]
 
 
 def class_counts_tensor(class_counts: Tensor | Sequence[int], by_label: bool = False) -> Tensor:
@@ -166,6 +174,35 @@ def class_groups(class_counts: Tensor | Sequence[int], many: int = 100, few: int
         raise SettingError(f"few is {few} and many {many}, so that classes would be in both groups: give few <= many")
     is_many, is_few = counts > many, counts < few
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+
+
+class GroupedClasses:
+    """The groups of a metric's classes.
+
+    Attributes:
+        groups: the classes of "many", "medium", "few" and "all", bool (4, C).
+        many: a class with more training samples is in "many".
+        few: a class with fewer training samples is in "few".
+    """
+
+    groups: Tensor
+    many: int
+    few: int
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The classes of "many", "medium", "few" and "all": bool tensors of shape (C,) on the CPU."""
+        return dict(zip(GROUPS, self.groups.cpu(), strict=True))
+
+    @property
+    def group_of_class(self) -> list[str]:
+        """The group of each of the C classes: "many", "medium" or "few"."""
+        return [GROUPS[i] for i in self.groups[:3].int().argmax(dim=0).tolist()]
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """The training samples of a class in each group, in words: ``> 100``, ``20 to 100``, ``< 20``."""
+        return {"many": f"> {self.many}", "medium": f"{self.few} to {self.many}", "few": f"< {self.few}"}
 
 
 def focal_sharpness(
