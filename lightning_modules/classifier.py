@@ -65,6 +65,9 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     train_loss_name = "train/loss_epoch"
 
+    multi_label = False
+    """Whether a sample has any number of classes, and not one."""
+
     selection_metric = "val/all"
     """The metric that best.ckpt maximizes if there is a validation set."""
 
@@ -112,6 +115,15 @@ class LongTailedClassifier(SharpnessAwareModule):
             raise SettingError(
                 f"the data ({type(self.data).__name__}) has no class_counts or no class_names: use a "
                 "LightningDataModule with class_counts (training samples per class) and class_names"
+            )
+        if self.multi_label != hasattr(self.data, "label_counts"):
+            several, one = "any number of classes", "one class"
+            own, others, fix = (
+                (several, one, "LongTailedClassifier") if self.multi_label else (one, several, "MultiLabelClassifier")
+            )
+            raise SettingError(
+                f"model is {type(self).__name__}, for samples of {own}, and those of {type(self.data).__name__} have "
+                f"{others} each: set model to {fix}, or choose other data"
             )
         if self.class_counts is not None:
             check_class_names(self.class_names, self.data, "the model")
