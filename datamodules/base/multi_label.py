@@ -1,5 +1,6 @@
 """The settings, splits and counts that all multi-label data sets share."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ class MultiLabelDataModule(LongTailedDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         self.kept_samples = torch.arange(len(labels))
         strata = [*self.class_names, "(no class)"]
-        held_out = held_out_mask(rarest_class(labels), strata, generator, val_share=self.val_share)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*classes with a single sample.*")  # here those are strata
+            held_out = held_out_mask(rarest_class(labels), strata, generator, val_share=self.val_share)
         val_labels = labels[held_out]
         if self.own_validation:
             own: Any = self.validation_set()

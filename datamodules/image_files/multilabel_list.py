@@ -1,5 +1,6 @@
 """Images of your own with several labels each, listed in a CSV or Parquet file."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,11 @@ class MultiLabelImageListDataModule(MultiLabelDataModule, ImageListLTDataModule)
         parts = {part: self._labelled(source[part], rows, names) for part, rows in listed.items()}
         if "test" not in parts:
             strata = rarest_class(parts["train"].labels)
-            parts["train"], parts["test"] = hold_out_test(
-                parts["train"], [*names, "(no class)"], self.test_share, strata
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*classes with a single sample.*")  # here those are strata
+                parts["train"], parts["test"] = hold_out_test(
+                    parts["train"], [*names, "(no class)"], self.test_share, strata
+                )
         return ImageSplits(names, **parts)
 
     def check_splits(self, splits: ImageSplits) -> None:
