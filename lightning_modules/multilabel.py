@@ -88,13 +88,13 @@ class MultiLabelClassifier(LongTailedClassifier):
         hp = self.settings
         self.class_counts, self.class_names = class_counts, class_names
         self._tail = tail_mask(class_counts, *self.tail_settings)
+        if (loss := called(self.loss_factory)) in (CrossEntropy, Focal, LDAM, LogitAdjusted, VectorScaling):
+            raise SettingError(
+                f"loss is {loss.__name__}, for samples of one class each: choose BinaryCrossEntropy, Asymmetric or "
+                "DistributionBalanced (imbsam.multilabel_losses)"
+            )
         assert self.label_counts is not None
         self.loss = self._loss(self.label_counts).to(self.device)
-        if isinstance(self.loss, (CrossEntropy, Focal, LDAM, LogitAdjusted, VectorScaling)):
-            raise SettingError(
-                f"loss is {type(self.loss).__name__}, for samples of one class each: choose BinaryCrossEntropy, "
-                "Asymmetric or DistributionBalanced (imbsam.multilabel_losses)"
-            )
         self.val_accuracy, self.test_accuracy = (  # type: ignore[assignment]
             ClassGroupAveragePrecision(class_counts, hp.many, hp.few).to(self.device) for _ in range(2)
         )
