@@ -30,6 +30,9 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
+    ("data/multilabel", "method/imbsam"),
+    ("data/digits_multilabel", "method/imbsam", "loss/asymmetric"),
+    ("data/digits_multilabel", "method/focal_sam", "loss/distribution_balanced"),
     *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
@@ -42,6 +45,7 @@ TREES = {
     "inaturalist2018": "inaturalist2018_root",
     "image_folder": "image_folder_root",
     "image_list": "image_list",
+    "multilabel": "image_list",
 }
 """The fixture with a tree of the data set's shape."""
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -59,9 +63,10 @@ def data_arguments(name, request):
         return ["--data.batch_size=16"]
     if name not in TREES:
         return SMALL
-    option = "path" if name == "image_list" else "root"
+    option = "path" if TREES[name] == "image_list" else "root"
     tree = [f"--data.{option}={request.getfixturevalue(TREES[name])}", *SMALL]
     tree += ["--data.val_share=0"] if name == "image_folder" else []
+    tree += ["--data.label_column=label"] if name == "multilabel" else []
     network = ["--model.backbone=CifarResNet20", "--model.backbone.width=4"]
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
 
