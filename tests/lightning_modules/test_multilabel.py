@@ -1,6 +1,9 @@
 """MultiLabelClassifier: the same steps as a plain loop around the engine, its log, its files, and the command."""
 
 import csv
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from lightning_modules.callbacks.result_tables import AccuracyTable
 from tests.pieces import configs
 from tests.training import csv_rows, quiet_trainer
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Left by a test that ran Lightning's ddp in this process; with them the command would wait for others."""
 SMALL: dict[str, Any] = {"backbone": partial(SmallCNN, width=4), "many": 100, "few": 20}
 
 
@@ -44,7 +50,7 @@ def data():
 def fit(data, callbacks=(), epochs=1, **settings):
     seed_everything(0)
     model = MultiLabelClassifier(**{**SMALL, "optimizer": adam, **settings})
-    run = quiet_trainer(max_epochs=epochs, callbacks=list(callbacks))
+    run = quiet_trainer(max_epochs=epochs, callbacks=list(callbacks), log_every_n_steps=1)
     run.fit(model, datamodule=data)
     return model, run
 
@@ -203,3 +209,26 @@ def test_bad_input_is_one_line(edit, option, message, images, imbsam):
     lines = [line for line in err.splitlines() if line.startswith("imbsam: error: ")]
     assert (code, len(lines)) == (2, 1), err
     assert message in lines[0]
+
+
+@pytest.mark.processes
+def test_two_processes_measure_what_one_does(tmp_path):
+    """Scores of both ranks count: a test of the checkpoint on one process finds the same average precisions."""
+    environment = {name: value for name, value in os.environ.items() if name not in RANKS}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "lightning_modules.cli", *arguments, "--trainer.accelerator=cpu"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = ["--data.samples=300", "--data.test_samples=121", "--model.backbone.width=4", "--trainer.max_epochs=1"]
+    out = run("fit", *configs("data/digits_multilabel", "method/imbsam"), *small, "--trainer.devices=2")
+    assert out.count("average precision of each class") == 1
+    trained = tmp_path / "logs/digits_multilabel/imbsam/version_0"
+    run("test", "--ckpt_path", str(trained / "checkpoints/last.ckpt"), "--trainer.devices=1")
+    (tested,) = set(tmp_path.rglob("average_precision.csv")) - {trained / "average_precision.csv"}
+    assert csv_rows(trained / "average_precision.csv") == csv_rows(tested)
