@@ -109,6 +109,13 @@ def test_the_log_and_the_files_of_a_test(data, tmp_path, capsys):
     assert [int(row["training_samples"]) for row in rows] == data.class_counts.tolist()
     assert [int(row["test_samples"]) for row in rows] == y.sum(0).tolist()
     assert not (Path(run.log_dir) / "confusion.csv").exists()
+    predicted = model.predict_step([x, y], 0)
+    torch.testing.assert_close(predicted, scores.sigmoid())
+    header, table = model.prediction_table([predicted])
+    assert header == data.class_names
+    assert [float(cell) for cell in next(iter(table))] == pytest.approx(predicted[0].tolist(), rel=1e-4)
+    tail = data.class_counts < 20
+    assert model._count_tail(y) == sum(any(has and rare for has, rare in zip(row, tail, strict=True)) for row in y)
     printed = capsys.readouterr().out
     assert "average precision of each class" in printed
     assert "mean average precision" in printed
