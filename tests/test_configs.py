@@ -33,7 +33,10 @@ RUNS = [
     ("data/multilabel", "method/imbsam"),
     ("data/digits_multilabel", "method/imbsam", "loss/asymmetric"),
     ("data/digits_multilabel", "method/focal_sam", "loss/distribution_balanced"),
-    *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
+    *(
+        ("data/anomaly_table", f"detector/{name}")
+        for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
+    ),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
 SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]
