@@ -25,6 +25,7 @@ from lightning_modules import LongTailedClassifier, MultiLabelClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.average_precision import ClassAveragePrecision
 from lightning_modules.callbacks.calibration import Calibration
+from lightning_modules.callbacks.epochs_on_test_set import EpochsOnTestSet
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.callbacks.result_tables import AccuracyTable
 from tests.pieces import configs
@@ -126,6 +127,7 @@ def test_the_log_and_the_files_of_a_test(data, tmp_path, capsys):
     [
         ({"sam": CCSAM}, [], "^sam is CCSAM, which has a perturbation for each group of classes"),
         ({"loss": LDAM}, [], "^loss is LDAM, for samples of one class each: choose BinaryCrossEntropy"),
+        ({}, [EpochsOnTestSet()], "^model is MultiLabelClassifier, which has no accuracy of class groups"),
         ({}, [Calibration("temperature")], "^calibration is set, and it is for samples of one class each"),
     ],
 )
