@@ -51,8 +51,8 @@ class AnomalyDetector(SharpnessAwareModule):
         optimizer: any torch optimizer that steps without a closure; default: Adam.
         budget: alarms that can be investigated, a number or a share of the samples; null: as many as there are
             anomalies.
-        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval`` and
-            ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
+        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval``,
+            ``gradient_clip_val`` and ``capture``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     threshold: Tensor
@@ -152,9 +152,7 @@ class AnomalyDetector(SharpnessAwareModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One backward pass, one optimizer step."""
         x, labels = batch
-        loss = self.sam.backward(
-            lambda rows: self.detector.losses(x[rows], labels[rows]), _in_tail(labels), backward=self.manual_backward
-        )
+        loss = self.backward_passes(self, self.detector.losses, [(x, labels)], [_in_tail(labels)])
         self._loss += loss
         self._batches += 1
         self.step_optimizer()
@@ -214,6 +212,7 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the model learned of its data."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
         checkpoint["train_loss"] = self._loss.cpu(), self._batches  # a checkpoint may be mid-epoch
         checkpoint.update(describe_classes(self))
@@ -224,6 +223,7 @@ class AnomalyDetector(SharpnessAwareModule):
         Raises:
             SettingError: the checkpoint is of another model, or the data has samples of another shape.
         """
+        super().on_load_checkpoint(checkpoint)
         check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
