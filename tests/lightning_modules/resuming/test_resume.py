@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from datamodules import DigitsLTDataModule
 import lightning_modules.backward_passes
+from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, SettingError
 from imbsam.capture.graphs import DirectCalls
 from lightning_modules import LongTailedClassifier
@@ -160,9 +160,9 @@ CASES: dict[str, dict[str, Any]] = {
         ]
     },
     # the extra passes of a full batch, which is captured, are padded to more rows than those of the last, which is not
-    "captured": {"model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=2)}},
+    "captured": {"model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=3)}},
     "captured, accumulate": {
-        "model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=2), "accumulate_grad_batches": 2},
+        "model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=3), "accumulate_grad_batches": 2},
         "data": {"batch_size": 32},
     },
     "max_steps, validation mid-epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
