@@ -89,7 +89,8 @@ class BackwardPasses:
         targets: Sequence[Tensor],
     ) -> Tensor:
         # in half precision rounding may remove the perturbation
-        perturbed = PerturbedFraction(module.sam.module) if module._half is not None and module.sam.rho > 0 else None
+        watched = module._half is not None and module.sam.rho > 0 and module.logs_this_batch
+        perturbed = PerturbedFraction(module.sam.module) if watched else None
         if perturbed is not None:
             losses_of = perturbed.watch(losses_of)
         losses = [lambda rows, batch=batch: losses_of(*(t[rows] for t in batch)) for batch in batches]

@@ -246,11 +246,12 @@ class LongTailedClassifier(SharpnessAwareModule):
         loss = self.backward_passes(self, self._losses_of, batches, all_targets)
         samples = sum(map(len, all_targets))
         self.train_loss.update(loss.expand(samples))
-        self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        numbers = {"train/tail_rows": sum(map(self._count_tail, all_targets)), "lr": lr}
-        # tensors on the host: Lightning would copy numbers to the GPU, and wait for it
-        self.log_dict({k: torch.as_tensor(n, dtype=torch.float32) for k, n in numbers.items()}, batch_size=samples)
+        if self.logs_this_batch:
+            self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            numbers = {"train/tail_rows": sum(map(self._count_tail, all_targets)), "lr": lr}
+            # tensors on the host: Lightning would copy numbers to the GPU, and wait for it
+            self.log_dict({k: torch.as_tensor(n, dtype=torch.float32) for k, n in numbers.items()}, batch_size=samples)
         self.step_optimizer()
         return loss  # for callbacks, such as the learning rate finder
 

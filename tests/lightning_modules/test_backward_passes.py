@@ -294,7 +294,7 @@ def test_a_training_step_never_waits_for_the_gpu(steps, capture, mixup):
                 return super().training_step(batch, batch_idx)
 
     module = classifier(Watched, capture=capture, gradient_clip_val=1.0, accumulate_grad_batches=2)
-    fit(module, DigitsLTDataModule(mixup=mixup), max_epochs=1)
+    fit(module, DigitsLTDataModule(mixup=mixup), max_epochs=1, log_every_n_steps=1)
 
 
 def test_the_mean_loss_counts_samples_and_not_steps():

@@ -90,7 +90,7 @@ def test_no_host_synchronisation_in_a_step(mixup):
                 torch.cuda.set_sync_debug_mode("default")
 
     module = classifier(Watched, capture=True, gradient_clip_val=1.0)
-    fit(module, DigitsLTDataModule(mixup=mixup), precision="bf16-mixed")
+    fit(module, DigitsLTDataModule(mixup=mixup), precision="bf16-mixed", log_every_n_steps=1)
     assert watched == list(range(11))
 
 
