@@ -84,7 +84,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sam": {"sam": partial(SAM, rho=0.5)},
     "imbsam": {},
     "imbsam, float32": {"precision": "32-true"},
-    "imbsam, rows of their own": {"backbone": partial(SmallCNN, width=4, norm="group")},
+    "imbsam, rows of their own": {
+        "backbone": partial(SmallCNN, width=4, norm="group"),
+        "sam": partial(ImbSAM, rho=0.5, first_pass="whole"),  # as the captured step's always is
+    },
     "focal_sam": {"sam": partial(FocalSAM, rho=0.5)},
     "mixup": {"data": partial(DigitsLTDataModule, mixup=0.5)},
     "labels and probabilities": {"data": Alternating, "forms": 2},
@@ -170,7 +173,7 @@ def test_a_detector_and_a_second_stage_are_captured_too(steps, tmp_path):
     stages = []
     for capture in (False, True):
         seed_everything(0)
-        settings: dict[str, Any] = {"sam": ImbSAM, "optimizer": sgd, "capture": capture}
+        settings: dict[str, Any] = {"optimizer": sgd, "capture": capture, "sam": partial(ImbSAM, first_pass="whole")}
         stages.append(fit(SecondStageClassifier(str(tmp_path / "first.ckpt"), **settings)))
     assert_same(stages[1], stages[0])
     assert sum(steps.values()) == 3 * 4 + 3 * FULL
