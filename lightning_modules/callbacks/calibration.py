@@ -71,13 +71,9 @@ class Calibration(FittedCallback):
         """Method, prior and penalty."""
         return {"method": self.method, "prior": self.prior, "penalty": self.penalty} if self.method else {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before the training what cannot work after it."""
-        super().on_fit_start(trainer, pl_module)
-        if self.method is None:
-            return
-        counts: Any = pl_module.class_counts
-        scores = not hasattr(pl_module, "test_accuracy")
+    def check(self, trainer: Trainer, module: Any) -> None:
+        """Compare method and prior with the classes."""
+        counts, scores = module.class_counts, not hasattr(module, "test_accuracy")
         if self.prior != "validation":
             class_prior(self.prior, counts)
         if scores and self.prior == "training":
