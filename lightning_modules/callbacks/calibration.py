@@ -139,7 +139,7 @@ class Calibration(FittedCallback):
         source = there / there.sum()
         scale, shift = torch.ones(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
         if predictions.ndim == 2:
-            scale, shift = _as_trained(module, trainer, counts, source)
+            scale, shift = _as_trained(module, counts, source)
         target = source if self.prior == "validation" else class_prior(self.prior, counts)
         found: dict[str, Any] = {
             "method": self.method,
@@ -177,7 +177,7 @@ def _class_masks(module: Any) -> dict[str, Tensor]:
     return {"normal": ~anomaly, "anomaly": anomaly, "all": anomaly | ~anomaly}
 
 
-def _as_trained(module: Any, trainer: Trainer, counts: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def _as_trained(module: Any, counts: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift that make of the logits those of the posterior under ``prior``."""
     loss, scale, tau = getattr(module, "loss", None), torch.ones(len(counts), dtype=torch.float64), 0.0
     if isinstance(loss, (LogitAdjusted, VectorScalingLoss)):
@@ -185,13 +185,8 @@ def _as_trained(module: Any, trainer: Trainer, counts: Tensor, prior: Tensor) ->
     if isinstance(loss, VectorScalingLoss):
         positive = counts.clamp(min=1).double()
         scale = (positive / positive.max()) ** loss.gamma
-    return scale, prior_shift(
-        counts,
-        prior,
-        drawn_shares=getattr(getattr(trainer, "datamodule", None), "drawn_shares", None),
-        class_weight=module.sam.class_weight,
-        tau=tau,
-    )
+    weight, shares = module.training_weights
+    return scale, prior_shift(counts, prior, drawn_shares=shares, class_weight=weight, tau=tau)
 
 
 def _logits(predictions: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ CLASSIFIER = [
     "--calibration.method=temperature",
     '--decisions.recall={"7": 0.5}',
 ]
+WEIGHTED = ["--data.sampling=class_balanced", "--trainer.callbacks+=DeferredReweighting", "--trainer.callbacks.start_epoch=2"]
+"""What the prior's correction must undo: the sampling is a setting of the data, the weights are a callback's."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def runs(tmp_path_factory):
     """The last checkpoints of a detector with and without a fit, of a classifier, and of one without validation."""
     folder = tmp_path_factory.mktemp("runs")
     wanted = {name: [*DETECTOR, *more] for name, more in FIT.items()}
-    wanted |= {"classifier": CLASSIFIER, "unvalidated": [*DETECTOR, "--data.val_share=0"]}
+    wanted |= {"classifier": CLASSIFIER, "weighted": [*CLASSIFIER, *WEIGHTED], "unvalidated": [*DETECTOR, "--data.val_share=0"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, args in wanted.items():
@@ -114,9 +116,10 @@ def test_what_is_not_set_is_as_in_the_checkpoint(imbsam, run):
     assert fits("mine.ckpt")["Calibration"]["method"] == "vector"
 
 
-def test_a_checkpoint_of_before_the_end_gets_a_fit(imbsam, run):
-    """best.ckpt has the settings, and nothing fitted."""
-    last = run("classifier")
+@pytest.mark.parametrize("name", ["classifier", "weighted"])
+def test_a_checkpoint_of_before_the_end_gets_a_fit(imbsam, run, name):
+    """best.ckpt has the settings, and nothing fitted; loss weights and sampling are undone as when the training ended."""
+    last = run(name)
     early = torch.load(last, weights_only=True)
     for name in ("Calibration", "Decisions"):
         early["callbacks"][name]["fitted"] = None
