@@ -1,6 +1,7 @@
 """Calibrated probabilities: fitted on the validation part after training, kept in the checkpoint, used by predict."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from imbsam.errors import SettingError
 from imbsam.losses import LogitAdjusted
 from imbsam.losses import VectorScaling as VectorScalingLoss
 from imbsam.prior_correction import class_prior, move_prior, prior_shift
+from lightning_modules.callbacks.evaluation_files import write_calibration
 from lightning_modules.callbacks.fitted_callback import FittedCallback
 from lightning_modules.epoch_log import log_epoch
 
@@ -38,7 +40,9 @@ class Calibration(FittedCallback):
     When a training ends, the method is fitted on the validation part by the weights that it ends with. The fit is in
     the last checkpoint, whose predictions are calibrated wherever this callback is among the Trainer's: the command
     always has it. A test logs expected calibration error and log-loss of each class group before and after
-    (``test/log_loss_*``, ``test/calibrated_log_loss_*``, ``test/calibrated_ece_*``) and prints them as a table.
+    (``test/log_loss_*``, ``test/calibrated_log_loss_*``, ``test/calibrated_ece_*``), prints them as a table, and writes
+    ``calibrated.csv`` to the run's folder, the calibrated twin of ``calibration.csv``
+    (:class:`~lightning_modules.callbacks.evaluation_files.EvaluationFiles`), of a detector's two classes too.
 
     Before anything is fitted, what training did to the class priors is undone exactly: loss weights, the sampling of
     the batches, and the shift of ``LogitAdjusted`` and ``VectorScaling`` (:mod:`imbsam.prior_correction`). For other
@@ -112,10 +116,18 @@ class Calibration(FittedCallback):
             log_epoch(pl_module, {f"test/log_loss_{g}": m["log_loss"] for g, m in before.items()})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print them."""
-        if self._measured is None or not trainer.is_global_zero:
+        """Print them, and write the file."""
+        tested, log_dir = self.tested(), trainer.log_dir  # every rank takes part in both
+        if self._measured is None or tested is None or not trainer.is_global_zero:
             return
         assert self.fitted is not None
+        if trainer.loggers and log_dir is not None:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            confidence, predicted = self.apply(tested[0]).max(dim=1)
+            masks = _class_masks(pl_module)
+            write_calibration(
+                Path(log_dir) / "calibrated.csv", confidence, predicted == tested[1], tested[1], masks
+            )
         before, after = self._measured
         table = Table(title=f"test samples before and after calibration ({self.fitted['method']})")
         for column in ("classes", "calibration error", "after", "log-loss", "after"):

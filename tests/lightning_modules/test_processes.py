@@ -6,6 +6,10 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from datamodules import DigitsLTDataModule
+from tests.training import csv_rows
 
 pytestmark = pytest.mark.processes
 
@@ -40,6 +44,13 @@ ALARM = 240
 """Seconds until processes that wait for each other are killed."""
 
 
+class PlainValidation(DigitsLTDataModule):
+    """A loader of the user's own, which every process reads to its end."""
+
+    def val_dataloader(self):
+        return DataLoader(super().val_dataloader().dataset, batch_size=20)
+
+
 def last(folder):
     run = folder / "logs/digits_lt/imbsam/version_0"
     with (run / "metrics.csv").open(newline="") as file:
@@ -69,6 +80,49 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
         for name in ("test/loss", "test/all", "test/few", "train/loss_epoch", *(f"test/{name}" for name in measures)):
             values = [[float(row[name]) for row in rows if row[name]] for rows in (log, found[0][1])]
             assert values[0] == pytest.approx(values[1], rel=1e-6), name
+
+
+@pytest.mark.parametrize("loader", ["ours", "plain"])
+def test_two_processes_calibrate_decide_and_predict_as_one(run_imbsam, tmp_path, loader):
+    """67 validation images of which each has a part, or, by a loader of the user's own, all; the progress bar is on."""
+    settings = ["--trainer.precision=64-true", "--data.eval_batch_size=45", "--model.backbone.width=8"]
+    settings += ["--trainer.max_epochs=1", "--calibration.method=temperature"]
+    settings += ['--decisions={"recall": {"0": 0.9}, "false_alarms": {"1": 50}}']
+    if loader == "plain":
+        settings += ["--data=test_processes.PlainValidation"]
+    fits, files = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        devices = [f"--trainer.devices={processes}", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
+        size = f"--data.batch_size={32 // processes}"
+        answer = run_imbsam(folder, *ARGS, *settings, *devices, size, processes=processes, alarm=ALARM)
+        assert answer["codes"] == [0] * processes, answer["err"]
+        checkpoint = folder / "logs/digits_lt/imbsam/version_0/checkpoints/last.ckpt"
+        for command in ("decide", "predict"):
+            args = [command, f"--ckpt_path={checkpoint}", *devices]
+            args += ["--predictions.path=p.csv"] if command == "predict" else ["--decisions.coverage=0.9"]
+            answer = run_imbsam(folder, *args, processes=processes, alarm=ALARM)
+            assert answer["codes"] == [0] * processes, answer["err"]
+            assert answer["out"][1:] == [""] * (processes - 1) or "imbsam:" not in answer["out"][1]
+        paths = checkpoint, checkpoint.with_name("decided.ckpt")
+        fits.append([torch.load(path, weights_only=True)["callbacks"] for path in paths])
+        files.append(csv_rows(folder / "p.csv"))
+    (one, one_decided), (two, two_decided) = fits
+    assert two["Calibration"]["fitted"]["map"] == pytest.approx(one["Calibration"]["fitted"]["map"], rel=1e-6)
+    assert torch.equal(two["Calibration"]["fitted"]["source"], one["Calibration"]["fitted"]["source"])
+    theirs, ours = (found["Decisions"]["fitted"]["thresholds"] for found in (one, two))
+    for index in (0, 1):
+        assert ours[index] == pytest.approx(theirs[index], rel=1e-6), "as many positives and alarms"
+    theirs, ours = (found["Decisions"]["fitted"] for found in (one_decided, two_decided))
+    assert torch.equal(ours["samples"], theirs["samples"])
+    torch.testing.assert_close(ours["limits"], theirs["limits"])
+    assert [row["row"] for row in files[1]] == [str(n) for n in range(1, 541)]
+    for row, other in zip(*files, strict=True):
+        assert {**row, "row": ""}.keys() == other.keys()
+        assert row["predicted"] == other["predicted"]
+        assert row["decision"] == other["decision"]
+        assert float(row["0"]) == pytest.approx(float(other["0"]), rel=1e-4, abs=1e-9)
 
 
 def test_two_processes_stop_together_and_resume(run_imbsam, tmp_path):
