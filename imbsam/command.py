@@ -68,7 +68,10 @@ OPTIONS = {
     "predict": [CHECKPOINT, ("--predictions.path FILE", "CSV file to write")],
     "decide": [
         CHECKPOINT,
-        *((f"{name} {SETTINGS[name][0]}", SETTINGS[name][1]) for name in ("--calibration.method", "--decisions.recall")),
+        *(
+            (f"{name} {SETTINGS[name][0]}", SETTINGS[name][1])
+            for name in ("--calibration.method", "--decisions.recall")
+        ),
         ("--output FILE", "the new checkpoint; by default decided.ckpt beside the old one, which stays"),
     ],
     "sharpness": [

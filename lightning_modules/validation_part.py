@@ -53,9 +53,7 @@ def validation_predictions(trainer: Trainer, module: LightningModule) -> tuple[T
     """
     # a loader of the user's own has all samples on every process
     whole = isinstance(getattr(validation_loader(trainer), "sampler", None), SequentialSampler)
-    found, labels = (
-        CatMetric(nan_strategy="disable", sync_on_compute=not whole).to(module.device) for _ in range(2)
-    )
+    found, labels = (CatMetric(nan_strategy="disable", sync_on_compute=not whole).to(module.device) for _ in range(2))
 
     def see(batch: Any, index: int) -> None:
         found.update(module.predict_step(batch, index).float())

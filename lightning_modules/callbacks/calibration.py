@@ -125,9 +125,7 @@ class Calibration(FittedCallback):
             Path(log_dir).mkdir(parents=True, exist_ok=True)
             confidence, predicted = self.apply(tested[0]).max(dim=1)
             masks = _class_masks(pl_module)
-            write_calibration(
-                Path(log_dir) / "calibrated.csv", confidence, predicted == tested[1], tested[1], masks
-            )
+            write_calibration(Path(log_dir) / "calibrated.csv", confidence, predicted == tested[1], tested[1], masks)
         before, after = self._measured
         table = Table(title=f"test samples before and after calibration ({self.fitted['method']})")
         for column in ("classes", "calibration error", "after", "log-loss", "after"):

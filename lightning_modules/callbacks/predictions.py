@@ -50,10 +50,10 @@ class PredictionsCSV(BasePredictionWriter):
         Raises:
             SettingError: of several processes each has a part of the samples, and nothing says which.
         """
-        if trainer.world_size > 1 and not trainer.predict_loop.current_batch_indices:
+        if trainer.world_size > 1 and not any(trainer.predict_loop.epoch_batch_indices):
             raise SettingError(
-                f"predict runs on {trainer.world_size} devices, and {type(trainer.predict_dataloaders).__name__} has no "
-                "batch sampler that says which samples each has: set trainer.devices to 1"
+                f"predict runs on {trainer.world_size} devices, and {type(trainer.predict_dataloaders).__name__} has "
+                "no batch sampler that says which samples each has: set trainer.devices to 1"
             )
         if isinstance(batch, (tuple, list)) and len(batch) > 2:
             self._names += batch[2]

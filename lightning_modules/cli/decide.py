@@ -89,8 +89,8 @@ def check_validation_part(data: LightningDataModule, trained: Mapping[str, Any])
     for name in ("ratio", "profile", "val_share", "test_share", "labelled_share", "min_rows", "max_rows", "seed"):
         if name in trained and name in now and trained[name] != now[name]:
             raise SettingError(
-                f"data.{name} is {now[name]} and the checkpoint was trained with {trained[name]}, so that samples of its "
-                f"training would be among those that are decided by: leave it out, or name other data"
+                f"data.{name} is {now[name]} and the checkpoint was trained with {trained[name]}, so that samples of "
+                "its training would be among those that are decided by: leave it out, or name other data"
             )
 
 

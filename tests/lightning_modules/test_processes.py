@@ -48,7 +48,8 @@ class PlainValidation(DigitsLTDataModule):
     """A loader of the user's own, which every process reads to its end."""
 
     def val_dataloader(self):
-        return DataLoader(super().val_dataloader().dataset, batch_size=20)
+        loader = super().val_dataloader()
+        return DataLoader(loader.dataset, batch_size=20, collate_fn=loader.collate_fn)
 
 
 def last(folder):

@@ -20,7 +20,11 @@ CLASSIFIER = [
     "--calibration.method=temperature",
     '--decisions.recall={"7": 0.5}',
 ]
-WEIGHTED = ["--data.sampling=class_balanced", "--trainer.callbacks+=DeferredReweighting", "--trainer.callbacks.start_epoch=2"]
+WEIGHTED = [
+    "--data.sampling=class_balanced",
+    "--trainer.callbacks+=DeferredReweighting",
+    "--trainer.callbacks.start_epoch=2",
+]
 """What the prior's correction must undo: the sampling is a setting of the data, the weights are a callback's."""
 
 
@@ -29,7 +33,11 @@ def runs(tmp_path_factory):
     """The last checkpoints of a detector with and without a fit, of a classifier, and of one without validation."""
     folder = tmp_path_factory.mktemp("runs")
     wanted = {name: [*DETECTOR, *more] for name, more in FIT.items()}
-    wanted |= {"classifier": CLASSIFIER, "weighted": [*CLASSIFIER, *WEIGHTED], "unvalidated": [*DETECTOR, "--data.val_share=0"]}
+    wanted |= {
+        "classifier": CLASSIFIER,
+        "weighted": [*CLASSIFIER, *WEIGHTED],
+        "unvalidated": [*DETECTOR, "--data.val_share=0"],
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, args in wanted.items():
@@ -95,15 +103,13 @@ def test_it_finds_what_the_training_found_and_predict_and_test_use_it(imbsam, ru
 def test_what_is_not_set_is_as_in_the_checkpoint(imbsam, run):
     last = run("classifier")
     old = fits(last)
-    code, out, err = imbsam("decide", "--ckpt_path", last, "--decisions.coverage=0.8")
+    code, _, err = imbsam("decide", "--ckpt_path", last, "--decisions.coverage=0.8")
     assert code == 0, err
     new = fits(last.with_name("decided.ckpt"))
     assert same(new["Calibration"], old["Calibration"])
     assert new["Decisions"]["settings"] == {"coverage": 0.8, "confidence": 0.95}
 
-    code, out, err = imbsam(
-        "decide", "--ckpt_path", last, "--calibration.prior=balanced", "--decisions.confidence=0.9"
-    )
+    code, _, err = imbsam("decide", "--ckpt_path", last, "--calibration.prior=balanced", "--decisions.confidence=0.9")
     assert code == 0, err
     new = fits(last.with_name("decided-v1.ckpt"))
     assert new["Calibration"]["settings"] == {"method": "temperature", "prior": "balanced", "penalty": 1.0}
@@ -111,14 +117,14 @@ def test_what_is_not_set_is_as_in_the_checkpoint(imbsam, run):
     old_limit, limit = (found["Decisions"]["thresholds"][7]["value"] for found in (old, new))
     assert limit != old_limit, "by the new probabilities"
 
-    code, out, err = imbsam("decide", "--ckpt_path", last, "--calibration.method=vector", "--output=mine.ckpt")
+    code, _, err = imbsam("decide", "--ckpt_path", last, "--calibration.method=vector", "--output=mine.ckpt")
     assert code == 0, err
     assert fits("mine.ckpt")["Calibration"]["method"] == "vector"
 
 
 @pytest.mark.parametrize("name", ["classifier", "weighted"])
 def test_a_checkpoint_of_before_the_end_gets_a_fit(imbsam, run, name):
-    """best.ckpt has the settings, and nothing fitted; loss weights and sampling are undone as when the training ended."""
+    """best.ckpt has the settings, and nothing fitted; loss weights and sampling are undone as at the training's end."""
     last = run(name)
     early = torch.load(last, weights_only=True)
     for name in ("Calibration", "Decisions"):
