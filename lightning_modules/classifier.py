@@ -110,7 +110,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
         As the training ended, also after a checkpoint is loaded; None for weights of 1, and for unknown shares.
         """
-        if self._weights_of_checkpoint is not None:
+        if self._weights_of_checkpoint is not None and not self.fitting:
             return self._weights_of_checkpoint
         assert self.class_counts is not None
         sam = self.sam if hasattr(self, "sam") else self.sam_factory(self.backbone, self.class_counts)

@@ -149,7 +149,7 @@ def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:
 
 
 def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Confidence against accuracy before and after calibration, above the samples of each bin; one for each class group."""
+    """Confidence against accuracy before and after calibration, above the samples of each bin, for each class group."""
     calibrations = [(calibration_bins(group), calibration_bins(group, calibrated=True)) for group in groups]
     present = {name: None for pair in calibrations for bins in pair for name in bins}
     figures = []
