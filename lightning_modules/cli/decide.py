@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from imbsam import SettingError
 from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
-from lightning_modules.callbacks.fitted_callback import fitted_callbacks
+from lightning_modules.callbacks.fitted_callback import FittedCallback, fitted_callbacks
 from lightning_modules.resuming.checkpoint_files import AtomicCheckpointIO
 from lightning_modules.validation_part import validation_predictions
 
-CHOICES = {
+CHOICES: dict[type[FittedCallback], tuple[str, ...]] = {
     Calibration: ("method",),
     Decisions: ("recall", "precision", "false_alarms", "costs", "coverage"),
 }
