@@ -124,6 +124,8 @@ class SharpnessAwareModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Let the engine reduce gradients over the processes, and warn of weights in half precision."""
+        if self.sam.first_pass is None:
+            self.sam.first_pass = "split"  # cheaper, and nothing here reads predictions from the first pass
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise SettingError(

@@ -26,6 +26,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
+from lightning_modules.mirror import average_with_mirrored
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
@@ -388,7 +389,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def _test_logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)
-        return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
+        return average_with_mirrored(logits, self, images) if self.settings.flip_tta else logits
 
     def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))

@@ -1,14 +1,15 @@
 """The weights of the last step, kept and tested beside their average."""
 
+from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.func import functional_call
 
 from lightning_modules.epoch_log import log_epoch
+from lightning_modules.mirror import average_with_mirrored
 
 
 class PlainWeights(Callback):
@@ -73,12 +74,18 @@ class PlainWeights(Callback):
     ) -> None:
         """Predict with the plain weights."""
         if self._tested:
-            views = [batch[0], batch[0].flip(-1)] if pl_module.hparams.get("flip_tta") else [batch[0]]
+            images, targets = batch
             with trainer.precision_plugin.forward_context():
-                logits = [functional_call(pl_module, self._tested, (images,)) for images in views]
-            self._measures.update(torch.stack(logits).mean(dim=0), batch[1])
+                logits = self._plain_logits(pl_module, images)
+                if pl_module.hparams.get("flip_tta"):
+                    logits = average_with_mirrored(logits, partial(self._plain_logits, pl_module), images)
+            self._measures.update(logits, targets)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures."""
         if self._tested:
             log_epoch(pl_module, {f"test/plain_{name}": value for name, value in self._measures.compute().items()})
+
+    def _plain_logits(self, module: LightningModule, images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(module, self._tested, (images,))
+        return logits

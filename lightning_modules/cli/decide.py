@@ -86,7 +86,8 @@ def check_validation_part(data: LightningDataModule, trained: Mapping[str, Any])
     now = data.hparams
     if any(name in trained and str(trained[name]) != str(now.get(name)) for name in ("_class_path", "path")):
         return
-    for name in ("ratio", "profile", "val_share", "test_share", "labelled_share", "min_rows", "max_rows", "seed"):
+    splits = ("ratio", "profile", "draw", "val_share", "test_share", "labelled_share", "min_rows", "max_rows", "seed")
+    for name in splits:
         if name in trained and name in now and trained[name] != now[name]:
             raise SettingError(
                 f"data.{name} is {now[name]} and the checkpoint was trained with {trained[name]}, so that samples of "

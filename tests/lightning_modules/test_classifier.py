@@ -68,6 +68,7 @@ def test_trains_like_a_plain_loop(tmp_path, method):
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
     engine = model.sam_factory(plain, data.class_counts)
+    engine.first_pass = "split"  # the LightningModules' default
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:
