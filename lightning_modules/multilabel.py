@@ -99,6 +99,6 @@ class MultiLabelClassifier(LongTailedClassifier):
             ClassGroupAveragePrecision(class_counts, hp.many, hp.few).to(self.device) for _ in range(2)
         )
 
-    def _count_tail(self, targets: Tensor) -> float:
+    def _count_tail(self, targets: Tensor) -> Tensor:
         """The samples that have a tail class."""
-        return float((targets.cpu().bool() & self._tail).any(dim=1).sum())
+        return (targets.bool() & self._tail.to(targets.device)).any(dim=1).sum()
