@@ -8,6 +8,7 @@ from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedu
 from lightning_modules.callbacks.sharpness import GroupSharpness
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cosine_to_end import CosineToEnd
+from lightning_modules.multilabel import MultiLabelClassifier
 from lightning_modules.second_stage import SecondStageClassifier
 from lightning_modules.tuning import AdaptFormer, All, Bias, HeadOnly, LastBlocks, LoRA, Norm
 from lightning_modules.tuning.head_init import ClassMeans, TextFeatures
@@ -27,6 +28,7 @@ __all__ = [
     "LoRA",
     "LongTailedClassifier",
     "MaxNorm",
+    "MultiLabelClassifier",
     "Norm",
     "RestoringEarlyStopping",
     "RhoSchedule",
