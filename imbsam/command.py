@@ -19,6 +19,7 @@ COMMANDS = {
     "test": "evaluate a checkpoint on the test set",
     "predict": "write a checkpoint's predictions to a CSV file",
     "sharpness": "measure how flat the loss of each class group is at a checkpoint",
+    "export": "write a checkpoint as ONNX or torch.export, checked against its predictions",
     "report": "compare runs in a table, a web page or a picture",
 }
 
@@ -70,6 +71,11 @@ OPTIONS = {
         ("--split train", "the training samples, or test"),
         ("--samples 1000", "at most this many samples of each class group"),
         ("--slices true", "also write slices of the loss"),
+    ],
+    "export": [
+        CHECKPOINT,
+        ("--path model.onnx", "the file to write, .onnx or .pt2 (torch.export), or a list of both"),
+        ("--split test", "whose samples its predictions are compared on: test or val"),
     ],
 }
 

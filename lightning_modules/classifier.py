@@ -26,6 +26,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
+from lightning_modules.image_views import image_views
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
@@ -59,6 +60,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
+        crop_tta: enlarge images by so many pixels (24 in LIFT), and average the logits of five crops, the centre and
+            the corners, in test and predict; with flip_tta, of their mirror images too.
         **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval`` and ``gradient_clip_val``, see
             :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
@@ -80,10 +83,13 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
+        crop_tta: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         check_whole_numbers(accumulate_grad_batches=accumulate_grad_batches)
+        if crop_tta is not None:
+            check_whole_numbers(crop_tta=crop_tta)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.backbone_factory: BackboneCallable = restore(backbone)
         self.head_factory: HeadCallable | None = restore(head)
@@ -276,7 +282,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss and group accuracies; returns the logits (B, C), for callbacks."""
-        return self._evaluate(self._test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
+        return self._evaluate(self.test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -287,10 +293,14 @@ class LongTailedClassifier(SharpnessAwareModule):
         if not hasattr(self, "backbone"):
             raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
 
+    def test_views(self, images: Tensor) -> list[Tensor]:
+        """The views of images (B, channels, H, W) whose logits a test averages."""
+        return image_views(images, self.settings.flip_tta, self.settings.crop_tta)
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probabilities: Tensor = self._test_logits(images).float().softmax(dim=1)
+        probabilities: Tensor = self.test_logits(images).float().softmax(dim=1)
         return probabilities
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
@@ -369,9 +379,9 @@ class LongTailedClassifier(SharpnessAwareModule):
         targets = targets.cpu()
         return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
 
-    def _test_logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self(images)
-        return (logits + self(images.flip(-1))) / 2 if self.settings.flip_tta else logits
+    def test_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W), averaged over their :meth:`test_views`."""
+        return torch.stack([self(view) for view in self.test_views(images)]).mean(dim=0)
 
     def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))

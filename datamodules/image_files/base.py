@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datamodules.base.long_tail import Profile
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.pixels import PixelInput
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
 from datamodules.image_files.disk import check_files
@@ -133,6 +134,11 @@ class ImageFilesDataModule(LongTailedDataModule):
         """Some of the images, augmented for training, without an index in Python objects."""
         selected: ImageFiles = dataset.select(indices)
         return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
+
+    @property
+    def pixels(self) -> PixelInput:
+        """The normalization, and how an image is resized."""
+        return self.eval_transform.pixels
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""

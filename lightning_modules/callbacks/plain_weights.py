@@ -73,9 +73,9 @@ class PlainWeights(Callback):
     ) -> None:
         """Predict with the plain weights."""
         if self._tested:
-            views = [batch[0], batch[0].flip(-1)] if pl_module.hparams.get("flip_tta") else [batch[0]]
+            model: Any = pl_module
             with trainer.precision_plugin.forward_context():
-                logits = [functional_call(pl_module, self._tested, (images,)) for images in views]
+                logits = [functional_call(pl_module, self._tested, (images,)) for images in model.test_views(batch[0])]
             self._measures.update(torch.stack(logits).mean(dim=0), batch[1])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -28,12 +28,12 @@ from lightning_modules.resuming.checkpoint_files import check_checkpoint, newest
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from lightning_modules.resuming.signals import StopSignals
 
-EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
+EVALUATION_SETTINGS = ("flip_tta", "crop_tta", "channels_last", "compile", "many", "few", "budget")
 """Model settings that do not belong to the weights: in an evaluation the command line wins over the checkpoint."""
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness` and `check`; `fit` then tests the weights of the last epoch.
+    """Lightning's commands, `sharpness`, `check` and `export`; `fit` then tests the weights of the last epoch.
 
     Args:
         signals: the signal handlers, which must know the processes that the trainer launches.
@@ -51,7 +51,7 @@ class ImbSAMCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands and ours, with the arguments that the command line does not offer."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
+        return {**LightningCLI.subcommands(), "sharpness": own, "check": own, "export": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
@@ -64,7 +64,7 @@ class ImbSAMCLI(LightningCLI):
     def setup_parser(self, *args: Any) -> None:
         """Default to one device where only one is supported."""
         super().setup_parser(*args)
-        for subcommand in ("predict", "sharpness"):
+        for subcommand in ("predict", "sharpness", "export"):
             self._parser(subcommand).set_defaults({"trainer.devices": 1})
 
     @property
