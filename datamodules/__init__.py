@@ -4,6 +4,7 @@ from datamodules.anomaly.images import AnomalyImageDataModule
 from datamodules.anomaly.table import AnomalyDataModule
 from datamodules.base.long_tail import imbalanced_class_counts
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.features.data_module import FeaturesDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
 from datamodules.image_files.image_folder import ImageFolderLTDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "CIFAR10LTDataModule",
     "CIFAR100LTDataModule",
     "DigitsLTDataModule",
+    "FeaturesDataModule",
     "INaturalist2018DataModule",
     "ImageFolderLTDataModule",
     "ImageListLTDataModule",

@@ -18,7 +18,7 @@ from imbsam.class_measures import ClassMeasures
 from imbsam.losses import LDAM, CrossEntropy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
-from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
+from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier, classifier_name
 from lightning_modules.backbones.library import LibraryNetwork
 from lightning_modules.backbones.network import BackboneCallable, create_network
 from lightning_modules.backbones.weights import load_weights
@@ -26,6 +26,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
+from lightning_modules.features.weights import check_features
 from lightning_modules.image_views import image_views
 from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
@@ -148,6 +149,29 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Whether the weights are sharded over the processes (FSDP2)."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
+    @property
+    def on_features(self) -> bool:
+        """Whether the data are features of the network, so that its classifier alone is trained and applied."""
+        return bool(getattr(self.data, "holds_features", False))
+
+    @property
+    def head_name(self) -> str:
+        """The name of the classifier in the network."""
+        return classifier_name(self.backbone)
+
+    @property
+    def head(self) -> Any:
+        """The classifier."""
+        return self.backbone.get_submodule(self.head_name)
+
+    def train(self, mode: bool = True) -> "LongTailedClassifier":
+        """Training mode, except for a network whose features are cached."""
+        super().train(mode)
+        if mode and hasattr(self, "backbone") and self.on_features:
+            self.backbone.eval()
+            self.head.train()
+        return self
+
     def make_sam(self) -> None:
         """The backbone is what is perturbed."""
         if self.fitting and hasattr(self, "backbone"):
@@ -156,6 +180,9 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
+        if self.on_features:
+            backbone.requires_grad_(False)
+            classifier(backbone).requires_grad_(True)
         path = self.settings.backbone_weights
         # a run that resumes does not need the file, which may be gone; it loads its checkpoint later
         if path is not None and self.fitting:
@@ -167,6 +194,7 @@ class LongTailedClassifier(SharpnessAwareModule):
     def on_fit_start(self) -> None:
         """Warn of a loss that does not suit the head, or of a sampling that does not suit ImbSAM."""
         super().on_fit_start()
+        self._check_features()
         self._check_sampling()
         if isinstance(self.loss, LDAM):
             head = classifier(self.backbone)
@@ -187,9 +215,14 @@ class LongTailedClassifier(SharpnessAwareModule):
             raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
         self._micro_batches = []
+        if self.on_features:
+            self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W)."""
+        """Logits (B, C) of images (B, channels, H, W), or of the network's features (B, d) where the data are these."""
+        if self.on_features:
+            from_features: Tensor = self.head(images)
+            return from_features
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -272,6 +305,15 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.check_loss(loss)
         super().on_train_epoch_end()
 
+    def on_validation_start(self) -> None:
+        """Refuse features of another network."""
+        if not self.fitting:
+            self._check_features()
+
+    def on_test_start(self) -> None:
+        """Refuse features of another network."""
+        self._check_features()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
         self._evaluate(self(batch[0]), batch[1], self.val_loss, self.val_accuracy)
@@ -292,6 +334,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Refuse to predict with an untrained model, which knows no classes."""
         if not hasattr(self, "backbone"):
             raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
+        self._check_features()
 
     def test_views(self, images: Tensor) -> list[Tensor]:
         """The views of images (B, channels, H, W) whose logits a test averages."""
@@ -374,6 +417,10 @@ class LongTailedClassifier(SharpnessAwareModule):
                 f"{present:.1f} % of the training samples and {drawn:.1f} % of the drawn samples, all of which ImbSAM "
                 "perturbs, at a matching cost; set model.sam.tail_classes if that is intended"
             )
+
+    def _check_features(self) -> None:
+        if self.on_features:
+            check_features(self, self.data)
 
     def _count_tail(self, targets: Tensor) -> float:
         targets = targets.cpu()

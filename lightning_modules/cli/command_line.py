@@ -33,7 +33,7 @@ EVALUATION_SETTINGS = ("flip_tta", "crop_tta", "channels_last", "compile", "many
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness`, `check` and `export`; `fit` then tests the weights of the last epoch.
+    """Lightning's commands, `sharpness`, `check`, `export` and `features`; `fit` then tests the weights of the last epoch.
 
     Args:
         signals: the signal handlers, which must know the processes that the trainer launches.
@@ -51,7 +51,7 @@ class ImbSAMCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands and ours, with the arguments that the command line does not offer."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "sharpness": own, "check": own, "export": own}
+        return {**LightningCLI.subcommands(), "sharpness": own, "check": own, "export": own, "features": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
@@ -64,7 +64,7 @@ class ImbSAMCLI(LightningCLI):
     def setup_parser(self, *args: Any) -> None:
         """Default to one device where only one is supported."""
         super().setup_parser(*args)
-        for subcommand in ("predict", "sharpness", "export"):
+        for subcommand in ("predict", "sharpness", "export", "features"):
             self._parser(subcommand).set_defaults({"trainer.devices": 1})
 
     @property
@@ -201,7 +201,7 @@ class ImbSAMCLI(LightningCLI):
     def _find_checkpoint(self, asked: str | None) -> Path | None:
         """The checkpoint's path; "last" and "best" are those of the newest run."""
         subcommand = self.config.subcommand
-        if asked is None and subcommand not in ("fit", "check"):
+        if asked is None and subcommand not in ("fit", "check", "features"):
             what = "measure" if subcommand == "sharpness" else subcommand
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if asked not in ("last", "best"):

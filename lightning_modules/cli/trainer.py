@@ -1,4 +1,4 @@
-"""The Trainer of the command line: Lightning's, with `imbsam sharpness`, `imbsam check` and `imbsam export`."""
+"""The Trainer of the command line: Lightning's, with `imbsam sharpness`, `check`, `export` and `features`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from imbsam import SettingError
@@ -17,14 +18,16 @@ from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.callbacks.decisions import decisions_of
 from lightning_modules.callbacks.fitted_callback import FittedCallback
 from lightning_modules.class_names import check_class_names
+from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.export.command import Part, export_files
 from lightning_modules.export.files import check_formats
+from lightning_modules.features.extraction import FeatureExtraction, features_file
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer with `sharpness`, `check` and `export` beside `fit`, `validate`, `test` and `predict`."""
+    """Lightning's Trainer with `sharpness`, `check`, `export` and `features` beside `fit`, `validate`, `test` and `predict`."""
 
     def sharpness(
         self,
@@ -70,6 +73,7 @@ class CommandTrainer(Trainer):
         if ckpt_path is None:
             raise SettingError("ckpt_path is null: name the checkpoint to measure")
         self._refuse_processes("sharpness")
+        _refuse_features(datamodule, "are measured with")
         checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
         _check_data(datamodule, checkpoint.get("datamodule_hyper_parameters", {}))
         datamodule.prepare_data()
@@ -127,6 +131,7 @@ class CommandTrainer(Trainer):
         if ckpt_path is None:
             raise SettingError("ckpt_path is null: name the checkpoint to export")
         self._refuse_processes("export")
+        _refuse_features(datamodule, "are exported with")
         given = path or str(_folder_of(ckpt_path) / "model.onnx")
         paths = [Path(one) for one in ([given] if isinstance(given, str) else given)]
         check_formats(paths)
@@ -144,6 +149,57 @@ class CommandTrainer(Trainer):
                 callback.on_predict_start(self, model)  # refuses other settings than the checkpoint's
         fitted = calibration_of(self), decisions_of(self)
         export_files(model, datamodule, paths, ckpt_path, split, samples, tolerance, *fitted)
+
+    def features(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        folder: str = "features",
+        copies: int = 0,
+    ) -> None:
+        """Compute the features of training, validation and test part once, to train classifiers on them.
+
+        The features are the inputs of the network's classifier. They are written to a file whose name holds a hash of
+        all that they depend on, with a piece of config beside it; if the file is there, nothing is computed.
+
+        Args:
+            model: a LongTailedClassifier, whose network starts from ``model.backbone_weights``, as in a training.
+            datamodule: the data.
+            ckpt_path: a checkpoint, for the weights of a trained network.
+            weights_only: as in torch.load; default true.
+            folder: where the files are written.
+            copies: augmented copies of every training sample, of which a training draws one each time.
+
+        Raises:
+            SettingError: a setting cannot work, or the model or the data have no features.
+        """
+        check_whole_numbers(0, copies=copies)
+        self._refuse_processes("features")
+        _refuse_features(datamodule, "are computed from")
+        if not isinstance(model, LongTailedClassifier):
+            raise SettingError(f"model is {type(model).__name__}, whose features are not known: use LongTailedClassifier")
+        connector: Any = self._data_connector
+        connector.attach_datamodule(model, datamodule)
+        model.trainer, self.state.fn = self, TrainerFn.FITTING  # type: ignore[assignment]  # reads backbone_weights
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        model.learn_from_data("fit")
+        weights = ckpt_path or model.settings.get("backbone_weights")
+        if weights is not None and not Path(weights).exists():
+            raise SettingError(f"backbone_weights is {weights}: there is no such file")
+        model.configure_model()
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        show = self.progress_bar_callback is not None
+        context = self.precision_plugin.forward_context
+        device = self.strategy.root_device
+        extraction = FeatureExtraction(model, datamodule, copies, device, context, show)
+        piece = features_file(extraction, Path(folder), weights)
+        print(f"train on them: imbsam fit --config configs/data/features.yaml --config {piece}")
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Load the data, print the classes and the shape of a batch, and find files that cannot be read.
@@ -196,6 +252,11 @@ def _folder_of(checkpoint: str) -> Path:
     """The folder of the checkpoint's run."""
     home = Path(checkpoint).parent
     return home.parent if home.name == "checkpoints" else home
+
+
+def _refuse_features(data: Any, what: str) -> None:
+    if getattr(data, "holds_features", False):
+        raise SettingError(f"data is {type(data).__name__}: features {what} the images: name their data with --data")
 
 
 def _check_data(datamodule: LightningDataModule, trained: Any) -> None:

@@ -31,7 +31,7 @@ def describe(
         given["values"] = "as the DataModule's evaluation batches"
         given["feature_names"] = getattr(data, "feature_names", None)
     else:
-        given["values"] = f"pixels from 0 to {getattr(data, 'white', 255)}"
+        given["values"] = "pixels"
         given["shorter_side"] = pixels.shorter_side
     found = None if calibration is None else calibration.fitted
     threshold = float(getattr(model, "threshold", math.nan))

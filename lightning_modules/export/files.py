@@ -69,7 +69,12 @@ def write(program: Any, path: Path, graph: PredictionGraph, description: Mapping
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         onnx: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["inputs"], output_names=graph.outputs
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=["inputs"],
+            output_names=graph.outputs,
+            dynamic_shapes=({0: "batch"},),  # the dimension's name
         )
     except Exception as error:  # torch's own classes, which are not public
         reason = _first_line(error.__cause__ or error)
@@ -99,7 +104,8 @@ def largest_difference(run: Callable[[Tensor], list[Tensor]], inputs: Tensor, ex
         inputs: (N, ...), N >= 2.
         expected: the outputs for them, each (N, ...).
     """
-    parts = [run(inputs[:1]), run(inputs[1:])]
+    with torch.no_grad():
+        parts = [run(inputs[:1]), run(inputs[1:])]
     found = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
     differences = [(a - b).abs() / b.abs().clamp(min=1) for a, b in zip(found, expected, strict=True)]
     return max(float(difference.max()) for difference in differences)
