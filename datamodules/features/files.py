@@ -69,7 +69,7 @@ def read_features(path: Path) -> tuple[dict[str, Features], dict[str, Any]]:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "description"}
         fields = ("features", "labels")
         parts = {n: Features(*(arrays[f"{n}_{f}"] for f in fields)) for n in PARTS if f"{n}_labels" in arrays}
-        parts["train"], parts["test"]  # noqa: B018  both must be there
+        parts["train"], parts["test"]
         return parts, description
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())

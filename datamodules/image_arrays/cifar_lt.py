@@ -81,9 +81,10 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         return train, train.labels, test
 
     @property
-    def pixels(self) -> PixelInput:
+    def pixels(self) -> PixelInput | None:
         """The normalization, and how an image of another size is resized."""
-        return replace(self.eval_collate.pixels, shorter_side=SIZE)
+        found = super().pixels
+        return found and replace(found, shorter_side=SIZE)
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict`` with their paths, or the test images again."""

@@ -33,7 +33,7 @@ EVALUATION_SETTINGS = ("flip_tta", "crop_tta", "channels_last", "compile", "many
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness`, `check`, `export` and `features`; `fit` then tests the weights of the last epoch.
+    """Lightning's commands, `sharpness`, `check`, `export` and `features`; `fit` then tests the last epoch.
 
     Args:
         signals: the signal handlers, which must know the processes that the trainer launches.

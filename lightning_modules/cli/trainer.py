@@ -27,7 +27,7 @@ from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer with `sharpness`, `check`, `export` and `features` beside `fit`, `validate`, `test` and `predict`."""
+    """Lightning's Trainer with the commands that are ours: `sharpness`, `check`, `export` and `features`."""
 
     def sharpness(
         self,
@@ -121,7 +121,7 @@ class CommandTrainer(Trainer):
                 checkpoint's run.
             split: whose samples are compared: val or test.
             samples: how many of them at most, 2 or more.
-            tolerance: the largest difference of an output from the checkpoint's, in units of max(1, \\|output\\|).
+            tolerance: the largest difference of an output from the checkpoint's, in units of max(1, its size).
 
         Raises:
             SettingError: a setting cannot work, the network cannot be exported, or the predictions differ.
@@ -158,7 +158,7 @@ class CommandTrainer(Trainer):
         weights_only: bool | None = None,
         folder: str = "features",
         copies: int = 0,
-    ) -> None:
+    ) -> Path:
         """Compute the features of training, validation and test part once, to train classifiers on them.
 
         The features are the inputs of the network's classifier. They are written to a file whose name holds a hash of
@@ -172,6 +172,9 @@ class CommandTrainer(Trainer):
             folder: where the files are written.
             copies: augmented copies of every training sample, of which a training draws one each time.
 
+        Returns:
+            The file of the features.
+
         Raises:
             SettingError: a setting cannot work, or the model or the data have no features.
         """
@@ -179,7 +182,9 @@ class CommandTrainer(Trainer):
         self._refuse_processes("features")
         _refuse_features(datamodule, "are computed from")
         if not isinstance(model, LongTailedClassifier):
-            raise SettingError(f"model is {type(model).__name__}, whose features are not known: use LongTailedClassifier")
+            raise SettingError(
+                f"model is {type(model).__name__}, whose features are not known: use LongTailedClassifier"
+            )
         connector: Any = self._data_connector
         connector.attach_datamodule(model, datamodule)
         model.trainer, self.state.fn = self, TrainerFn.FITTING  # type: ignore[assignment]  # reads backbone_weights
@@ -198,8 +203,9 @@ class CommandTrainer(Trainer):
         context = self.precision_plugin.forward_context
         device = self.strategy.root_device
         extraction = FeatureExtraction(model, datamodule, copies, device, context, show)
-        piece = features_file(extraction, Path(folder), weights)
-        print(f"train on them: imbsam fit --config configs/data/features.yaml --config {piece}")
+        path = features_file(extraction, Path(folder), weights)
+        print(f"train on them: imbsam fit --config configs/data/features.yaml --config {path.with_suffix('.yaml')}")
+        return path
 
     def check(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Load the data, print the classes and the shape of a batch, and find files that cannot be read.

@@ -26,7 +26,11 @@ def describe(
         checkpoint: its path.
     """
     shape = list(inputs.shape[1:])
-    given = {"name": "inputs", "dtype": str(inputs.dtype).removeprefix("torch."), "shape": ["batch", *shape]}
+    given: dict[str, Any] = {
+        "name": "inputs",
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "shape": ["batch", *shape],
+    }
     if pixels is None:
         given["values"] = "as the DataModule's evaluation batches"
         given["feature_names"] = getattr(data, "feature_names", None)
@@ -35,7 +39,7 @@ def describe(
         given["shorter_side"] = pixels.shorter_side
     found = None if calibration is None else calibration.fitted
     threshold = float(getattr(model, "threshold", math.nan))
-    return plain(
+    described: dict[str, Any] = plain(
         {
             "class_names": class_names(model),
             "input": given,
@@ -48,6 +52,7 @@ def describe(
             "versions": {name: version(name) for name in ("imbsam", "torch")},
         }
     )
+    return described
 
 
 def plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ def runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
 
 
 def largest_difference(run: Callable[[Tensor], list[Tensor]], inputs: Tensor, expected: Sequence[Tensor]) -> float:
-    """The largest difference between a file's outputs and those expected, in units of max(1, \\|expected\\|).
+    """The largest difference between a file's outputs and those expected, in units of max(1, its size).
 
     The first sample runs alone and the others as one batch, so that the size of the batch is seen to be free.
 

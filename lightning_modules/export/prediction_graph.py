@@ -44,7 +44,7 @@ class PredictionGraph(nn.Module):
         Args:
             inputs: pixels, uint8 or float32 (B, channels, H, W), or what the data give, float32 (B, ...).
         """
-        x = inputs if self.mean is None else (inputs.float() - self.mean) / self.std
+        x = inputs if self.mean is None or self.std is None else (inputs.float() - self.mean) / self.std
         if not self.classifies:
             scores = self.network.scores(x)
             return (scores,) if self._calibrate is None else (scores, self._calibrate(scores).float())

@@ -73,7 +73,10 @@ class FeatureExtraction:
     def parts(self) -> dict[str, Features]:
         """The features of all parts."""
         found = {name: self._features(loader, name) for name, loader in self._loaders()}
-        copies = [found["train"].features, *(self._copy(number, found["train"].labels) for number in range(self.copies))]
+        copies = [
+            found["train"].features,
+            *(self._copy(number, found["train"].labels) for number in range(self.copies)),
+        ]
         return {**found, "train": Features(torch.cat(copies, dim=1), found["train"].labels)}
 
     def _loaders(self) -> Iterator[tuple[str, Iterable[Any]]]:
@@ -117,7 +120,9 @@ class FeatureExtraction:
         features = torch.cat(kept)
         if features.shape[:-1] != (sum(map(len, labels)),):
             shape = tuple(features.shape)
-            raise SettingError(f"backbone is {type(network).__name__}, whose classifier takes {shape}, no vector a sample")
+            raise SettingError(
+                f"backbone is {type(network).__name__}, whose classifier takes {shape}, no vector a sample"
+            )
         return Features(features[:, None], torch.cat(labels))
 
 
@@ -130,7 +135,7 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
         weights: the file of the network's weights, for the config.
 
     Returns:
-        The path of the config; the features are beside it, in a .npz of the same name.
+        The path of the features, a .npz; the config is beside it, a .yaml of the same name.
     """
     description = extraction.description()
     key = digest({json.dumps(description, sort_keys=True): torch.empty(0)})[:12]
@@ -147,7 +152,8 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
         length = parts["test"].features.shape[-1]
         print(f"features: {path}: {length} of each of {sizes}{copies}; {path.stat().st_size / 1e6:,.1f} MB")
     piece = path.with_suffix(".yaml")
-    choices = {name: model.hparams[name] for name in ("backbone", "head") if model.hparams.get(name) is not None}
+    given = ("backbone", "head", "many", "few")
+    choices = {name: model.hparams[name] for name in given if model.hparams.get(name) is not None}
     settings = {**choices, **({"backbone_weights": weights} if weights else {})}
     content = {
         "model": {"init_args": settings},
@@ -155,7 +161,7 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
     }
     text = yaml.safe_dump(content, sort_keys=False)
     piece.write_text(f"# The network and its features, by imbsam features; after configs/data/features.yaml.\n{text}")
-    return piece
+    return path
 
 
 def _network_name(model: Any) -> str:
