@@ -132,6 +132,9 @@ class LongTailedClassifier(SharpnessAwareModule):
         if hasattr(self, "backbone") or self.class_counts is None:
             return
         self.backbone = self._create_backbone(len(self.class_counts))
+        if self.on_features:
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name.startswith(f"{self.head_name}."))
         if self.settings.channels_last:
             self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.settings.compile:
@@ -180,9 +183,6 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
-        if self.on_features:
-            backbone.requires_grad_(False)
-            classifier(backbone).requires_grad_(True)
         path = self.settings.backbone_weights
         # a run that resumes does not need the file, which may be gone; it loads its checkpoint later
         if path is not None and self.fitting:
@@ -209,10 +209,14 @@ class LongTailedClassifier(SharpnessAwareModule):
                     f"are not max_margin of the cosine; set model.loss.scale to {head.scale:g}"
                 )
 
-    def on_train_start(self) -> None:
-        """Drop the batches of a step that was interrupted."""
+    def refuse_missing_weights(self) -> None:
+        """Raise a :class:`SettingError` if ``backbone_weights`` are not there and no checkpoint has replaced them."""
         if self._weights_missing:
             raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
+
+    def on_train_start(self) -> None:
+        """Drop the batches of a step that was interrupted."""
+        self.refuse_missing_weights()
         super().on_train_start()
         self._micro_batches = []
         if self.on_features:

@@ -200,7 +200,10 @@ class LongTailedDataModule(RecordedDataModule, ABC):
     @property
     def pixels(self) -> PixelInput | None:
         """How an evaluation makes its inputs of pixels, for ``imbsam export``; None if that is not known."""
-        return getattr(self.eval_collate, "pixels", None)
+        mean, std = (getattr(self.eval_collate, name, None) for name in ("mean", "std"))
+        if mean is None or std is None:
+            return None
+        return PixelInput(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))
 
     @property
     def drawn_shares(self) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.base.pixels import PixelInput
 from datamodules.sampling.sample_seeds import random_integers
 
 
@@ -28,11 +27,6 @@ class BatchTransform:
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.crop_padding = crop_padding
         self.flip = flip
-
-    @property
-    def pixels(self) -> PixelInput:
-        """The normalization."""
-        return PixelInput(tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist()))
 
     def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the images and pass the labels through.

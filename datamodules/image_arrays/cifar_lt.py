@@ -1,6 +1,5 @@
 """CIFAR-10-LT and CIFAR-100-LT."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
 from datamodules.base.long_tailed import LongTailedDataModule
-from datamodules.base.pixels import PixelInput
 from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
@@ -79,12 +77,6 @@ class CIFAR10LTDataModule(LongTailedDataModule):
                 f"{self.num_classes}: give a file packed from {self.source.__name__}"
             )
         return train, train.labels, test
-
-    @property
-    def pixels(self) -> PixelInput | None:
-        """The normalization, and how an image of another size is resized."""
-        found = super().pixels
-        return found and replace(found, shorter_side=SIZE)
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict`` with their paths, or the test images again."""

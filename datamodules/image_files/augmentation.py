@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datamodules.base.pixels import PixelInput
 from imbsam.checks import check_choice, check_interval, check_whole_numbers
 
 Augment = Literal["none", "standard", "randaugment", "autoaugment"]
@@ -33,9 +32,6 @@ class ImageTransform:
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
 
-    Attributes:
-        pixels: The normalization, and the resizing of an evaluation.
-
     Raises:
         SettingError: A setting is out of range.
     """
@@ -46,10 +42,8 @@ class ImageTransform:
         check_choice(Augment, augment=augment)
         check_whole_numbers(image_size=image_size)
         check_interval("[0, 1]", color_jitter=color_jitter)
-        mean_of_pixels, std_of_pixels = (tuple(255 * value for value in values) for values in (mean, std))
-        self.pixels = PixelInput(mean_of_pixels, std_of_pixels, shorter_side=round(image_size * 256 / 224))
         if augment == "none":
-            steps = [v2.Resize(self.pixels.shorter_side), v2.CenterCrop(image_size)]
+            steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
         else:
             steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
             if color_jitter:

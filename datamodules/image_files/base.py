@@ -138,7 +138,9 @@ class ImageFilesDataModule(LongTailedDataModule):
     @property
     def pixels(self) -> PixelInput:
         """The normalization, and how an image is resized."""
-        return self.eval_transform.pixels
+        resize, *_, normalize = self.eval_transform.steps.transforms
+        mean, std = (tuple(255 * value for value in values) for values in (normalize.mean, normalize.std))
+        return PixelInput(mean, std, shorter_side=resize.size[0])
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""

@@ -192,13 +192,12 @@ class CommandTrainer(Trainer):
         datamodule.setup("fit")
         model.learn_from_data("fit")
         weights = ckpt_path or model.settings.get("backbone_weights")
-        if weights is not None and not Path(weights).exists():
-            raise SettingError(f"backbone_weights is {weights}: there is no such file")
         model.configure_model()
         if ckpt_path is not None:
             checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
+        model.refuse_missing_weights()
         show = self.progress_bar_callback is not None
         context = self.precision_plugin.forward_context
         device = self.strategy.root_device
