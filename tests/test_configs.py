@@ -2,12 +2,17 @@
 
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 
+from datamodules import DigitsLTDataModule
+from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
+from lightning_modules.cli.trainer import CommandTrainer
 from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
@@ -30,6 +35,7 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
+    ("data/features", "method/imbsam"),
     *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
@@ -57,6 +63,8 @@ def data_arguments(name, request):
     """Arguments for the small tree, with images and a network small enough to take no time."""
     if name.startswith("anomaly"):
         return ["--data.batch_size=16"]
+    if name == "features":
+        return [f"--config={request.getfixturevalue('features')}", *SMALL[:2]]
     if name not in TREES:
         return SMALL
     option = "path" if name == "image_list" else "root"
@@ -64,6 +72,16 @@ def data_arguments(name, request):
     tree += ["--data.val_share=0"] if name == "image_folder" else []
     network = ["--model.backbone=CifarResNet20", "--model.backbone.width=4"]
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """The piece beside the features of the digits by a random network."""
+    folder = tmp_path_factory.mktemp("features")
+    torch.save(SmallCNN(10, width=4).state_dict(), folder / "weights.pt")
+    model = LongTailedClassifier(partial(SmallCNN, width=4), backbone_weights=str(folder / "weights.pt"))
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    return run.features(model, DigitsLTDataModule(), folder=str(folder)).with_suffix(".yaml")
 
 
 @pytest.mark.parametrize("pieces", RUNS, ids=" ".join)

@@ -181,9 +181,10 @@ class CommandTrainer(Trainer):
         check_whole_numbers(0, copies=copies)
         self._refuse_processes("features")
         _refuse_features(datamodule, "are computed from")
-        if not isinstance(model, LongTailedClassifier):
+        if not isinstance(model, LongTailedClassifier) or "backbone" not in model.hparams:  # a second stage
             raise SettingError(
-                f"model is {type(model).__name__}, whose features are not known: use LongTailedClassifier"
+                f"model is {type(model).__name__}: features are computed by a LongTailedClassifier, such as that of a "
+                "first stage"
             )
         connector: Any = self._data_connector
         connector.attach_datamodule(model, datamodule)

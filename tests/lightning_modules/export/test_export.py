@@ -137,6 +137,17 @@ def test_detectors_have_scores_and_calibrated_probabilities(imbsam, detector):
     assert (found["scores"] >= about["threshold"]).astype(int).tolist() == [int(row["alarm"]) for row in rows]
 
 
+def test_detectors_of_images_take_pixels(imbsam, tmp_path):
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.batch_size=16"]
+    checkpoint = trained(tmp_path, *configs("data/anomaly_images", "detector/deep_sad_images", "method/sgd"), *few)
+    code, out, err = imbsam("export", "--ckpt_path", checkpoint, "--path=model.onnx")
+    assert code == 0, err
+    assert "model.onnx: uint8 (batch, 1, 8, 8) to scores;" in out
+    found, _, _ = by_onnxruntime("model.onnx", pixels_of_test_part().astype(np.uint8))
+    wanted = [float(row["score"]) for row in predicted(imbsam, checkpoint)]
+    np.testing.assert_allclose(found["scores"], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_snippet_of_the_docs_needs_no_torch(imbsam, image_folder_root, tmp_path):
     """A pretrained EfficientNet-Lite0, exported, agrees with `imbsam predict` on an image's file."""
     backbone = f"--model.backbone={__name__}.Lite0"

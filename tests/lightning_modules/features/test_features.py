@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 from datamodules import DigitsLTDataModule, FeaturesDataModule
 from imbsam import ImbSAM, Plain, SettingError
@@ -70,6 +70,25 @@ def test_a_head_on_features_is_the_head_of_the_frozen_network(tmp_path, network,
     before = torch.load(network, weights_only=True)["state_dict"]["backbone.fc.weight"]
     assert float((heads[0]["fc.weight"] - before).abs().max()) > 0.05
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class Modes(Callback):
+    """Which modules are in training mode in a step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.training = [name for name, module in pl_module.backbone.named_modules() if module.training]
+
+
+def test_only_the_head_trains(tmp_path):
+    """BatchNorm is in evaluation mode, so that ImbSAM adds no context samples; nothing else has a gradient."""
+    torch.save(SmallCNN(10, width=8, norm="batch").state_dict(), tmp_path / "w.pt")
+    model = LongTailedClassifier(partial(SmallCNN, width=8, norm="batch"), backbone_weights=str(tmp_path / "w.pt"))
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = FeaturesDataModule(run.features(model, DigitsLTDataModule(), folder=str(tmp_path)), val_share=0.2)
+    model = LongTailedClassifier(model.backbone_factory, backbone_weights=str(tmp_path / "w.pt"))
+    fitted(model, data, callbacks=[modes := Modes()])
+    assert modes.training == ["fc"]
+    assert [name for name, p in model.backbone.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
 
 
 def test_classifier_retraining_on_features_is_that_on_images(tmp_path, network):
@@ -149,6 +168,9 @@ def test_features_of_other_weights_and_views_are_one_line(imbsam, network, tmp_p
     assert (code, "its features are of other weights" in err.splitlines()[-1]) == (2, True)
     code, _, err = imbsam("fit", *pieces, "--model.crop_tta=2")
     assert (code, "model.crop_tta is 2: features have no views" in err.splitlines()[-1]) == (2, True)
+    run = CommandTrainer(accelerator="cpu", logger=False)
+    with pytest.raises(SettingError, match="model is SecondStageClassifier: features are computed by a LongTailed"):
+        run.features(SecondStageClassifier(str(network)), DigitsLTDataModule())
     code, _, err = imbsam("features", *DIGITS, "--model.backbone_weights=nowhere.pt")
     assert (code, "backbone_weights is nowhere.pt: there is no such file" in err) == (2, True)
 
