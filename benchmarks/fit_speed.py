@@ -1,6 +1,7 @@
 """The overhead of `imbsam fit`: images per second under Lightning and in an equivalent bare PyTorch loop, in one run.
 
     python benchmarks/fit_speed.py --root data     # CIFAR-100-LT; if it is missing, random images of the same shape
+    python benchmarks/fit_speed.py --tiny          # milliseconds that Lightning adds to a step of a linear layer
     python benchmarks/fit_speed.py --help-start    # `imbsam --help` and importing LightningCLI, in new processes
 
 Both train ResNet-20 with ImbSAM and the same loader, network, engine and optimizer. They take turns: after every few
@@ -22,16 +23,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from datamodules import CIFAR100LTDataModule, LongTailedDataModule
+from datamodules import CIFAR100LTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
@@ -54,9 +56,30 @@ class RandomImages(CIFAR100LTDataModule):
         return ImageArrays(images, labels), labels, ImageArrays(images[:100], labels[:100])
 
 
-def bare_loop(data: LongTailedDataModule, lr: float) -> Iterator[int]:
+class RandomRows(LightningDataModule):
+    """Batches of random features that are in memory already, so that a step is little but overhead."""
+
+    class_counts = torch.tensor([1000] * 5 + [10] * 5)
+    class_names: ClassVar[list[str]] = [str(c) for c in range(10)]
+
+    def __init__(self, batch_size: int, batches: int) -> None:
+        super().__init__()
+        x, y = torch.randn(batches, batch_size, 4), torch.randint(0, 10, (batches, batch_size))
+        self._batches = list(zip(x, y, strict=True))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The same batches in every epoch."""
+        return DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def linear(num_classes: int) -> nn.Module:
+    """The smallest network."""
+    return nn.Linear(4, num_classes)
+
+
+def bare_loop(data: Any, network: Callable[..., nn.Module], lr: float) -> Iterator[int]:
     """Train without Lightning; yields the number of images after every batch."""
-    model: nn.Module = CifarResNet20(num_classes=len(data.class_counts))
+    model = network(num_classes=len(data.class_counts))
     sam = ImbSAM(model, data.class_counts, eta=20, rho=0.05)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
 
@@ -112,14 +135,19 @@ class TakeTurns(Callback):
 
 
 def fit(
-    data: LongTailedDataModule, batches: int, epoch: int, window: int, threads: int
+    data: LightningDataModule,
+    network: Callable[..., nn.Module],
+    batches: int,
+    epoch: int,
+    window: int,
+    threads: int,
 ) -> list[tuple[float, float, bool]]:
     """Train for `batches` batches, in epochs of at most `epoch`; the rates of `TakeTurns`."""
     clock = time.process_time if threads == 1 else time.perf_counter
     lr = 0.05
-    turns = TakeTurns(bare_loop(data, lr), window, clock)
+    turns = TakeTurns(bare_loop(data, network, lr), window, clock)
     module = LongTailedClassifier(
-        backbone=CifarResNet20,
+        backbone=network,
         sam=functools.partial(ImbSAM, eta=20, rho=0.05),
         optimizer=functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
     )
@@ -167,6 +195,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=4, help="batches before the other takes its turn")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="time a linear layer: what Lightning adds to a step")
     parser.add_argument("--help-start", action="store_true", help="measure the start-up of the command line instead")
     parser.add_argument("--repeats", type=int, default=5, help="processes per command with --help-start")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -178,13 +207,23 @@ def main() -> None:
         for name, value in seconds.items():
             print(f"| {name} | {value:.2f} | {value / least:.2f} |")
         result: Any = seconds
+    elif arguments.tiny:
+        torch.set_num_threads(arguments.threads)
+        rows = RandomRows(arguments.batch_size, arguments.epoch)
+        result = fit(rows, linear, arguments.batches, arguments.epoch, arguments.window, arguments.threads)
+        inside = [
+            1000 * arguments.batch_size / rate for trainer, bare, end in result for rate in (trainer, bare) if not end
+        ]
+        trainer, bare = statistics.median(inside[::2]), statistics.median(inside[1::2])
+        print("| ms a step, Trainer | ms a step, bare loop | added |\n| --- | --- | --- |")
+        print(f"| {trainer:.2f} | {bare:.2f} | {trainer - bare:.2f} |")
     else:
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         real = (Path(arguments.root) / "cifar-100-python").is_dir()
         data = (CIFAR100LTDataModule if real else RandomImages)(arguments.root, batch_size=arguments.batch_size)
         data.setup("fit")
-        result = fit(data, arguments.batches, arguments.epoch, arguments.window, arguments.threads)
+        result = fit(data, CifarResNet20, arguments.batches, arguments.epoch, arguments.window, arguments.threads)
         source = "CIFAR-100-LT" if real else "random images"
         print(f"{source}, batch {arguments.batch_size}, {arguments.threads} thread(s)\n")
         print("| windows | images/s, Trainer | images/s, bare loop | ratio (quartiles) | windows |")

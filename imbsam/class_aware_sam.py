@@ -83,7 +83,8 @@ class ClassAwareSAM(Scheduled, Capturable):
             instead of ``1 + 2 t`` for a share t of sharp rows, with the same gradient. ``losses`` is then called for
             the other rows, for the sharp ones, and for the sharp ones at w + e, never for all rows in order
             (:class:`imbsam.first_outputs.FirstOutputs` keeps predictions). It applies if rows are independent (no
-            BatchNorm in training mode, no context rows) and every c is 0 or 1; otherwise it is ``"whole"``.
+            BatchNorm in training mode, no context rows) and every c is 0 or 1; otherwise it is ``"whole"``. Default:
+            ``"whole"`` in a loop of your own, ``"split"`` in the LightningModules.
         perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
             process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
             all-reduces per step.
@@ -120,7 +121,7 @@ class ClassAwareSAM(Scheduled, Capturable):
         adaptive: bool = False,
         context_rows: ContextRows = "auto",
         perturb: Perturb = "all",
-        first_pass: Literal["whole", "split"] = "whole",
+        first_pass: Literal["whole", "split"] | None = None,
         perturbation: Literal["global", "per_rank"] = "global",
         no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         process_group: Any = None,
@@ -141,7 +142,7 @@ class ClassAwareSAM(Scheduled, Capturable):
         self.context_rows = context_rows
         check_perturb(perturb)
         self.perturb = perturb
-        if first_pass not in ("whole", "split"):
+        if first_pass not in ("whole", "split", None):
             raise SettingError(f'first_pass is {first_pass!r}: give "whole" or "split"')
         self.first_pass = first_pass
         if perturbation not in ("global", "per_rank"):

@@ -2,6 +2,7 @@
 
 from lightning_modules.anomaly import AnomalyDetector
 from lightning_modules.callbacks.early_stopping import RestoringEarlyStopping
+from lightning_modules.callbacks.epochs_on_test_set import EpochsOnTestSet
 from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule, TailStage
 from lightning_modules.callbacks.sharpness import GroupSharpness
@@ -13,6 +14,7 @@ __all__ = [
     "AnomalyDetector",
     "CosineToEnd",
     "DeferredReweighting",
+    "EpochsOnTestSet",
     "GroupSharpness",
     "LongTailedClassifier",
     "MaxNorm",

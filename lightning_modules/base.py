@@ -98,6 +98,12 @@ class SharpnessAwareModule(LightningModule):
         """Whether the Trainer runs ``fit``, its validation included."""
         return self._trainer is not None and self.trainer.state.fn == "fit"
 
+    @property
+    def logs_this_batch(self) -> bool:
+        """Whether the Trainer writes this batch's values: the others are not logged, which costs 0.3 ms a value."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.fit_loop.total_batch_idx + 1) % every == 0
+
     @abstractmethod
     def learn_from_data(self, stage: str) -> None:
         """Take class counts and shapes from the DataModule, instead of ``setup``.
@@ -118,6 +124,8 @@ class SharpnessAwareModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Let the engine reduce gradients over the processes, and warn of weights in half precision."""
+        if self.sam.first_pass is None:
+            self.sam.first_pass = "split"  # cheaper, and nothing here reads predictions from the first pass
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise SettingError(
@@ -184,7 +192,8 @@ class SharpnessAwareModule(LightningModule):
         if self._scaler:
             scale = self._scaler.get_scale()  # no synchronisation of its own: the scaler's step has just waited
             self.skipped_steps.update(float(scale < self._loss_scale))
-            self.log("train/loss_scale", scale)
+            if self.logs_this_batch:
+                self.log("train/loss_scale", scale)
             self._loss_scale = scale
         if self.lr_interval == "step":
             self._step_scheduler()

@@ -288,17 +288,19 @@ class LongTailedClassifier(SharpnessAwareModule):
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer: Any = self.optimizers()
         # in half precision rounding may remove the perturbation
-        perturbed = PerturbedFraction(self.backbone) if self._half is not None and self.sam.rho > 0 else None
+        watched = self._half is not None and self.sam.rho > 0 and self.logs_this_batch
+        perturbed = PerturbedFraction(self.backbone) if watched else None
         if perturbed is not None:
             micro_batches = [(perturbed.watch(losses), targets) for losses, targets in micro_batches]
         loss = self.sam.backward(micro_batches, backward=self.manual_backward)
         samples = sum(len(targets) for _, targets in micro_batches)
-        tail_samples = sum(self._count_tail(targets) for _, targets in micro_batches)
         self.train_loss.update(loss, samples)
-        self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
-        self.log_dict({"train/tail_rows": tail_samples, "lr": optimizer.param_groups[0]["lr"]}, batch_size=samples)
-        if perturbed is not None:
-            self.log("train/perturbed_fraction", perturbed.fraction)
+        if self.logs_this_batch:
+            tail_samples = sum(self._count_tail(targets) for _, targets in micro_batches)
+            self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
+            self.log_dict({"train/tail_rows": tail_samples, "lr": optimizer.param_groups[0]["lr"]}, batch_size=samples)
+            if perturbed is not None:
+                self.log("train/perturbed_fraction", perturbed.fraction)
         self.step_optimizer()
         return loss  # for callbacks, such as the learning rate finder
 

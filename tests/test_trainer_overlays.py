@@ -17,6 +17,7 @@ OVERLAYS = sorted((REPOSITORY / "configs/trainer").glob("*.yaml"))
 # the overlay's settings, and those that this machine cannot have
 CASES = {
     "cpu": (SingleDeviceStrategy, "32-true", []),
+    "test_every_epoch": (SingleDeviceStrategy, "32-true", ["--trainer.accelerator=cpu"]),
     "gpu": (SingleDeviceStrategy, "bf16-mixed", ["--trainer.accelerator=cpu"]),
     "ddp": (DDPStrategy, "bf16-mixed", ["--trainer.accelerator=cpu", "--trainer.devices=1"]),
     "fsdp": (

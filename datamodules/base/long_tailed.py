@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from datamodules.sampling.class_sampling import ClassSampling, Sampling, class_p
 from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from datamodules.sampling.mixing import MixedBatches
 from datamodules.sampling.samplers import ranks
-from datamodules.sampling.stratified import held_out_mask, subsample
+from datamodules.sampling.stratified import first_samples, held_out_mask, subsample
 from imbsam.checks import check_choice, check_interval, check_whole_numbers
 from imbsam.errors import SettingError
+
+Draw = Literal["random", "first"]
 
 
 class LongTailedDataModule(RecordedDataModule, ABC):
@@ -57,6 +59,9 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         mixup: alpha of mixup's Beta distribution, 0 for no mixup. Each sample is mixed with its neighbour in the batch.
         cutmix: alpha of CutMix's, 0 for no CutMix. With both set, each batch takes one of them at random.
         seed: Seed of the draw of the training samples and of the validation split.
+        draw: Which samples of a class the long tail keeps: "random", drawn with the seed, or "first", the first in the
+            order of the data set's files, as the code of the ImbSAM authors takes those of CIFAR-100. Ignored where the
+            profile is "none".
         groups_of_ratio: Many, medium and few go by the class counts of this imbalance ratio and not by the training's;
             the literature's groups of CIFAR-100-LT at ratio 50 and 10 are those of ratio 100.
 
@@ -87,12 +92,14 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         cutmix: float = 0.0,
         seed: int = 0,
         groups_of_ratio: float | None = None,
+        draw: Draw = "random",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # the subclasses' arguments too
         check_imbalance(ratio, profile)
         check_interval("[0, 1)", val_share=val_share)
         check_choice(Sampling, sampling=sampling)
+        check_choice(Draw, draw=draw)
         check_interval("[0, inf)", mixup=mixup, cutmix=cutmix)
         check_whole_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_whole_numbers(0, num_workers=num_workers)
@@ -107,6 +114,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         self.cutmix = cutmix
         self.seed = seed
         self.groups_of_ratio = groups_of_ratio
+        self.draw: Draw = draw
         self._train_labels: Tensor
         self._largest: int
         self._rank_of_class: Tensor
@@ -160,7 +168,8 @@ class LongTailedDataModule(RecordedDataModule, ABC):
             self._rank_of_class = torch.arange(num_classes)
             if self.shuffle_classes:
                 self._rank_of_class = torch.randperm(num_classes, generator=generator)
-            kept = subsample(labels, self.counts_of_ratio(self.ratio), generator)
+            counts = self.counts_of_ratio(self.ratio)
+            kept = first_samples(labels, counts) if self.draw == "first" else subsample(labels, counts, generator)
         if self.groups_of_ratio is not None:
             try:
                 self.group_counts = self.counts_of_ratio(self.groups_of_ratio)

@@ -1,32 +1,42 @@
-"""Random crop, flip and normalization of a whole batch of images at once."""
+"""Random crop, flip, AutoAugment and normalization of a whole batch of images at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
-from datamodules.sampling.sample_seeds import random_integers
+from datamodules.sampling.sample_seeds import random_integers, seeded
 
 
 class BatchTransform:
     """Turns a batch of pixels into the network's input; made to be a loader's ``collate_fn``.
 
-    In order: random crop, random flip, conversion to float32, ``(pixel - mean) / std``. What is random about an
-    image depends on its seed alone, not on the rest of the batch.
+    In order: random crop, random flip, AutoAugment, conversion to float32, ``(pixel - mean) / std``. What is random
+    about an image depends on its seed alone, not on the rest of the batch.
 
     Args:
         mean: Mean of each channel, in units of the pixels (0 to 255 for most images).
         std: Standard deviation of each channel, in units of the pixels.
         crop_padding: Padding of the random crop in pixels, as in :func:`random_crop`; 0 crops nothing.
         flip: Mirror each image left to right with probability 1/2.
+        autoaugment: AutoAugment with its policy for CIFAR-10 (Cubuk et al., CVPR 2019), for images of 3 channels.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], crop_padding: int = 0, flip: bool = False) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 0,
+        flip: bool = False,
+        autoaugment: bool = False,
+    ) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.crop_padding = crop_padding
         self.flip = flip
+        self.policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if autoaugment else None
 
     def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the images and pass the labels through.
@@ -40,12 +50,14 @@ class BatchTransform:
             Images, float32 (B, C, H, W), and the same labels.
         """
         images, labels = batch
-        if self.crop_padding or self.flip:
+        if self.crop_padding or self.flip or self.policy is not None:
             seeds = torch.randint(2**63 - 1, (len(images),)) if seeds is None else seeds
             if self.crop_padding:
                 images = random_crop(images, self.crop_padding, seeds)
             if self.flip:
                 images = random_flip(images, seeds)
+            if self.policy is not None:
+                images = augment_each(self.policy, images, seeds)
         return images.float().sub_(self.mean).div_(self.std), labels
 
 
@@ -81,3 +93,21 @@ def random_flip(images: Tensor, seeds: Tensor) -> Tensor:
     """
     mirrored = (random_integers(seeds, 2, draw=2) == 1).view(-1, 1, 1, 1)
     return torch.where(mirrored, images.flip(3), images)
+
+
+def augment_each(transform: Callable[[Tensor], Tensor], images: Tensor, seeds: Tensor) -> Tensor:
+    """Apply a transform that draws from torch's default generator to each image, under the image's own seed.
+
+    Args:
+        transform: From an image to an image of the same dtype and shape, such as torchvision's AutoAugment.
+        images: Pixels (B, C, H, W).
+        seeds: One seed for each image, int64 (B,).
+
+    Returns:
+        The images, of the same dtype and shape.
+    """
+    augmented = []
+    for image, seed in zip(images, seeds.tolist(), strict=True):
+        with seeded(seed):
+            augmented.append(transform(image))
+    return torch.stack(augmented)

@@ -31,6 +31,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
             downloaded there if missing. Or a packed file, ``.npz``, with the images of one long-tailed split
             (``scripts/reproduce.py pack`` makes it).
         augment: Pad each training image with 4 black pixels and crop it at random, and flip half of them left to right.
+        autoaugment: After that, AutoAugment with its policy for CIFAR-10 on each training image.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
@@ -45,13 +46,14 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         self,
         root: str | Path = "data",
         augment: bool = True,
+        autoaugment: bool = False,
         predict: list[str] | str | Path | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.predict = predict
         self.root = Path(root).expanduser()
-        self.train_collate = BatchTransform(self.mean, self.std, crop_padding=4 * augment, flip=augment)
+        self.train_collate = BatchTransform(self.mean, self.std, 4 * augment, flip=augment, autoaugment=autoaugment)
         self.eval_collate = BatchTransform(self.mean, self.std)
 
     def prepare_data(self) -> None:

@@ -40,7 +40,7 @@ class PackedImages(ImageArrays):
         if missing := int((positions < 0).sum()):
             raise SettingError(
                 f"{missing} of the samples drawn are not in the packed file, which holds those of one seed, ratio and "
-                "profile: set data.seed and data.profile to those, and data.ratio to that or a larger one"
+                "profile: set data.seed, data.profile and data.draw to those, and data.ratio to that or a larger one"
             )
         return self.images[positions], self.labels[batch]
 

@@ -27,6 +27,19 @@ def subsample(labels: Tensor, class_counts: Tensor, generator: torch.Generator) 
     return (_random_ranks(labels, generator) < class_counts[labels]).nonzero().flatten()
 
 
+def first_samples(labels: Tensor, class_counts: Tensor) -> Tensor:
+    """Take the first ``class_counts[c]`` samples of every class c, in the order of the data set.
+
+    Args:
+        labels: Class indices of all samples, int64 (N,), each in [0, C).
+        class_counts: Samples to take per class, int64 (C,); a class with fewer samples gives all of them.
+
+    Returns:
+        Their indices in ascending order, int64 (M,).
+    """
+    return (_ranks(labels, labels.argsort(stable=True)) < class_counts[labels]).nonzero().flatten()
+
+
 def held_out_mask(labels: Tensor, class_names: Sequence[str], generator: torch.Generator, **share: float) -> Tensor:
     """Draw the share of every class to hold out: rounded, but at least one sample on either side.
 
@@ -75,7 +88,13 @@ def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tenso
 
 def _random_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Number the samples of every class from 0 in random order, int64 (N,)."""
-    by_class, first = shuffled_by_class(labels, generator)
+    return _ranks(labels, shuffled_by_class(labels, generator)[0])
+
+
+def _ranks(labels: Tensor, by_class: Tensor) -> Tensor:
+    """Number the samples of every class from 0, in the order of indices that are sorted by class, int64 (N,)."""
+    counts = torch.bincount(labels)
+    first = counts.cumsum(0) - counts
     ranks = torch.empty_like(labels)
     ranks[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
     return ranks

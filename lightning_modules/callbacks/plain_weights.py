@@ -75,10 +75,14 @@ class PlainWeights(Callback):
         if self._tested:
             model: Any = pl_module
             with trainer.precision_plugin.forward_context():
-                logits = [functional_call(pl_module, self._tested, (images,)) for images in model.test_views(batch[0])]
+                logits = [self._plain_logits(pl_module, view) for view in model.test_views(batch[0])]
             self._measures.update(torch.stack(logits).mean(dim=0), batch[1])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures."""
         if self._tested:
             log_epoch(pl_module, {f"test/plain_{name}": value for name, value in self._measures.compute().items()})
+
+    def _plain_logits(self, module: LightningModule, images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(module, self._tested, (images,))
+        return logits

@@ -267,7 +267,7 @@ def _refuse_features(data: Any, what: str) -> None:
 
 def _check_data(datamodule: LightningDataModule, trained: Any) -> None:
     """The samples must be those that the model was trained on."""
-    for name in ("ratio", "profile", "val_share", "seed"):
+    for name in ("ratio", "profile", "val_share", "seed", "draw"):
         now = datamodule.hparams.get(name)
         if name in trained and trained[name] != now:
             raise SettingError(

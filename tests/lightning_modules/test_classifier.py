@@ -20,6 +20,7 @@ from imbsam.losses import LDAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
+from tests.training import csv_rows
 
 SMALL: dict[str, Any] = {"backbone": partial(SmallCNN, width=8), "many": 50, "few": 10}
 
@@ -67,6 +68,7 @@ def test_trains_like_a_plain_loop(tmp_path, method):
     model.backbone, backbone = plain, model.backbone
     model.backbone = plain
     engine = model.sam_factory(plain, data.class_counts)
+    engine.first_pass = "split"  # the LightningModules' default
     loader = data.train_dataloader()
     for _ in range(2):
         for x, y in loader:
@@ -116,6 +118,18 @@ def test_logs(tmp_path):
     assert logged["lr"] == pytest.approx(0.1)
     run.test(model, datamodule=run.datamodule, verbose=False)
     assert {"test/loss", "test/many", "test/medium", "test/few", "test/all"} <= set(run.callback_metrics)
+
+
+def test_only_the_steps_that_the_trainer_writes_are_logged(tmp_path, monkeypatch):
+    logged = []
+    log = LongTailedClassifier.log
+    monkeypatch.setattr(
+        LongTailedClassifier, "log", lambda self, name, *a, **k: (logged.append(name), log(self, name, *a, **k))
+    )
+    _, run = fit(tmp_path, trainer_settings={"log_every_n_steps": 4})
+    assert logged.count("train/loss_step") == 22 // 4
+    steps = [int(row["step"]) for row in csv_rows(f"{run.log_dir}/metrics.csv") if row["train/loss_step"]]
+    assert steps == [3, 7, 11, 15, 19]
 
 
 def test_tail_rows_counts_the_samples_of_tail_classes(tmp_path):

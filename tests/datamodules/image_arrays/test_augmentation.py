@@ -97,9 +97,10 @@ def test_without_seeds_the_default_generator_decides():
     assert not torch.equal(first, transform(batch)[0])
 
 
-def test_an_image_depends_on_its_seed_alone():
+@pytest.mark.parametrize("autoaugment", [False, True])
+def test_an_image_depends_on_its_seed_alone(autoaugment):
     images, labels = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8), torch.zeros(32)
-    transform = BatchTransform([0.0] * 3, [1.0] * 3, crop_padding=2, flip=True)
+    transform = BatchTransform([0.0] * 3, [1.0] * 3, crop_padding=2, flip=True, autoaugment=autoaugment)
     drawn = seeds(32)
     state = torch.get_rng_state()
     whole = transform((images, labels), seeds=drawn)[0]
@@ -109,6 +110,16 @@ def test_an_image_depends_on_its_seed_alone():
     ]
     assert torch.equal(whole, torch.stack(parts, dim=1).flatten(0, 1))
     assert not torch.equal(whole, transform((images, labels), seeds=drawn + 1)[0])
+
+
+def test_autoaugment_is_torchvisions_policy_for_cifar_after_crop_and_flip():
+    images, drawn = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), seeds(16)
+    transform = BatchTransform([0.0] * 3, [1.0] * 3, crop_padding=2, flip=True, autoaugment=True)
+    found = transform((images, torch.zeros(16)), seeds=drawn)[0]
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    for image, moved, seed in zip(found, random_flip(random_crop(images, 2, drawn), drawn), drawn, strict=True):
+        with seeded(int(seed)):
+            assert torch.equal(image, policy(moved).float())
 
 
 @pytest.mark.parametrize("vary", ["seed", "epoch", "index"])

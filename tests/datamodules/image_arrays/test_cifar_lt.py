@@ -87,6 +87,29 @@ def test_cifar100_has_the_benchmarks_class_counts(cifar100):
     )
 
 
+def test_the_first_images_of_each_class_are_the_authors_choice(cifar100_root):
+    """The code of the ImbSAM authors: class 0 is the largest, and of each class the file's first images are kept."""
+    labels = np.array(
+        pickle.loads((cifar100_root / "cifar-100-python/train").read_bytes(), encoding="latin1")["fine_labels"]
+    )
+    counts = [int(500 * 0.01 ** (label / 99)) for label in range(100)]
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)])
+    for seed in (0, 1):
+        data = CIFAR100LTDataModule(cifar100_root, draw="first", seed=seed)
+        data.setup()
+        assert data.kept_samples.tolist() == sorted(chosen.tolist())
+        assert data.class_counts.tolist() == counts
+
+
+def test_autoaugment_is_for_training_images_alone(cifar10_root):
+    data = CIFAR10LTDataModule(cifar10_root, augment=False, autoaugment=True)
+    assert data.train_collate.policy is not None
+    assert data.eval_collate.policy is None
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    plain, augmented = (collate((images, torch.zeros(8)))[0] for collate in (data.eval_collate, data.train_collate))
+    assert not torch.equal(plain, augmented)
+
+
 def test_cifar100_batches(cifar100):
     batches = [(images.shape, images.dtype, labels) for images, labels in cifar100.train_dataloader()]
     assert [shape[0] for shape, *_ in batches] == [128] * 84 + [95]

@@ -45,7 +45,9 @@ def test_a_larger_ratio_and_a_validation_share_are_in_it_and_other_seeds_are_not
     for settings in ({"seed": 1}, {"ratio": 2}, {"profile": "none"}):
         other = CIFAR10LTDataModule(path, **{"ratio": 5, **settings})
         other.setup()
-        with pytest.raises(SettingError, match=r"samples drawn are not in the packed file.*set data\.seed and"):
+        with pytest.raises(
+            SettingError, match=r"samples drawn are not in the packed file.*set data\.seed, data\.profile and"
+        ):
             epoch(other)
 
 

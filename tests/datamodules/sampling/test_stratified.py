@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from datamodules.sampling.stratified import held_out_mask, subsample
+from datamodules.sampling.stratified import first_samples, held_out_mask, subsample
 from imbsam.errors import SettingError
 
 
@@ -29,6 +29,11 @@ def test_subsample_draws_every_sample_of_a_class_equally_often():
         hits[subsample(labels, torch.tensor([3, 10]), source)] += 1
     assert hits[10:].tolist() == [2000] * 10
     assert hits[:10].sub(600).abs().max() < 5 * (2000 * 0.3 * 0.7) ** 0.5
+
+
+def test_the_first_samples_of_each_class():
+    labels = torch.tensor([2, 0, 2, 1, 0, 2, 1, 0])
+    assert first_samples(labels, torch.tensor([2, 9, 1])).tolist() == [0, 1, 3, 4, 6]
 
 
 def test_a_larger_ratio_draws_a_subset():

@@ -1,0 +1,1 @@
+"""What scripts/reproduce.py does: tables, their runs, processes side by side, results."""
