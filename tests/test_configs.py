@@ -36,7 +36,10 @@ RUNS = [
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
     ("data/features", "method/imbsam"),
-    *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
+    *(
+        ("data/anomaly_table", f"detector/{name}")
+        for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
+    ),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
 SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]
