@@ -1,8 +1,10 @@
 """Files of ONNX and torch.export: written, and compared with the checkpoint's predictions."""
 
+import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,9 @@ def trace(graph: PredictionGraph, inputs: Tensor) -> Any:
         SettingError: torch.export cannot trace the network.
     """
     dynamic = ({0: torch.export.Dim("batch")},)
+    graphs = io.StringIO()  # torch prints the graph of a failure
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stdout(graphs), redirect_stderr(graphs):
             return torch.export.export(graph, (inputs[:2],), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # the network's own code, and several classes of torch's
         name = type(graph.network).__name__
