@@ -8,6 +8,7 @@ from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedu
 from lightning_modules.callbacks.sharpness import GroupSharpness
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cosine_to_end import CosineToEnd
+from lightning_modules.multilabel import MultiLabelClassifier
 from lightning_modules.second_stage import SecondStageClassifier
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "GroupSharpness",
     "LongTailedClassifier",
     "MaxNorm",
+    "MultiLabelClassifier",
     "RestoringEarlyStopping",
     "RhoSchedule",
     "SecondStageClassifier",

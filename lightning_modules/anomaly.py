@@ -17,6 +17,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.detectors import Detector, DevNet
 from lightning_modules.factories import called, describe, plain_settings, restore
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.validation_part import see_validation_part
 
 DetectorCallable = Callable[[Sequence[int]], Detector]
 """A detector's class, or a partial of one, which takes the shape of a sample: (d,) or (channels, H, W)."""
@@ -53,8 +54,8 @@ class AnomalyDetector(SharpnessAwareModule):
             gradient, which also has ``Plain`` as ``sam``, no ``lr_scheduler`` and no ``gradient_clip_val``.
         budget: alarms that can be investigated, a number or a share of the samples; null: as many as there are
             anomalies.
-        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval`` and
-            ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
+        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval``,
+            ``gradient_clip_val`` and ``capture``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     threshold: Tensor
@@ -164,11 +165,7 @@ class AnomalyDetector(SharpnessAwareModule):
         """One backward pass, one optimizer step."""
         x, labels = batch
         if self.detector.uses_gradient:
-            loss = self.sam.backward(
-                lambda rows: self.detector.losses(x[rows], labels[rows]),
-                _in_tail(labels),
-                backward=self.manual_backward,
-            )
+            loss = self.backward_passes(self, self.detector.losses, [(x, labels)], [_in_tail(labels)])
         else:
             self.detector.advance()
             loss = self.detector.losses(x, labels).mean()
@@ -232,6 +229,7 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the model learned of its data."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
         checkpoint["train_loss"] = self._loss.cpu(), self._batches  # a checkpoint may be mid-epoch
         checkpoint.update(describe_classes(self))
@@ -242,6 +240,7 @@ class AnomalyDetector(SharpnessAwareModule):
         Raises:
             SettingError: the checkpoint is of another model, or the data has samples of another shape.
         """
+        super().on_load_checkpoint(checkpoint)
         check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
@@ -261,13 +260,11 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def choose_threshold(self) -> None:
         """Score the validation part with the present weights, whatever ``check_val_every_n_epoch`` is."""
-        precision = self.trainer.precision_plugin
-        self.eval()
-        with torch.no_grad(), precision.forward_context():
-            loaders = self.data.val_dataloader() if self.trainer.limit_val_batches else []
-            for x, labels in loaders[0] if isinstance(loaders, list) and loaders else loaders:
-                self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
-        self.train()
+
+        def see(batch: Any, index: int) -> None:
+            self.val_metrics.update(self(batch[0]), batch[1])
+
+        see_validation_part(self.trainer, self, see)
         if self.val_metrics.scores:
             self.threshold.fill_(self.val_metrics.best_threshold())
             self.val_metrics.reset()

@@ -14,6 +14,7 @@ ENGINE = {"torch", "numpy"}
 ALSO_ALLOWED = {
     "imbsam/metrics.py": {"torchmetrics", "matplotlib"},
     "imbsam/anomaly_metrics.py": {"torchmetrics"},
+    "imbsam/multilabel_metrics.py": {"torchmetrics"},
     "imbsam/sklearn.py": {"sklearn"},
     "imbsam/sharpness.py": {"scipy"},
     "imbsam/calibration.py": {"scipy", "sklearn"},
@@ -30,7 +31,7 @@ LIGHTNING_FOLDERS = {
     "detectors": {"detectors"},
     "export": {"export", "callbacks"},
     "features": {"features"},
-    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness"},
+    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness", "validation_part"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}

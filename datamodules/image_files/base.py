@@ -96,10 +96,14 @@ class ImageFilesDataModule(LongTailedDataModule):
     def splits(self) -> ImageSplits:
         """The lists of images, with their labels checked."""
         splits = self.read_splits()
-        check_classes(splits)
+        self.check_splits(splits)
         self.own_validation = splits.val is not None
         self.check_validation()
         return splits
+
+    def check_splits(self, splits: ImageSplits) -> None:
+        """Check the labels against the classes."""
+        check_classes(splits)
 
     def prepare_data(self) -> None:
         """Look for every listed file, once a run, on one process per node.

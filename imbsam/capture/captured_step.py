@@ -14,9 +14,10 @@ from imbsam.capture.checks import (
     check_batches,
     check_method,
     check_module,
+    check_one_loss_a_row,
     check_signature,
 )
-from imbsam.capture.graphs import CaptureError, CudaGraphs, Graphs
+from imbsam.capture.graphs import CaptureError, Graphs, graphs_on
 from imbsam.capture.pass_sizes import graph_sizes
 from imbsam.capture.static_step import StaticStep
 from imbsam.errors import SettingError
@@ -111,6 +112,7 @@ class CapturedStep:
             decided = [b for t in targets for b in plan.batches(self._losses_of, t, sharpness_weight)]
             self._eager_outputs = None
             try:
+                check_one_loss_a_row(decided)
                 return self._static.run(modules, plan, micro, decided)
             except CaptureError as error:
                 self._fall_back_or_raise(error)
@@ -219,12 +221,12 @@ class Capturable:
         if not isinstance(capture, bool) and capture != "auto":
             raise SettingError(f'capture is {capture!r}: give True, False or "auto"')
         device = trained_parameters(list(sam.module.modules()))[0].device
-        if capture is True and device.type != "cuda":
+        graphs = graphs_on(device) if capture else None
+        if capture is True and graphs is None:
             raise SettingError(
                 f"capture is True and module is on {device}: CUDA graphs need a GPU; move it there first, or set "
                 'capture="auto", which runs eagerly here'
             )
-        graphs = CudaGraphs(device) if capture and device.type == "cuda" else None
         return CapturedStep(
             sam,
             losses_of,

@@ -12,6 +12,7 @@ from imbsam.errors import SettingError
 from imbsam.parameters import trained_parameters
 
 if TYPE_CHECKING:
+    from imbsam.batch import Batch
     from imbsam.class_aware_sam import ClassAwareSAM
 
 
@@ -64,8 +65,12 @@ def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Seq
         raise CaptureError(f"module lies on several devices, {' and '.join(devices)}")
 
 
+class ChangedModuleError(SettingError):
+    """The module is no longer what was captured, and has to be captured again."""
+
+
 class Captured:
-    """What must not change from the capture on: submodules, which parameters are trained, and where all of them lie.
+    """What must not change from the capture on: submodules, their hooks, the trained parameters, where all of them lie.
 
     Args:
         modules: the module's submodules, itself first.
@@ -75,23 +80,34 @@ class Captured:
         self.modules = modules
         self.params = trained_parameters(modules)
         self._addresses = _addresses(modules)
+        self._hooks = _hooks(modules)
 
     def check(self, modules: Sequence[nn.Module]) -> None:
-        """Refuse a module that has changed."""
+        """Refuse a module that has changed, with :class:`ChangedModuleError`."""
         params = trained_parameters(modules)
         if not _same(params, self.params):
-            raise SettingError(
+            raise ChangedModuleError(
                 f"module has {len(params)} trained parameters that are not the {len(self.params)} it was captured with "
                 "(one was added, replaced, frozen or unfrozen): call capture() again"
             )
         if not _same(modules, self.modules):
-            raise SettingError("module has other submodules than it was captured with: call capture() again")
+            raise ChangedModuleError("module has other submodules than it was captured with: call capture() again")
+        if _hooks(modules) != self._hooks:
+            raise ChangedModuleError("module has other hooks than it was captured with: call capture() again")
         if _addresses(modules) != self._addresses:
-            raise SettingError("module's parameters have moved since capture() (device, dtype, .data): call it again")
+            raise ChangedModuleError(
+                "module's parameters have moved since capture() (device, dtype, .data): call it again"
+            )
 
 
 def _addresses(modules: Sequence[nn.Module]) -> list[int]:
     return [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[int]:
+    """Their numbers, which are never used again; pruning puts a mask on the same parameter by a hook."""
+    kinds = ((m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in modules)
+    return [number for hooks in kinds for kind in hooks if kind for number in kind]
 
 
 def _same(now: Sequence[Any], then: Sequence[Any]) -> bool:
@@ -117,6 +133,12 @@ def check_batches(micro: Sequence[Any], example: Sequence[Tensor]) -> bool:
                     f"{tuple(like.shape)} and {like.dtype}: call capture() with such a batch (fewer rows run eagerly)"
                 )
     return all(len(t) == len(like) for batch in micro for t, like in zip(batch, example, strict=True))
+
+
+def check_one_loss_a_row(decided: "Sequence[Batch]") -> None:
+    """Refuse multi-label targets."""
+    if any(batch.c.dim() == 2 for batch in decided):
+        raise CaptureError("targets are multi-label, and a captured step takes one loss a row")
 
 
 Losses = Callable[..., Any]

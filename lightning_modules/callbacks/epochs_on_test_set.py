@@ -31,9 +31,9 @@ class EpochsOnTestSet(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that has no group accuracies."""
-        if not hasattr(pl_module, "test_accuracy"):
+        if not hasattr(pl_module, "test_accuracy") or getattr(pl_module, "multi_label", False):
             raise SettingError(
-                f"model is {type(pl_module).__name__}, which has no test_accuracy: EpochsOnTestSet needs a "
+                f"model is {type(pl_module).__name__}, which has no accuracy of class groups: EpochsOnTestSet needs a "
                 "LongTailedClassifier"
             )
 

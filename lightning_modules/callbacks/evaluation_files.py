@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class EvaluationFiles(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep target, prediction and confidence of each sample, as float32: exact for indices below 2^24."""
-        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and batch[1].ndim == 1:  # one class a sample
             confidence, predicted = outputs.detach().float().softmax(dim=1).max(dim=1)
             self._samples.update(torch.stack([batch[1].float(), predicted.float(), confidence], dim=1))
 
@@ -115,12 +115,27 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
     )
     pairs = Counter(zip(target.tolist(), predicted.tolist(), strict=True))
     _write(folder / "confusion.csv", "target predicted count", ([*pair, n] for pair, n in sorted(pairs.items())))
+    write_calibration(folder / "calibration.csv", confidence, correct, target, model.test_accuracy.masks)
+
+
+def write_calibration(
+    path: Path, confidence: Tensor, correct: Tensor, target: Tensor, masks: Mapping[str, Tensor]
+) -> None:
+    """Write the bins of :func:`calibration_bins` for each group of classes: group, bin, samples, confidence, accuracy.
+
+    Args:
+        path: the file.
+        confidence: probability of the predicted class (N,), in [0, 1].
+        correct: whether the prediction was right (N,), bool.
+        target: class indices (N,), int64.
+        masks: the groups' classes, bool (C,) by name.
+    """
     bins = (
         [name, *row]
-        for name, mask in model.test_accuracy.masks.items()
+        for name, mask in masks.items()
         for row in calibration_bins(confidence[mask[target]], correct[mask[target]])
     )
-    _write(folder / "calibration.csv", "group bin samples confidence accuracy", bins)
+    _write(path, "group bin samples confidence accuracy", bins)
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int, float, float]]:

@@ -1,4 +1,4 @@
-"""The Trainer of the command line: Lightning's, with `imbsam sharpness`, `check`, `export` and `features`."""
+"""The Trainer of the command line: Lightning's, with the commands that are ours."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_modules.callbacks.decisions import decisions_of
 from lightning_modules.callbacks.fitted_callback import FittedCallback
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
+from lightning_modules.cli.decide import FitAgain, check_validation_part, new_file, write_fits
 from lightning_modules.export.command import Part, export_files
 from lightning_modules.export.files import check_formats
 from lightning_modules.features.extraction import FeatureExtraction, features_file
@@ -27,7 +28,47 @@ from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer with the commands that are ours: `sharpness`, `check`, `export` and `features`."""
+    """Lightning's Trainer with `decide`, `sharpness`, `check`, `export` and `features`."""
+
+    def decide(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Fit calibration and decisions on the validation part again, and write a checkpoint with them.
+
+        The old checkpoint stays as it is. What is not set is as in the checkpoint.
+
+        Args:
+            model: the model.
+            datamodule: the data; their validation part must be the training's, or of other data.
+            ckpt_path: the checkpoint.
+            weights_only: as in torch.load; default true.
+            output: the new checkpoint; default: decided.ckpt beside the old one, or decided-v1.ckpt and so on. No
+                file is overwritten.
+
+        Raises:
+            SettingError: there is no validation part, or something cannot be fitted: then nothing is written.
+        """
+        if ckpt_path is None:
+            raise SettingError("ckpt_path is null: name the checkpoint to decide with")
+        new = new_file(output, Path(ckpt_path))
+        checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+        check_validation_part(datamodule, checkpoint.get("datamodule_hyper_parameters", {}))
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        callbacks.append(again := FitAgain())
+        self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        if not again.done:
+            raise SettingError(
+                "data.val_share is 0: the run has no validation part to decide by, and its training samples would "
+                "promise too much: train with data.val_share, say 0.2, or name other labelled data"
+            )
+        if self.is_global_zero:
+            write_fits(self, checkpoint, new)
+            print(f"imbsam: wrote {new}: use it with --ckpt_path {new}")
 
     def sharpness(
         self,

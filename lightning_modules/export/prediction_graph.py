@@ -30,6 +30,7 @@ class PredictionGraph(nn.Module):
         self.classifies = hasattr(model, "backbone")
         self.network: Any = model.backbone if self.classifies else model.detector
         self._views = getattr(model, "test_views", None)
+        self._probabilities = getattr(model, "probabilities", None)
         self._calibrate = None if calibration is None else calibration.apply
         for name in ("mean", "std"):
             values = None if pixels is None else torch.tensor(getattr(pixels, name)).view(-1, 1, 1)
@@ -50,5 +51,6 @@ class PredictionGraph(nn.Module):
             return (scores,) if self._calibrate is None else (scores, self._calibrate(scores).float())
         assert self._views is not None
         logits = torch.stack([self.network(view) for view in self._views(x)]).mean(dim=0).float()
-        probabilities = logits.softmax(dim=1)
+        assert self._probabilities is not None
+        probabilities = self._probabilities(logits)
         return logits, probabilities if self._calibrate is None else self._calibrate(probabilities).float()

@@ -148,6 +148,15 @@ def test_detectors_of_images_take_pixels(imbsam, tmp_path):
     np.testing.assert_allclose(found["scores"], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_several_classes_an_image(imbsam, tmp_path):
+    """Their probabilities do not sum to 1."""
+    checkpoint = trained(tmp_path, *configs("data/digits_multilabel", "method/sgd"), "--trainer.max_epochs=1")
+    code, _, err = imbsam("export", "--ckpt_path", checkpoint, "--path=model.onnx")
+    assert code == 0, err
+    found, _, _ = by_onnxruntime("model.onnx", np.zeros((2, 1, 8, 16), np.uint8))
+    np.testing.assert_allclose(found["probabilities"], 1 / (1 + np.exp(-found["logits"])), atol=1e-6)
+
+
 def test_the_snippet_of_the_docs_needs_no_torch(imbsam, image_folder_root, tmp_path):
     """A pretrained EfficientNet-Lite0, exported, agrees with `imbsam predict` on an image's file."""
     backbone = f"--model.backbone={__name__}.Lite0"
