@@ -5,6 +5,7 @@ from datamodules.anomaly.table import AnomalyDataModule
 from datamodules.base.long_tail import imbalanced_class_counts
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.base.multi_label import MultiLabelDataModule
+from datamodules.features.data_module import FeaturesDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
 from datamodules.image_arrays.digits_multilabel import DigitsMultiLabelDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "CIFAR100LTDataModule",
     "DigitsLTDataModule",
     "DigitsMultiLabelDataModule",
+    "FeaturesDataModule",
     "INaturalist2018DataModule",
     "ImageFolderLTDataModule",
     "ImageListLTDataModule",

@@ -23,8 +23,9 @@ from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
+from lightning_modules.features.weights import check_features
 from lightning_modules.fine_tuning import FineTunedModule
-from lightning_modules.mirror import average_with_mirrored
+from lightning_modules.image_views import image_views
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
@@ -59,6 +60,8 @@ class LongTailedClassifier(FineTunedModule):
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
+        crop_tta: enlarge images by so many pixels (24 in LIFT), and average the logits of five crops, the centre and
+            the corners, in test and predict; with flip_tta, of their mirror images too.
         **training: ``tune``, ``head_init`` and ``gradient_checkpointing``, see
             :class:`~lightning_modules.fine_tuning.FineTunedModule`; ``sam``, ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``gradient_clip_val`` and ``capture``, see
@@ -85,10 +88,13 @@ class LongTailedClassifier(FineTunedModule):
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
+        crop_tta: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         check_whole_numbers(accumulate_grad_batches=accumulate_grad_batches)
+        if crop_tta is not None:
+            check_whole_numbers(crop_tta=crop_tta)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.backbone_factory: BackboneCallable = restore(backbone)
         self.head_factory: HeadCallable | None = restore(head)
@@ -174,6 +180,7 @@ class LongTailedClassifier(FineTunedModule):
     def on_fit_start(self) -> None:
         """Warn of a loss that does not suit the head, or of a sampling that does not suit ImbSAM."""
         super().on_fit_start()
+        self._check_features()
         self._check_sampling()
         if isinstance(self.loss, LDAM):
             head = classifier(self.backbone)
@@ -192,9 +199,14 @@ class LongTailedClassifier(FineTunedModule):
         """Drop the batches of a step that was interrupted."""
         super().on_train_start()
         self._micro_batches = []
+        if self.on_features:
+            self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W)."""
+        """Logits (B, C) of images (B, channels, H, W), or of the network's features (B, d) where the data are these."""
+        if self.on_features:
+            from_features: Tensor = self.head(images)
+            return from_features
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -269,6 +281,15 @@ class LongTailedClassifier(FineTunedModule):
         self.check_loss(loss)
         super().on_train_epoch_end()
 
+    def on_validation_start(self) -> None:
+        """Refuse features of another network."""
+        if not self.fitting:
+            self._check_features()
+
+    def on_test_start(self) -> None:
+        """Refuse features of another network."""
+        self._check_features()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
         self._evaluate(self(batch[0]), batch[1], self.val_loss, self.val_accuracy)
@@ -279,7 +300,7 @@ class LongTailedClassifier(FineTunedModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss and group accuracies; returns the logits (B, C), for callbacks."""
-        return self._evaluate(self._test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
+        return self._evaluate(self.test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -289,12 +310,20 @@ class LongTailedClassifier(FineTunedModule):
         """Refuse to predict with an untrained model, which knows no classes."""
         if not hasattr(self, "backbone"):
             raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
+        self._check_features()
+
+    def test_views(self, images: Tensor) -> list[Tensor]:
+        """The views of images (B, channels, H, W) whose logits a test averages."""
+        return image_views(images, self.settings.flip_tta, self.settings.crop_tta)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probabilities: Tensor = self._test_logits(images).float().softmax(dim=1)
-        return probabilities
+        return self.probabilities(self.test_logits(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities (B, C), float32, of logits (B, C)."""
+        return logits.float().softmax(dim=1)
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
         """Header and rows of the predictions file: the predicted class, and the probability of every class."""
@@ -373,6 +402,10 @@ class LongTailedClassifier(FineTunedModule):
                 "perturbs, at a matching cost; set model.sam.tail_classes if that is intended"
             )
 
+    def _check_features(self) -> None:
+        if self.on_features:
+            check_features(self, self.data)
+
     def _losses_of(self, images: Tensor, targets: Tensor) -> Any:
         return self.loss(self(images), targets)
 
@@ -380,9 +413,9 @@ class LongTailedClassifier(FineTunedModule):
         targets = targets.cpu()
         return (self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum()
 
-    def _test_logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self(images)
-        return average_with_mirrored(logits, self, images) if self.settings.flip_tta else logits
+    def test_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W), averaged over their :meth:`test_views`."""
+        return torch.stack([self(view) for view in self.test_views(images)]).mean(dim=0)
 
     def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))

@@ -9,7 +9,7 @@ from torch import nn
 
 from imbsam import SettingError
 from lightning_modules.backbones.activation_checkpoints import checkpoint_blocks
-from lightning_modules.backbones.heads import HeadCallable
+from lightning_modules.backbones.heads import HeadCallable, classifier_name
 from lightning_modules.backbones.library import LibraryNetwork, MissingWeights
 from lightning_modules.backbones.network import BackboneCallable, create_network
 from lightning_modules.backbones.weights import load_weights
@@ -61,6 +61,21 @@ class FineTunedModule(SharpnessAwareModule):
         """Whether the weights are sharded over the processes (FSDP2)."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
+    @property
+    def on_features(self) -> bool:
+        """Whether the data are features of the network, so that its classifier alone is trained and applied."""
+        return bool(getattr(self.data, "holds_features", False))
+
+    @property
+    def head_name(self) -> str:
+        """The name of the classifier in the network."""
+        return classifier_name(self.backbone)
+
+    @property
+    def head(self) -> Any:
+        """The classifier."""
+        return self.backbone.get_submodule(self.head_name)
+
     def build_network(self, num_classes: int, weights: str | None) -> nn.Module:
         """Build the network, load its pretrained weights for a training, and freeze what is not trained.
 
@@ -91,6 +106,10 @@ class FineTunedModule(SharpnessAwareModule):
             self.tune_factory.set_modes(network)
             if self.fitting:
                 self.tune_factory.cast_frozen(network, str(self.trainer.precision))
+        if self.on_features:
+            head = f"{classifier_name(network)}."
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name.startswith(head))
         if self.sharded and self.head_init_factory is not None:
             raise SettingError("head_init is set, and the strategy shards the weights: leave it out, or train with ddp")
         if self.gradient_checkpointing:
@@ -115,14 +134,22 @@ class FineTunedModule(SharpnessAwareModule):
     def train(self, mode: bool = True) -> "FineTunedModule":
         """Training mode, except for what is frozen."""
         super().train(mode)
-        if mode and self.tune_factory is not None and hasattr(self, "backbone"):
-            self.tune_factory.set_modes(self.backbone)
+        if mode and hasattr(self, "backbone"):
+            if self.on_features:
+                self.backbone.eval()
+                self.head.train()
+            elif self.tune_factory is not None:
+                self.tune_factory.set_modes(self.backbone)
         return self
+
+    def refuse_missing_weights(self) -> None:
+        """Raise a :class:`SettingError` if ``backbone_weights`` are not there and no checkpoint has replaced them."""
+        if self._missing is not None and not self._resumed:
+            raise self._missing
 
     def on_fit_start(self) -> None:
         """Refuse to train without the weights, and set the classifier's."""
-        if self._missing is not None and not self._resumed:
-            raise self._missing
+        self.refuse_missing_weights()
         super().on_fit_start()
         if self.head_init_factory is not None and not self._resumed:
             self.head_init_factory.apply(self)

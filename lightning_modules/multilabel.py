@@ -63,10 +63,9 @@ class MultiLabelClassifier(LongTailedClassifier):
             assert self.label_counts is not None
             self.sam = self.sam_factory(self.backbone, self.label_counts)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The probability of each class (B, C)."""
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return self._test_logits(images).float().sigmoid()
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The probability of each class by itself (B, C), float32."""
+        return logits.float().sigmoid()
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
         """Header and rows of the predictions file: the probability of every class."""

@@ -150,7 +150,7 @@ class SecondStageClassifier(LongTailedClassifier):
         super().train(mode)
         if mode and hasattr(self, "backbone") and self._frozen:
             self.backbone.eval()
-            self._head.train()
+            self.head.train()
         return self
 
     def on_train_start(self) -> None:
@@ -181,8 +181,9 @@ class SecondStageClassifier(LongTailedClassifier):
         return bool(self.settings.freeze_backbone) or self.settings.stage == "tau_norm"
 
     @property
-    def _head(self) -> nn.Module:
-        return self.backbone.get_submodule(self._head_name)
+    def head_name(self) -> str:
+        """The name of the classifier, scaled or not, in the network."""
+        return self._head_name
 
     def _read_first_stage(self) -> dict[str, Tensor]:
         """Read the first stage's checkpoint: set the architecture, return the backbone's weights."""
@@ -237,7 +238,7 @@ class SecondStageClassifier(LongTailedClassifier):
     @torch.no_grad()
     def _normalize(self) -> None:
         """Choose tau and apply it."""
-        head: Any = self._head
+        head = self.head
         if head.bias is not None:
             head.bias.zero_()
         self.tau_applied = self.settings.tau if self.settings.tau is not None else self._choose_tau()
@@ -252,7 +253,7 @@ class SecondStageClassifier(LongTailedClassifier):
         hp: Any = self.settings
         assert self.class_counts is not None
         accuracies = [ClassGroupAccuracy(self.class_counts, hp.many, hp.few).to(self.device) for _ in TAUS]
-        norms = self._head.weight.norm(dim=1)  # type: ignore[operator, union-attr]
+        norms = self.head.weight.norm(dim=1)
 
         def see(batch: Any, index: int) -> None:
             logits = self(batch[0])

@@ -3,12 +3,17 @@
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 
+from datamodules import DigitsLTDataModule
+from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
+from lightning_modules.cli.trainer import CommandTrainer
 from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
@@ -31,6 +36,7 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
+    ("data/features", "method/imbsam"),
     ("data/multilabel", "method/imbsam"),
     ("data/digits_multilabel", "method/imbsam", "loss/asymmetric"),
     ("data/digits_multilabel", "method/focal_sam", "loss/distribution_balanced"),
@@ -79,6 +85,8 @@ def data_arguments(pieces, request):
     name = pieces[0].removeprefix("data/")
     if name.startswith("anomaly"):
         return ["--data.batch_size=16"]
+    if name == "features":
+        return [f"--config={request.getfixturevalue('features')}", *SMALL[:2]]
     if name not in TREES:
         return SMALL
     option = "path" if TREES[name] == "image_list" else "root"
@@ -94,6 +102,16 @@ def data_arguments(pieces, request):
         network = ["--model.backbone=OpenCLIP", f"--model.backbone.name={request.getfixturevalue('tiny_clip')}"]
         network += ['--model.backbone.settings={"force_image_size": 32}']
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """The piece beside the features of the digits by a random network."""
+    folder = tmp_path_factory.mktemp("features")
+    torch.save(SmallCNN(10, width=4).state_dict(), folder / "weights.pt")
+    model = LongTailedClassifier(partial(SmallCNN, width=4), backbone_weights=str(folder / "weights.pt"))
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    return run.features(model, DigitsLTDataModule(), folder=str(folder)).with_suffix(".yaml")
 
 
 @pytest.mark.parametrize("pieces", RUNS, ids=" ".join)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datamodules.base.long_tail import Profile
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.pixels import PixelInput
 from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
@@ -156,6 +157,13 @@ class ImageFilesDataModule(LongTailedDataModule):
         """Some of the images, augmented for training, without an index in Python objects."""
         selected: ImageFiles = dataset.select(indices)
         return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
+
+    @property
+    def pixels(self) -> PixelInput:
+        """The normalization, and how an image is resized."""
+        resize, *_, normalize = self.eval_transform.steps.transforms
+        mean, std = (tuple(255 * value for value in values) for values in (normalize.mean, normalize.std))
+        return PixelInput(mean, std, shorter_side=resize.size[0])
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""

@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from imbsam import SettingError
 from imbsam.group_names import GROUPS
 from imbsam.snapshot import RandomState
-from lightning_modules.mirror import average_with_mirrored
 
 PREFIX = "epochs_on_test_set"
 """What the names in the log begin with; of ours only scripts/reproduce.py reads them."""
@@ -54,7 +53,7 @@ class EpochsOnTestSet(Callback):
                 for images, targets in _test_batches(trainer, module):
                     logits = module(images)
                     measures[""].update(logits, targets)
-                    measures["mirrored_"].update(average_with_mirrored(logits, module, images), targets)
+                    measures["mirrored_"].update((logits + module(images.flip(-1))) / 2, targets)
         finally:
             trainer.training = True
             for part, training in modes.items():
