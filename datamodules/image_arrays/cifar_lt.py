@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
-from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.augmentation import BatchTransform
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.packed_images import read_packed
@@ -23,7 +23,7 @@ SIZE = 32
 """Side of the images in pixels."""
 
 
-class CIFAR10LTDataModule(LongTailedDataModule):
+class CIFAR10LTDataModule(ImageArraysDataModule):
     """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
@@ -34,7 +34,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         autoaugment: After that, AutoAugment with its policy for CIFAR-10 on each training image.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
-        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+        **settings: The settings of :class:`~datamodules.image_arrays.base.ImageArraysDataModule`.
     """
 
     source: type[CIFAR10] = CIFAR10
