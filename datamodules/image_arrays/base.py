@@ -72,7 +72,7 @@ class ImageArraysDataModule(LongTailedDataModule):
             return part.to(self._chosen[device])
         except torch.OutOfMemoryError as error:
             raise SettingError(
-                f"images_on_device is {self.images_on_device}, but {device} has no {_gib(part.images.nbytes)} free for "
+                f"images_on_device is {str(self.images_on_device).lower()}, but {device} has no {_gib(part.images.nbytes)} free for "
                 "the images: set data.images_on_device to false"
             ) from error
 
