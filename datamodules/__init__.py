@@ -4,6 +4,7 @@ from datamodules.anomaly.images import AnomalyImageDataModule
 from datamodules.anomaly.table import AnomalyDataModule
 from datamodules.base.long_tail import imbalanced_class_counts
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
 from datamodules.image_files.image_folder import ImageFolderLTDataModule
@@ -19,6 +20,7 @@ __all__ = [
     "CIFAR100LTDataModule",
     "DigitsLTDataModule",
     "INaturalist2018DataModule",
+    "ImageArraysDataModule",
     "ImageFolderLTDataModule",
     "ImageListLTDataModule",
     "ImageNetLTDataModule",

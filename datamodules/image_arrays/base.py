@@ -72,8 +72,8 @@ class ImageArraysDataModule(LongTailedDataModule):
             return part.to(self._chosen[device])
         except torch.OutOfMemoryError as error:
             raise SettingError(
-                f"images_on_device is {str(self.images_on_device).lower()}, but {device} has no {_gib(part.images.nbytes)} free for "
-                "the images: set data.images_on_device to false"
+                f"images_on_device is {str(self.images_on_device).lower()}, but {device} has no "
+                f"{_gib(part.images.nbytes)} free for the images: set data.images_on_device to false"
             ) from error
 
     def _choose(self, device: torch.device) -> torch.device:

@@ -33,8 +33,9 @@ def one_by_one(samples, seeds, transform):
     """The augmentation of BatchTransform, an image at a time."""
     augmented = []
     p = transform.crop_padding
+    ranges = (2 * p + 1, 2 * p + 1, 2)
     for image, seed in zip(samples[0], seeds.split(1), strict=True):
-        down, right, mirrored = (int(random_integers(seed, high, k)) for k, high in enumerate((2 * p + 1, 2 * p + 1, 2)))
+        down, right, mirrored = (int(random_integers(seed, high, k)) for k, high in enumerate(ranges))
         moved = vision.crop(vision.pad(image, [p] * 4), down, right, *image.shape[1:])
         moved = vision.horizontal_flip(moved) if transform.flip and mirrored else moved
         augmented.append((moved.float() - transform.mean.cpu()) / transform.std.cpu())
@@ -51,7 +52,8 @@ def wanted(data, keys, batch_size):
         collate = MixedBatches(collate, len(data.class_names), data.mixup, data.cutmix)
     for first in range(0, len(keys), batch_size):
         epochs, draws = torch.tensor(keys[first : first + batch_size]).T
-        yield collate(data._train.__getitems__((draws % len(data._train)).tolist()), seeds=sample_seeds(0, epochs, draws))
+        samples = data._train.__getitems__((draws % len(data._train)).tolist())
+        yield collate(samples, seeds=sample_seeds(0, epochs, draws))
 
 
 def assert_same(found, wanted, device):
@@ -268,7 +270,7 @@ def test_too_little_memory_is_one_line(cifar10):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.0)
     try:
-        with pytest.raises(SettingError, match=r"^images_on_device is true, but cuda:0 has no 0\.19 GiB free for the images"):
+        with pytest.raises(SettingError, match=r"is true, but cuda:0 has no 0\.19 GiB free for the images: set data"):
             data.train_dataloader()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
