@@ -42,7 +42,8 @@ class ImageArraysDataModule(LongTailedDataModule):
         """Read the whole data set and set ``class_names``.
 
         Returns:
-            The training set before any subsampling, its labels, int64 (N,) in [0, C), and the test set.
+            The training set before any subsampling, its labels, int64 (N,) in [0, C) or multi-label (N, C), and the
+            test set.
         """
 
     def select(self, dataset: Any, indices: Tensor, training: bool) -> ImageArrays:
