@@ -15,7 +15,8 @@ def digits():
 
 
 def test_two_to_four_different_digits_on_a_canvas_each_in_its_quarter(digits):
-    images, labels = digits._train.images, digits._train.labels
+    whole, _, _ = digits.load_datasets()  # before the validation split
+    images, labels = whole.images, whole.labels
     assert (images.shape, images.dtype, labels.shape) == ((600, 1, 20, 20), torch.uint8, (600, 10))
     assert set(labels.sum(1).tolist()) == {2, 3, 4}
     quarters = images.view(600, 2, 10, 2, 10).amax(dim=(2, 4)) > 0
@@ -52,7 +53,7 @@ def test_the_tail_is_long_and_rare_digits_come_with_frequent_ones(digits):
 def test_a_canvas_depends_on_seed_and_sample_alone(digits):
     fewer = DigitsMultiLabelDataModule(samples=400, test_samples=300)
     fewer.setup()
-    assert torch.equal(fewer._train.images, digits._train.images[:400])
+    assert torch.equal(fewer._train.images, digits.load_datasets()[0].images[:400])
     other = DigitsMultiLabelDataModule(samples=400, test_samples=300, seed=1)
     other.setup()
     assert not torch.equal(other._train.labels, fewer._train.labels)
