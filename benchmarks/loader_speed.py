@@ -1,25 +1,48 @@
-"""Is the loader fast enough? Times CIFAR-100-LT batches alone and training steps of ResNet-20, in one run.
+"""Is the loader fast enough? Times CIFAR-100-LT batches, made at once and one by one, and training steps, in one run.
 
     python benchmarks/loader_speed.py --root data
 
-It prints a Markdown table, as in `docs/data.md`. Both rows use the same batch size, the main process (`num_workers` 0)
-and the same number of threads, so their ratio tells how much of a step's time the loader takes.
+It prints a Markdown table, as in `docs/data.md`. All rows use the same batch size, the main process (`num_workers` 0)
+and the same number of threads, so the ratio to the steps of ResNet-20 tells how much of a step's time the loader takes.
+The images loaded one by one have the same augmentation, from torchvision.
 """
 
 import argparse
 import time
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from datamodules import CIFAR100LTDataModule
+from datamodules.image_arrays.dataset import ImageArrays
+from datamodules.sampling import TrainLoader, train_loader
 from lightning_modules.backbones import CifarResNet20
 
 
-def loader_speed(data: CIFAR100LTDataModule, epochs: int) -> float:
-    """Images per second of the augmented training batches alone."""
-    loader = data.train_dataloader()
+class OneByOne(Dataset[tuple[Tensor, int]]):
+    """The training images, each cropped, flipped and normalized on its own."""
+
+    def __init__(self, images: ImageArrays, data: CIFAR100LTDataModule) -> None:
+        self.images = images
+        crop, flip = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()
+        self.transform = v2.Compose([crop, flip, v2.ToDtype(torch.float32), v2.Normalize(data.mean, data.std)])
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One augmented image, float32 (3, 32, 32), and its label."""
+        return self.transform(self.images.images[index]), int(self.images.labels[index])
+
+
+def loader_speed(loader: TrainLoader, epochs: int) -> float:
+    """Images per second of augmented training batches alone."""
     next(iter(loader))
     start = time.perf_counter()
     images = sum(len(labels) for _ in range(epochs) for _, labels in loader)
@@ -50,10 +73,14 @@ def main() -> None:
     data = CIFAR100LTDataModule(arguments.root)
     data.prepare_data()
     data.setup("fit")
-    loader, training = loader_speed(data, arguments.epochs), training_speed(data, arguments.steps)
+    batches: Any = data.train_dataloader()
+    alone = train_loader(OneByOne(batches.dataset.dataset, data), data.batch_size)
+    loader, one_by_one = loader_speed(batches, arguments.epochs), loader_speed(alone, 1)
+    training = training_speed(data, arguments.steps)
     print(f"| batch {data.batch_size}, {torch.get_num_threads()} thread(s), CPU | images/s | ratio |")
     print("| --- | --- | --- |")
     print(f"| ResNet-20, SGD steps | {training:,.0f} | 1 |")
+    print(f"| images loaded one by one | {one_by_one:,.0f} | {one_by_one / training:.0f} |")
     print(f"| CIFAR-100-LT loader | {loader:,.0f} | {loader / training:.0f} |")
 
 

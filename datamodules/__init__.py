@@ -6,6 +6,7 @@ from datamodules.base.long_tail import imbalanced_class_counts
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.base.multi_label import MultiLabelDataModule
 from datamodules.features.data_module import FeaturesDataModule
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule, CIFAR100LTDataModule
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
 from datamodules.image_arrays.digits_multilabel import DigitsMultiLabelDataModule
@@ -25,6 +26,7 @@ __all__ = [
     "DigitsMultiLabelDataModule",
     "FeaturesDataModule",
     "INaturalist2018DataModule",
+    "ImageArraysDataModule",
     "ImageFolderLTDataModule",
     "ImageListLTDataModule",
     "ImageNetLTDataModule",

@@ -1,4 +1,4 @@
-"""Random crop, flip, AutoAugment and normalization of a whole batch of images at once."""
+"""Random crop, flip, AutoAugment and normalization of a whole batch of images at once, on the device they are on."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from datamodules.sampling.host_copies import copied_to
 from datamodules.sampling.sample_seeds import random_integers, seeded
 
 
@@ -14,12 +15,13 @@ class BatchTransform:
     """Turns a batch of pixels into the network's input; made to be a loader's ``collate_fn``.
 
     In order: random crop, random flip, AutoAugment, conversion to float32, resizing, ``(pixel - mean) / std``. What is
-    random about an image depends on its seed alone, not on the rest of the batch.
+    random about an image depends on its seed alone, not on the rest of the batch nor on the device. On a GPU the host
+    waits for nothing, except for AutoAugment.
 
     Args:
         mean: Mean of each channel, in units of the pixels (0 to 255 for most images).
         std: Standard deviation of each channel, in units of the pixels.
-        crop_padding: Padding of the random crop in pixels, as in :func:`random_crop`; 0 crops nothing.
+        crop_padding: Padding of the random crop in pixels, as in :func:`crop_and_flip`; 0 crops nothing.
         flip: Mirror each image left to right with probability 1/2.
         autoaugment: AutoAugment with its policy for CIFAR-10 (Cubuk et al., CVPR 2019), for images of 3 channels.
         image_size: Resize to this side, bicubic with antialiasing, at the end; None for the size of the pixels.
@@ -52,63 +54,58 @@ class BatchTransform:
             images = F.interpolate(
                 images.view(-1, *images.shape[-3:]), size=(self.image_size,) * 2, mode="bicubic", antialias=True
             ).view(*images.shape[:-2], self.image_size, self.image_size)
-        return images.sub_(self.mean).div_(self.std)
+        mean, std = copied_to(torch.stack([self.mean, self.std]), images.device)
+        return images.sub_(mean).div_(std)
 
     def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the images and pass the labels through.
 
         Args:
-            batch: Pixels, uint8 (B, C, H, W), and labels, int64 (B,).
-            seeds: One seed for each image, int64 (B,), from the training loader; None draws them from torch's default
-                generator.
+            batch: Pixels, uint8 (B, C, H, W), on any device, and labels, int64 (B,).
+            seeds: One seed for each image, int64 (B,), on the host, from the training loader; None draws them from
+                torch's default generator.
 
         Returns:
-            Images, float32 (B, C, H, W), and the same labels.
+            Images, float32 (B, C, H, W), on the pixels' device, and the same labels.
         """
         images, labels = batch
         if self.crop_padding or self.flip or self.policy is not None:
             seeds = torch.randint(2**63 - 1, (len(images),)) if seeds is None else seeds
-            if self.crop_padding:
-                images = random_crop(images, self.crop_padding, seeds)
-            if self.flip:
-                images = random_flip(images, seeds)
+            if self.crop_padding or self.flip:
+                images = crop_and_flip(images, seeds, self.crop_padding, self.flip)
             if self.policy is not None:
                 images = augment_each(self.policy, images, seeds)
         return self.normalize(images), labels
 
 
-def random_crop(images: Tensor, padding: int, seeds: Tensor) -> Tensor:
-    """Shift each image by up to ``padding`` pixels along either axis, every shift equally likely.
+def crop_and_flip(images: Tensor, seeds: Tensor, padding: int = 0, flip: bool = False) -> Tensor:
+    """Shift each image by up to ``padding`` pixels along either axis, then mirror half of them left to right.
 
-    This is torchvision's ``RandomCrop(size, padding)`` with a shift for each image: a crop of the original size from
-    the image padded with zeros, which are black before normalization.
+    The crop is torchvision's ``RandomCrop(size, padding)`` with a shift for each image, every shift equally likely: a
+    crop of the original size from the image padded with zeros, which are black before normalization. Both are one
+    gather, so that a GPU launches few kernels.
 
     Args:
         images: Pixels of any dtype (B, C, H, W).
+        seeds: One seed for each image, int64 (B,), on the host.
         padding: Largest shift in pixels, at least 0.
-        seeds: One seed for each image, int64 (B,).
+        flip: Mirror each image with probability 1/2.
 
     Returns:
-        The shifted images, of the same dtype and shape.
+        The images, of the same dtype, shape and device.
     """
-    size, _, height, width = images.shape
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    down, right = (random_integers(seeds, 2 * padding + 1, draw) for draw in (0, 1))
-    return windows[torch.arange(size, device=images.device), :, down, right]
+    size, channels, height, width = images.shape
+    ranges = (2 * padding + 1, 2 * padding + 1, 1 + flip)
+    draws = torch.stack([random_integers(seeds, high, draw) for draw, high in enumerate(ranges)])
+    down, right, mirrored = copied_to(draws, images.device).unsqueeze(2)  # (B, 1) each
 
-
-def random_flip(images: Tensor, seeds: Tensor) -> Tensor:
-    """Mirror each image left to right with probability 1/2.
-
-    Args:
-        images: Pixels of any dtype (B, C, H, W).
-        seeds: One seed for each image, int64 (B,).
-
-    Returns:
-        The images, of the same dtype and shape.
-    """
-    mirrored = (random_integers(seeds, 2, draw=2) == 1).view(-1, 1, 1, 1)
-    return torch.where(mirrored, images.flip(3), images)
+    padded_width = width + 2 * padding
+    x = torch.arange(width, device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.where(mirrored == 1, width - 1 - x, x)
+    pixels = (rows.unsqueeze(2) * padded_width + columns.unsqueeze(1)).view(size, 1, height * width)
+    padded = F.pad(images, [padding] * 4).flatten(2)
+    return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
 
 
 def augment_each(transform: Callable[[Tensor], Tensor], images: Tensor, seeds: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
-from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_arrays.augmentation import BatchTransform
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.packed_images import read_packed
@@ -24,7 +24,7 @@ SIZE = 32
 """Side of the images in pixels."""
 
 
-class CIFAR10LTDataModule(LongTailedDataModule):
+class CIFAR10LTDataModule(ImageArraysDataModule):
     """CIFAR-10, images of (3, 32, 32), with a long-tailed training part; class 0 is the most frequent.
 
     Args:
@@ -38,7 +38,7 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         image_size: Resize to this side after the augmentation; null for that of a pretrained model, or 32.
         mean: Mean of each channel, in [0, 1]; null for that of a pretrained model, or the training images'.
         std: Standard deviation of each channel, the same.
-        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+        **settings: The settings of :class:`~datamodules.image_arrays.base.ImageArraysDataModule`.
     """
 
     source: type[CIFAR10] = CIFAR10

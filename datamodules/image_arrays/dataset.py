@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.sampling.host_copies import copied_to, pinned_for
 from imbsam.errors import SettingError
 
 
@@ -11,7 +12,8 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
     """Pixels and labels in two tensors.
 
     PyTorch's loader reads a batch through ``__getitems__``: one gather, with no Python loop over the
-    samples, so ``collate_fn`` receives the batch's pixels and labels as two tensors, not a list of samples.
+    samples, so ``collate_fn`` receives the batch's pixels and labels as two tensors, not a list of samples. On a GPU
+    (:meth:`to`) the pixels are gathered there; labels stay on the host, where the engine picks the sharp samples.
 
     Args:
         images: Pixels, uint8 (N, C, H, W).
@@ -36,12 +38,26 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
         """Number of images N."""
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels are."""
+        return self.images.device
+
+    def to(self, device: torch.device) -> "ImageArrays":
+        """Move the pixels to a device, in place."""
+        self.images = self.images.to(device)
+        return self
+
+    def select(self, indices: Tensor) -> "ImageArrays":
+        """The images at these indices, int64 (M,)."""
+        return ImageArrays(self.images[indices], self.labels[indices])
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image, uint8 (C, H, W), and its label, int64 (), or labels, int64 (C,)."""
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,) or (B, C)."""
+        """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,) or (B, C), on the host."""
         batch = torch.tensor(indices, dtype=torch.int64)
-        return self.images[batch], self.labels[batch]
+        return self.images[copied_to(batch, self.device)], pinned_for(self.labels[batch], self.device)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.augmentation import BatchTransform
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 
 _MEAN, _STD = (4.88,), (6.02,)  # of the 1,797 images
 
 
-class DigitsLTDataModule(LongTailedDataModule):
+class DigitsLTDataModule(ImageArraysDataModule):
     """Scikit-learn's 1,797 digits, images of (1, 8, 8), with a long-tailed training part.
 
     The test part is the same stratified 30 % for every seed, so no model is ever tested on images that
@@ -22,7 +22,7 @@ class DigitsLTDataModule(LongTailedDataModule):
         ratio: Imbalance ratio, largest class / smallest class, at least 1.
         batch_size: Images in a training batch.
         augment: Shift each training image by up to one pixel at random.
-        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+        **settings: The settings of :class:`~datamodules.image_arrays.base.ImageArraysDataModule`.
     """
 
     shuffle_classes = True

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datamodules.base.multi_label import MultiLabelDataModule
 from datamodules.image_arrays.augmentation import BatchTransform
+from datamodules.image_arrays.base import ImageArraysDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.sampling.sample_seeds import random_integers, sample_seeds
 from imbsam.checks import check_whole_numbers
@@ -18,7 +19,7 @@ _MEAN, _STD = (2.38,), (4.84,)  # of 1,000 training canvases
 _RESOLUTION = 2**31
 
 
-class DigitsMultiLabelDataModule(MultiLabelDataModule):
+class DigitsMultiLabelDataModule(ImageArraysDataModule, MultiLabelDataModule):
     """Canvases of (1, 20, 20) with two to four of scikit-learn's digits, different ones, whose classes are long-tailed.
 
     Every quarter of a canvas holds one digit at most. The first is drawn with probabilities that fall exponentially
@@ -35,7 +36,8 @@ class DigitsMultiLabelDataModule(MultiLabelDataModule):
         test_samples: Test canvases.
         batch_size: Images in a training batch.
         augment: Shift each training canvas by up to one pixel at random.
-        **settings: The settings of :class:`~datamodules.base.multi_label.MultiLabelDataModule`.
+        **settings: The settings of :class:`~datamodules.image_arrays.base.ImageArraysDataModule` and
+            :class:`~datamodules.base.multi_label.MultiLabelDataModule`.
 
     Raises:
         SettingError: A setting is out of range.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.image_arrays.dataset import ImageArrays
+from datamodules.sampling.host_copies import copied_to, pinned_for
 from imbsam.errors import SettingError
 
 
@@ -29,8 +30,14 @@ class PackedImages(ImageArrays):
         self.position = torch.full_like(labels, -1)
         self.position[indices] = torch.arange(len(indices))
 
+    def select(self, indices: Tensor) -> "PackedImages":
+        """The images at these indices of the whole set, int64 (K,), even if some are not present."""
+        positions = self.position[indices]
+        present = torch.argwhere(positions >= 0).flatten()
+        return PackedImages(self.images[positions[present]], present, self.labels[indices])
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,).
+        """A batch of B images, uint8 (B, C, H, W), and their labels, int64 (B,), on the host.
 
         Raises:
             SettingError: An image is not in the file.
@@ -42,7 +49,7 @@ class PackedImages(ImageArrays):
                 f"{missing} of the samples drawn are not in the packed file, which holds those of one seed, ratio and "
                 "profile: set data.seed, data.profile and data.draw to those, and data.ratio to that or a larger one"
             )
-        return self.images[positions], self.labels[batch]
+        return self.images[copied_to(positions, self.device)], pinned_for(self.labels[batch], self.device)
 
 
 def pack_images(path: Path, data: LongTailedDataModule) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.sampling.resumable import ResumableLoader
 from datamodules.sampling.samplers import EvalSampler, Order, TrainSampler
-from datamodules.sampling.seeded_samples import SeededCollate, SeededSamples
+from datamodules.sampling.seeded_samples import SeededCollate, SeededSamples, innermost
 
 
 class TrainLoader(ResumableLoader, DataLoader[Any]):
@@ -80,7 +80,8 @@ def train_loader(
         dataset: The training set; :class:`SeededSamples` says what may be random in it.
         batch_size: Samples in a batch of this process.
         collate_fn: See :class:`SeededCollate`; None for PyTorch's own.
-        num_workers: Loader processes; with 0 the batches are made in the main process.
+        num_workers: Loader processes; with 0 the batches are made in the main process. So they always are of a data set
+            whose samples lie on a GPU, which has an attribute ``device`` that says so.
         seed: Seed of order and augmentation; None for that of Lightning's ``seed_everything``, or 0.
         num_replicas: Number of processes that share the data, see :func:`ranks`.
         rank: Number of this process.
@@ -95,7 +96,7 @@ def train_loader(
         batch_size=batch_size,  # by name, or Lightning cannot build the loader again
         sampler=TrainSampler(dataset, batch_size, seed, num_replicas, rank, order),
         collate_fn=SeededCollate(collate_fn or default_collate),  # type: ignore[arg-type]
-        **_worker_settings(num_workers),
+        **_worker_settings(dataset, num_workers),
     )
 
 
@@ -116,14 +117,16 @@ def eval_loader(
     """
     sampler = EvalSampler(dataset, num_replicas, rank)
     return EvalLoader(
-        dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, **_worker_settings(num_workers)
+        dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, **_worker_settings(dataset, num_workers)
     )
 
 
-def _worker_settings(num_workers: int) -> dict[str, Any]:
+def _worker_settings(dataset: Dataset[Any], num_workers: int) -> dict[str, Any]:
+    on_host = getattr(innermost(dataset), "device", torch.device("cpu")).type == "cpu"
+    num_workers = num_workers if on_host else 0
     return {
         "num_workers": num_workers,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": on_host and torch.cuda.is_available(),  # what is on the GPU cannot be pinned
         "persistent_workers": num_workers > 0,
         "worker_init_fn": _outlive_signals,
         "generator": torch.Generator(),  # or starting the workers would draw from the default generator

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from datamodules.sampling.host_copies import pinned_for
 from datamodules.sampling.sample_seeds import seeded
 from datamodules.sampling.seeded_samples import SeededCollate
 
@@ -16,10 +17,11 @@ class MixedBatches:
 
     A mixed image has the target p_i = lambda * onehot(own class) + (1 - lambda) * onehot(neighbour's). A batch has one
     lambda, from Beta(alpha, alpha), drawn under the first sample's seed, so that it depends on (seed, epoch, draw)
-    alone. For CutMix it is the share of the image outside the pasted box.
+    alone. For CutMix it is the share of the image outside the pasted box. Images are mixed on the device they are on,
+    targets on the host, and nothing waits.
 
     Args:
-        collate: Makes the batch ``(images, labels)``, float (B, channels, H, W) and int64 (B,).
+        collate: Makes the batch ``(images, labels)``, float (B, channels, H, W), and int64 (B,) on the host.
         num_classes: Number of classes C.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none; with both set, either one has probability 1/2.
@@ -40,4 +42,4 @@ class MixedBatches:
         with seeded(int(seeds[0]) ^ 1):  # not the seed that the first sample's own augmentation began with
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             images, probabilities = mixer(images, labels)
-        return images, probabilities.float()
+        return images, pinned_for(probabilities.float(), images.device)

@@ -24,7 +24,7 @@ NOT_SETTINGS = re.compile(
 # settings of a DataModule that do not say which samples are trained and tested on
 NOT_DATA = re.compile(
     r"seed|(predict_|test_)?(root|path)|lists|num_workers|(eval_)?batch_size|batches_per_epoch|sampling|mixup|cutmix"
-    r"|(auto)?augment|color_jitter|image_size|corrupt_images|scaling|_.*"
+    r"|(auto)?augment|color_jitter|image_size|corrupt_images|images_on_device|scaling|_.*"
 )
 
 EVALUATION_FILES = {

@@ -303,7 +303,7 @@ class ImbSAMCLI(LightningCLI):
             if now[key] != then[key]
             and key.split(".")[0] in ("model", "data", "seed_everything")
             # where the data are, who reads them, and how a step is run
-            and key.split(".")[-1] not in ("root", "num_workers", "predict", "capture")
+            and key.split(".")[-1] not in ("root", "num_workers", "images_on_device", "predict", "capture")
         ]
 
     def before_validate(self) -> None:

@@ -64,8 +64,8 @@ def saved_classes(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Returns:
         ``model`` and ``data``, each with ``class_path`` and ``init_args``, if the checkpoint has them.
     """
-    # LightningCLI's marks, the cores of the machine, what was predicted
-    left_out = ("_class_path", "_instantiator", "num_workers", "predict")
+    # LightningCLI's marks, the cores and the GPU of the machine, what was predicted
+    left_out = ("_class_path", "_instantiator", "num_workers", "images_on_device", "predict")
     classes = {}
     for name, key, prefix in (("model", "model_class", ""), ("data", "datamodule_class", "datamodule_")):
         settings = checkpoint.get(f"{prefix}hyper_parameters", {})

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from datamodules.image_arrays.augmentation import BatchTransform, random_crop, random_flip
+from datamodules.image_arrays.augmentation import BatchTransform, crop_and_flip
 from datamodules.sampling.sample_seeds import _GOLDEN, _mix, random_integers, sample_seeds, seeded
 
 
@@ -26,7 +26,7 @@ def image():
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
-def test_random_crop_gives_every_crop_of_the_padded_image_equally_often(padding):
+def test_the_crop_gives_every_crop_of_the_padded_image_equally_often(padding):
     one = image()
     padded = F.pad(one, [padding] * 4)
     crops = {
@@ -34,7 +34,7 @@ def test_random_crop_gives_every_crop_of_the_padded_image_equally_often(padding)
     }
     repeats = 200
     images = one.expand(repeats * len(crops), -1, -1, -1)
-    cropped = random_crop(images, padding, seeds(len(images)))
+    cropped = crop_and_flip(images, seeds(len(images)), padding)
     assert cropped.shape == (repeats * len(crops), 3, 5, 6)
     assert cropped.dtype == torch.uint8
     hits = torch.stack([(cropped == crop).flatten(1).all(1) for crop in crops.values()])
@@ -42,15 +42,15 @@ def test_random_crop_gives_every_crop_of_the_padded_image_equally_often(padding)
     assert (hits.sum(1) - repeats).abs().max() < 5 * repeats**0.5
 
 
-def test_random_crop_keeps_the_images_in_their_rows():
+def test_the_crop_keeps_the_images_in_their_rows():
     images = torch.arange(1, 65, dtype=torch.uint8).view(64, 1, 1, 1).expand(64, 3, 4, 4)
-    cropped = random_crop(images, 1, seeds(64))
+    cropped = crop_and_flip(images, seeds(64), 1)
     assert torch.equal(cropped[:, :, 1:3, 1:3], images[:, :, 1:3, 1:3])
 
 
-def test_random_flip_mirrors_half_of_the_images_left_to_right():
+def test_the_flip_mirrors_half_of_the_images_left_to_right():
     one = image()
-    flipped = random_flip(one.expand(1000, -1, -1, -1), seeds(1000))
+    flipped = crop_and_flip(one.expand(1000, -1, -1, -1), seeds(1000), flip=True)
     mirrored = (flipped == one.flip(2)).flatten(1).all(1)
     kept = (flipped == one).flatten(1).all(1)
     assert (mirrored ^ kept).all()
@@ -117,7 +117,7 @@ def test_autoaugment_is_torchvisions_policy_for_cifar_after_crop_and_flip():
     transform = BatchTransform([0.0] * 3, [1.0] * 3, crop_padding=2, flip=True, autoaugment=True)
     found = transform((images, torch.zeros(16)), seeds=drawn)[0]
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    for image, moved, seed in zip(found, random_flip(random_crop(images, 2, drawn), drawn), drawn, strict=True):
+    for image, moved, seed in zip(found, crop_and_flip(images, drawn, 2, True), drawn, strict=True):
         with seeded(int(seed)):
             assert torch.equal(image, policy(moved).float())
 

@@ -15,7 +15,8 @@ def digits():
 
 
 def test_two_to_four_different_digits_on_a_canvas_each_in_its_quarter(digits):
-    images, labels = digits._train.dataset.images, digits._train.dataset.labels
+    whole, _, _ = digits.load_datasets()  # before the validation split
+    images, labels = whole.images, whole.labels
     assert (images.shape, images.dtype, labels.shape) == ((600, 1, 20, 20), torch.uint8, (600, 10))
     assert set(labels.sum(1).tolist()) == {2, 3, 4}
     quarters = images.view(600, 2, 10, 2, 10).amax(dim=(2, 4)) > 0
@@ -26,7 +27,7 @@ def test_the_digits_are_scikit_learns_and_training_and_test_share_none(digits):
     pixels, target = load_digits(return_X_y=True)
     parts = train_test_split(range(len(target)), test_size=0.3, stratify=target, random_state=0)
     known = [{pixels[i].astype("uint8").tobytes(): target[i] for i in part} for part in parts]
-    for dataset, own, other in ((digits._train.dataset, *known), (digits._test, *known[::-1])):
+    for dataset, own, other in ((digits._train, *known), (digits._test, *known[::-1])):
         for image, label in list(zip(dataset.images, dataset.labels, strict=True))[:50]:
             found = set()
             for quarter in image[0].unfold(0, 10, 10).unfold(1, 10, 10).reshape(4, 10, 10):
@@ -38,7 +39,7 @@ def test_the_digits_are_scikit_learns_and_training_and_test_share_none(digits):
 
 
 def test_the_tail_is_long_and_rare_digits_come_with_frequent_ones(digits):
-    labels = digits._train.dataset.labels.double()
+    labels = digits._train.labels.double()
     counts = labels.sum(0)
     order = counts.argsort(descending=True)
     assert counts[order[0]] / counts[order[-1]] > 15
@@ -52,10 +53,10 @@ def test_the_tail_is_long_and_rare_digits_come_with_frequent_ones(digits):
 def test_a_canvas_depends_on_seed_and_sample_alone(digits):
     fewer = DigitsMultiLabelDataModule(samples=400, test_samples=300)
     fewer.setup()
-    assert torch.equal(fewer._train.dataset.images, digits._train.dataset.images[:400])
+    assert torch.equal(fewer._train.images, digits.load_datasets()[0].images[:400])
     other = DigitsMultiLabelDataModule(samples=400, test_samples=300, seed=1)
     other.setup()
-    assert not torch.equal(other._train.dataset.labels, fewer._train.dataset.labels)
+    assert not torch.equal(other._train.labels, fewer._train.labels)
     assert torch.equal(other._test.images, digits._test.images)
 
 

@@ -99,8 +99,8 @@ def test_the_baseline_is_plain_training_and_not_the_first_of_the_alphabet(tmp_pa
 def test_data_difference_is_seen_in_the_settings_or_in_the_test_samples(tmp_path, write_run):
     names = ["car", "bus", "van", "bike", "tram", "ship"]
     for name, settings in {
-        "first": {},
-        "loader": {"data": {"batch_size": 64, "num_workers": 2}},
+        "first": {"data": {"images_on_device": "auto"}},
+        "loader": {"data": {"batch_size": 64, "num_workers": 2, "images_on_device": True}},
         "ratio": {"data": {"ratio": 10.0}},
         "names": {"names": names},
         "unknown": {"files": False},

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules import DigitsLTDataModule
 from imbsam import SettingError
 from lightning_modules.class_names import check_class_names
-from lightning_modules.resuming.checkpoint_contents import read_checkpoint
+from lightning_modules.resuming.checkpoint_contents import read_checkpoint, saved_classes
 from tests.pieces import anomaly
 from tests.training import csv_rows
 
@@ -340,6 +341,14 @@ def test_settings_of_an_evaluation_on_the_command_line_win(run_imbsam, work):
     args = ["test", "--ckpt_path", last("anomaly_table/devnet_sgd")]
     assert "as many alarms as anomalies" in run_imbsam(work, *args)["out"][0]
     assert "alarms for 3 rows" in run_imbsam(work, *args, "--model.budget=3")["out"][0]
+
+
+def test_what_depends_on_the_machine_is_no_setting_of_an_evaluation():
+    trained = dict(DigitsLTDataModule(num_workers=2, images_on_device=True, seed=3).hparams)
+    saved = saved_classes({"datamodule_class": "DigitsLTDataModule", "datamodule_hyper_parameters": trained})
+    settings = saved["data"]["init_args"]
+    assert settings["seed"] == 3
+    assert not {"num_workers", "images_on_device"} & settings.keys()
 
 
 def test_other_data_do_not_take_the_settings_of_the_checkpoint(run_imbsam, work):
