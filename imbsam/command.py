@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "evaluate a checkpoint on the validation set",
     "test": "evaluate a checkpoint on the test set",
     "predict": "write a checkpoint's predictions to a CSV file",
+    "decide": "choose thresholds, costs or calibration of a trained model again, without training",
     "sharpness": "measure how flat the loss of each class group is at a checkpoint",
     "report": "compare runs in a table, a web page or a picture",
 }
@@ -65,6 +66,14 @@ OPTIONS = {
     "validate": [CHECKPOINT],
     "test": [CHECKPOINT],
     "predict": [CHECKPOINT, ("--predictions.path FILE", "CSV file to write")],
+    "decide": [
+        CHECKPOINT,
+        *(
+            (f"{name} {SETTINGS[name][0]}", SETTINGS[name][1])
+            for name in ("--calibration.method", "--decisions.recall")
+        ),
+        ("--output FILE", "the new checkpoint; by default decided.ckpt beside the old one, which stays"),
+    ],
     "sharpness": [
         CHECKPOINT,
         ("--split train", "the training samples, or test"),

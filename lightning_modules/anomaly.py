@@ -17,6 +17,7 @@ from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.detectors import Detector, DevNet
 from lightning_modules.factories import called, describe, plain_settings, restore
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
+from lightning_modules.validation_part import see_validation_part
 
 DetectorCallable = Callable[[Sequence[int]], Detector]
 """A detector's class, or a partial of one, which takes the shape of a sample: (d,) or (channels, H, W)."""
@@ -243,13 +244,11 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def choose_threshold(self) -> None:
         """Score the validation part with the present weights, whatever ``check_val_every_n_epoch`` is."""
-        precision = self.trainer.precision_plugin
-        self.eval()
-        with torch.no_grad(), precision.forward_context():
-            loaders = self.data.val_dataloader() if self.trainer.limit_val_batches else []
-            for x, labels in loaders[0] if isinstance(loaders, list) and loaders else loaders:
-                self.val_metrics.update(self(precision.convert_input(x.to(self.device))), labels.to(self.device))
-        self.train()
+
+        def see(batch: Any, index: int) -> None:
+            self.val_metrics.update(self(batch[0]), batch[1])
+
+        see_validation_part(self.trainer, self, see)
         if self.val_metrics.scores:
             self.threshold.fill_(self.val_metrics.best_threshold())
             self.val_metrics.reset()

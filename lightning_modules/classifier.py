@@ -103,6 +103,19 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._tail: Tensor
         self._weights_missing = False
         self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+        self._weights_of_checkpoint: tuple[Tensor | None, Tensor | None] | None = None
+
+    @property
+    def training_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the training did to the class priors: loss weights (C,), and shares of the drawn samples (C,).
+
+        As the training ended, also after a checkpoint is loaded; None for weights of 1, and for unknown shares.
+        """
+        if self._weights_of_checkpoint is not None and not self.fitting:
+            return self._weights_of_checkpoint
+        assert self.class_counts is not None
+        sam = self.sam if hasattr(self, "sam") else self.sam_factory(self.backbone, self.class_counts)
+        return sam.class_weight, getattr(self.data, "drawn_shares", None)
 
     def learn_from_data(self, stage: str) -> None:
         """Learn the classes from the DataModule; for prediction a checkpoint knows them."""
@@ -309,6 +322,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Save the classes."""
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
         checkpoint["group_counts"] = self.group_counts
+        checkpoint["training_weights"] = self.training_weights
         checkpoint.update(describe_classes(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +333,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         """
         check_model(self, checkpoint)
         check_class_names(checkpoint["class_names"], self.data)
+        self._weights_of_checkpoint = None if self.fitting else checkpoint.get("training_weights")
         if not self.fitting:
             if self.class_counts is not None and not torch.equal(self.class_counts, checkpoint["class_counts"]):
                 rank_zero_warn(

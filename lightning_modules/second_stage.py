@@ -18,6 +18,7 @@ from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.factories import restore
+from lightning_modules.validation_part import see_validation_part, validation_loader
 from lightning_modules.weight_files import read_file
 
 Stage = Literal["crt", "lws", "tau_norm", "weight_balancing"]
@@ -236,23 +237,19 @@ class SecondStageClassifier(LongTailedClassifier):
 
     def _choose_tau(self) -> float:
         """The tau with the best val/all, the smallest in a tie."""
-        loaders = self.trainer.val_dataloaders
-        if not loaders:
+        if validation_loader(self.trainer) is None:
             raise SettingError("tau is null and there is no validation set to choose it on: set tau or data.val_share")
         hp: Any = self.settings
         assert self.class_counts is not None
         accuracies = [ClassGroupAccuracy(self.class_counts, hp.many, hp.few).to(self.device) for _ in TAUS]
         norms = self._head.weight.norm(dim=1)  # type: ignore[operator, union-attr]
-        self.eval()
-        self.trainer.validating = True  # for the data's hooks, which may mix training images
-        for batch in loaders:
-            images, targets = self.trainer.strategy.batch_to_device(batch)
-            with self.trainer.precision_plugin.forward_context():
-                logits = self(images)
+
+        def see(batch: Any, index: int) -> None:
+            logits = self(batch[0])
             for tau, accuracy in zip(TAUS, accuracies, strict=True):
-                accuracy.update(logits / norms**tau, targets)
-        self.trainer.training = True
-        self.train()
+                accuracy.update(logits / norms**tau, batch[1])
+
+        see_validation_part(self.trainer, self, see)
         shares = [float(accuracy.compute()["all"]) for accuracy in accuracies]
         best = shares.index(max(shares))
         rank_zero_info(

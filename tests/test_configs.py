@@ -12,7 +12,7 @@ from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
 REPOSITORY = CONFIGS.parent
-KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage")
+KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage", "calibration", "decision")
 PIECES = sorted(f"{path.parent.name}/{path.stem}" for kind in KINDS for path in (CONFIGS / kind).glob("*.yaml"))
 RUNS = [
     ("data/digits_lt", "method/sgd"),
@@ -33,6 +33,13 @@ RUNS = [
     *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
+DECIDED = [
+    *(("data/digits_lt", f"calibration/{name}") for name in ("prior", "temperature", "vector")),
+    ("data/digits_lt", "loss/balanced_softmax", "calibration/prior", "decision/coverage"),
+    *(("data/anomaly_table", "detector/devnet", f"decision/{name}") for name in ("recall", "false_alarms", "costs")),
+    ("data/anomaly_table", "detector/devnet", "calibration/isotonic", "decision/coverage"),
+]
+"""These fit when a training ends, which a run of two batches leaves out."""
 SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]
 TREES = {
     "cifar10_lt": "cifar10_root",
@@ -72,6 +79,18 @@ def test_pieces_run(pieces, request, monkeypatch, tmp_path):
     fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces[0][5:], request))
 
 
+@pytest.mark.parametrize("pieces", DECIDED, ids=" ".join)
+def test_decisions_and_calibration_are_fitted(pieces, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    fit(monkeypatch, *configs(*pieces), *short, *(["--data.batch_size=64"] if "anomaly" in pieces[0] else []))
+    (checkpoint,) = tmp_path.glob("logs/*/*/version_0/checkpoints/last.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["callbacks"]
+    wanted = merged(*pieces)
+    for name, key in (("calibration", "Calibration"), ("decisions", "Decisions")):
+        assert (name in wanted) == bool(saved.get(key, {}).get("fitted")), capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +110,8 @@ def test_second_stages_run(stage, first_stage, monkeypatch, tmp_path):
 
 
 def test_every_piece_is_run_here():
-    assert {piece for run in RUNS for piece in run} | {f"stage/{name}" for name in SECOND_STAGES} == set(PIECES)
+    stages = {f"stage/{name}" for name in SECOND_STAGES}
+    assert {piece for run in [*RUNS, *DECIDED] for piece in run} | stages == set(PIECES)
 
 
 @pytest.mark.parametrize("piece", PIECES)

@@ -28,7 +28,7 @@ LIGHTNING_FOLDERS = {
     "resuming": {"resuming", "weight_files"},
     "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
-    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness", "mirror"},
+    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness", "mirror", "validation_part"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}

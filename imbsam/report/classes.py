@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from imbsam.group_names import GROUPS
 from imbsam.report.comparison import Group
 from imbsam.report.runs import Row, Run
 
@@ -121,12 +120,21 @@ def _tail_classes(run: Run) -> dict[int, Row]:
     return {row["class"]: row for row in run.classes if row["tail"]}
 
 
-def calibration_bins(group: Group) -> dict[str, list[tuple[int, float, float]]]:
-    """For each class group (samples, mean confidence, accuracy) of each bin of the confidence, runs pooled."""
-    pooled: dict[str, dict[int, list[Row]]] = {name: defaultdict(list) for name in GROUPS}
-    for row in (row for run in group.runs for row in run.calibration):
+Bin = tuple[int, int, float, float]
+"""Number of the bin, samples, mean confidence, accuracy."""
+
+
+def calibration_bins(group: Group, calibrated: bool = False) -> dict[str, list[Bin]]:
+    """For each class group the bins of the confidence with a sample, runs pooled.
+
+    Args:
+        group: the runs.
+        calibrated: of the calibrated probabilities, in place of the model's own.
+    """
+    pooled: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in (row for run in group.runs for row in (run.calibrated if calibrated else run.calibration)):
         pooled[row["group"]][row["bin"]].append(row)
-    return {name: [_pool(bins[b]) for b in sorted(bins)] for name, bins in pooled.items() if bins}
+    return {name: [(b, *_pool(bins[b])) for b in sorted(bins)] for name, bins in pooled.items()}
 
 
 def _pool(rows: Sequence[Row]) -> tuple[int, float, float]:

@@ -12,7 +12,14 @@ from typing import Any
 
 from imbsam.group_names import GROUPS
 from imbsam.messages import first_few
-from imbsam.report.classes import ClassAccuracy, TailConfusion, by_class_count, calibration_bins, tail_confusion
+from imbsam.report.classes import (
+    Bin,
+    ClassAccuracy,
+    TailConfusion,
+    by_class_count,
+    calibration_bins,
+    tail_confusion,
+)
 from imbsam.report.comparison import Group
 from imbsam.report.exports import NAMED, axis_labels
 from imbsam.report.style import colour, dash, symbol
@@ -22,6 +29,9 @@ Trace = dict[str, Any]
 
 MANY_POINTS = 5000
 """A figure with more points is drawn by WebGL, which keeps a page with 8,000 classes fast."""
+
+CALIBRATION_BINS = 15
+"""Those of ``calibration.csv``."""
 
 LINE = {"type": "line", "line": {"dash": "dot"}}
 PERCENT = [-3, 103]
@@ -139,36 +149,57 @@ def confusion_figures(groups: Sequence[Group]) -> tuple[list[Figure], int]:
 
 
 def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Confidence against accuracy, one figure for each class group."""
-    calibrations = [calibration_bins(group) for group in groups]
+    """Confidence against accuracy before and after calibration, above the samples of each bin, for each class group."""
+    calibrations = [(calibration_bins(group), calibration_bins(group, calibrated=True)) for group in groups]
+    present = {name: None for pair in calibrations for bins in pair for name in bins}
     figures = []
-    for name in GROUPS:
+    for name in sorted(present, key=lambda name: GROUPS.index(name) if name in GROUPS else -1):
         traces = []
-        for i, (group, by_class_group) in enumerate(zip(groups, calibrations, strict=True)):
-            if bins := by_class_group.get(name):
-                samples, confidence, accuracy = zip(*bins, strict=True)
-                sizes = [4 + 8 * math.sqrt(n / max(samples)) for n in samples]
-                numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
-                traces.append(
-                    make_trace(
-                        i,
-                        group,
-                        [100 * c for c in confidence],
-                        [100 * a for a in accuracy],
-                        "lines+markers",
-                        {"size": sizes, "line": {"width": 0}},
-                        text=list(map(str, samples)),
-                        hovertemplate=f"{plain_text(group.name)}<br>{numbers}",
-                    )
-                )
-        if traces:
-            layout = {
-                "xaxis": {"title": {"text": "confidence in %"}, "range": PERCENT},
-                "yaxis": {"title": {"text": "accuracy in %"}, "range": PERCENT},
-                "shapes": [{**LINE, "x0": 0, "y0": 0, "x1": 100, "y1": 100}],
-            }
-            figures.append(Figure(name, traces, layout))
+        for i, (group, pair) in enumerate(zip(groups, calibrations, strict=True)):
+            for calibrated, by_class_group in enumerate(pair):
+                if bins := by_class_group.get(name):
+                    traces += _reliability(i, group, bins, bool(calibrated))
+        layout = {
+            "xaxis": {"title": {"text": "confidence in %"}, "range": PERCENT, "anchor": "y2"},
+            "yaxis": {"title": {"text": "accuracy in %"}, "range": PERCENT, "domain": [0.34, 1]},
+            "yaxis2": {"title": {"text": "samples"}, "type": "log", "domain": [0, 0.26], "nticks": 4},
+            "shapes": [{**LINE, "x0": 0, "y0": 0, "x1": 100, "y1": 100}],
+        }
+        figures.append(Figure(name, traces, layout, height=420))
     return figures
+
+
+def _reliability(i: int, group: Group, bins: Sequence[Bin], calibrated: bool) -> list[Trace]:
+    """The accuracy in each bin, and its samples; dashed and hollow after calibration."""
+    places, samples, confidence, accuracy = zip(*bins, strict=True)
+    said = plain_text(group.name) + (", calibrated" if calibrated else "")
+    style = {"line": {"color": colour(i), "dash": "dash", "width": 2}} if calibrated else {}
+    marker = {"symbol": f"{symbol(i)}-open"} if calibrated else {}
+    numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
+    above = make_trace(
+        i,
+        group,
+        [100 * c for c in confidence],
+        [100 * a for a in accuracy],
+        "lines+markers",
+        {"size": [4 + 8 * math.sqrt(n / max(samples)) for n in samples], "line": {"width": 2 * calibrated}, **marker},
+        text=list(map(str, samples)),
+        hovertemplate=f"{said}<br>{numbers}",
+        **style,
+    )
+    by_bin = dict(zip(places, samples, strict=True))
+    below = make_trace(
+        i,
+        group,
+        [100 * (b + 0.5) / CALIBRATION_BINS for b in range(CALIBRATION_BINS)],
+        [by_bin.get(b, math.nan) for b in range(CALIBRATION_BINS)],
+        "lines+markers",
+        {"size": 5, **marker},
+        yaxis="y2",
+        hovertemplate=f"{said}<br>confidence about %{{x:.0f}} %: %{{y}} test samples<extra></extra>",
+        **style,
+    )
+    return [above, below]
 
 
 def class_text(entry: ClassAccuracy) -> str:

@@ -39,7 +39,7 @@ markWideTables();
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: "system-ui, sans-serif", size: 12 },
       margin: { l: 8, r: 8, t: 24, b: 8 },
-      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), ...(layout.yaxis2 && { yaxis2: axis(layout.yaxis2) }),
       shapes: layout.shapes?.map((shape) => ({ layer: "below", ...shape, line: { color: colour("--quiet"), width: 1, ...shape.line } })),
       hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" },
     }, { responsive: true, displayModeBar: false });

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from imbsam.group_names import GROUPS
 from imbsam.messages import first_few
 from imbsam.report.classes import same_classes
 from imbsam.report.comparison import (
@@ -279,10 +278,20 @@ def _confusion(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
 
 
 def _calibration(groups: Sequence[Group], figures: dict[str, Figure]) -> str:
-    rows = [[g.name, *table_cells(g, [f"test/ece_{name}" for name in GROUPS])] for g in groups]
+    shown = calibration_figures(groups)
+    names, rows = [figure.title for figure in shown], []
+    for group in groups:
+        for suffix, prefix in (("", "test/ece"), (", calibrated", "test/calibrated_ece")):
+            columns_of = [f"{prefix}_{name}" for name in names]
+            if any(column in run.final for run in group.runs for column in columns_of):
+                rows.append([f"{group.name}{suffix}", *table_cells(group, columns_of)])
     note = "Confidence is the probability of the predicted class; below the diagonal a model is overconfident."
-    errors = "<h3>expected calibration error, in percentage points</h3>" + table(["run", *GROUPS], rows)
-    return plots("Calibration", note, calibration_figures(groups), figures, errors)
+    if any(run.calibrated for group in groups for run in group.runs):
+        note += " Dashed and hollow: after calibration. Below each: test samples in the bin, on a logarithmic axis."
+    else:
+        note += " Below each: test samples in the bin, on a logarithmic axis."
+    errors = "<h3>expected calibration error, in percentage points</h3>" + table(["run", *names], rows)
+    return plots("Calibration", note, shown, figures, errors)
 
 
 def _settings(groups: Sequence[Group]) -> str:

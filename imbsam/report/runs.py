@@ -31,6 +31,7 @@ EVALUATION_FILES = {
     "classes": ("per_class.csv", "class class_name training_samples group tail test_samples accuracy"),
     "confusion": ("confusion.csv", "target predicted count"),
     "calibration": ("calibration.csv", "group bin samples confidence accuracy"),
+    "calibrated": ("calibrated.csv", "group bin samples confidence accuracy"),
     "sharpness": ("sharpness.csv", "epoch group measure value"),
 }
 """What a run may have written: attribute of :class:`Run`, file, and the columns that are read."""
@@ -63,6 +64,7 @@ class Run:
         classes: the rows of ``per_class.csv``; this and the following are empty where there is no such file.
         confusion: the rows of ``confusion.csv``.
         calibration: the rows of ``calibration.csv``.
+        calibrated: the rows of ``calibrated.csv``, after calibration.
         sharpness: the rows of ``sharpness.csv``.
     """
 
@@ -79,6 +81,7 @@ class Run:
     classes: list[Row] = field(default_factory=list)
     confusion: list[Row] = field(default_factory=list)
     calibration: list[Row] = field(default_factory=list)
+    calibrated: list[Row] = field(default_factory=list)
     sharpness: list[Row] = field(default_factory=list)
 
     @property

@@ -1,6 +1,7 @@
 """Calibrated probabilities: fitted on the validation part after training, kept in the checkpoint, used by predict."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from imbsam.errors import SettingError
 from imbsam.losses import LogitAdjusted
 from imbsam.losses import VectorScaling as VectorScalingLoss
 from imbsam.prior_correction import class_prior, move_prior, prior_shift
+from lightning_modules.callbacks.evaluation_files import write_calibration
 from lightning_modules.callbacks.fitted_callback import FittedCallback
 from lightning_modules.epoch_log import log_epoch
 
@@ -38,7 +40,9 @@ class Calibration(FittedCallback):
     When a training ends, the method is fitted on the validation part by the weights that it ends with. The fit is in
     the last checkpoint, whose predictions are calibrated wherever this callback is among the Trainer's: the command
     always has it. A test logs expected calibration error and log-loss of each class group before and after
-    (``test/log_loss_*``, ``test/calibrated_log_loss_*``, ``test/calibrated_ece_*``) and prints them as a table.
+    (``test/log_loss_*``, ``test/calibrated_log_loss_*``, ``test/calibrated_ece_*``), prints them as a table, and writes
+    ``calibrated.csv`` to the run's folder, the calibrated twin of ``calibration.csv``
+    (:class:`~lightning_modules.callbacks.evaluation_files.EvaluationFiles`), of a detector's two classes too.
 
     Before anything is fitted, what training did to the class priors is undone exactly: loss weights, the sampling of
     the batches, and the shift of ``LogitAdjusted`` and ``VectorScaling`` (:mod:`imbsam.prior_correction`). For other
@@ -71,13 +75,9 @@ class Calibration(FittedCallback):
         """Method, prior and penalty."""
         return {"method": self.method, "prior": self.prior, "penalty": self.penalty} if self.method else {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before the training what cannot work after it."""
-        super().on_fit_start(trainer, pl_module)
-        if self.method is None:
-            return
-        counts: Any = pl_module.class_counts
-        scores = not hasattr(pl_module, "test_accuracy")
+    def check(self, trainer: Trainer, module: Any) -> None:
+        """Compare method and prior with the classes."""
+        counts, scores = module.class_counts, not hasattr(module, "test_accuracy")
         if self.prior != "validation":
             class_prior(self.prior, counts)
         if scores and self.prior == "training":
@@ -116,10 +116,16 @@ class Calibration(FittedCallback):
             log_epoch(pl_module, {f"test/log_loss_{g}": m["log_loss"] for g, m in before.items()})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print them."""
-        if self._measured is None or not trainer.is_global_zero:
+        """Print them, and write the file."""
+        tested, log_dir = self.tested(), trainer.log_dir  # every rank takes part in both
+        if self._measured is None or tested is None or not trainer.is_global_zero:
             return
         assert self.fitted is not None
+        if trainer.loggers and log_dir is not None:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            confidence, predicted = self.apply(tested[0]).max(dim=1)
+            masks = _class_masks(pl_module)
+            write_calibration(Path(log_dir) / "calibrated.csv", confidence, predicted == tested[1], tested[1], masks)
         before, after = self._measured
         table = Table(title=f"test samples before and after calibration ({self.fitted['method']})")
         for column in ("classes", "calibration error", "after", "log-loss", "after"):
@@ -143,7 +149,7 @@ class Calibration(FittedCallback):
         source = there / there.sum()
         scale, shift = torch.ones(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
         if predictions.ndim == 2:
-            scale, shift = _as_trained(module, trainer, counts, source)
+            scale, shift = _as_trained(module, counts, source)
         target = source if self.prior == "validation" else class_prior(self.prior, counts)
         found: dict[str, Any] = {
             "method": self.method,
@@ -181,7 +187,7 @@ def _class_masks(module: Any) -> dict[str, Tensor]:
     return {"normal": ~anomaly, "anomaly": anomaly, "all": anomaly | ~anomaly}
 
 
-def _as_trained(module: Any, trainer: Trainer, counts: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def _as_trained(module: Any, counts: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift that make of the logits those of the posterior under ``prior``."""
     loss, scale, tau = getattr(module, "loss", None), torch.ones(len(counts), dtype=torch.float64), 0.0
     if isinstance(loss, (LogitAdjusted, VectorScalingLoss)):
@@ -189,13 +195,8 @@ def _as_trained(module: Any, trainer: Trainer, counts: Tensor, prior: Tensor) ->
     if isinstance(loss, VectorScalingLoss):
         positive = counts.clamp(min=1).double()
         scale = (positive / positive.max()) ** loss.gamma
-    return scale, prior_shift(
-        counts,
-        prior,
-        drawn_shares=getattr(getattr(trainer, "datamodule", None), "drawn_shares", None),
-        class_weight=module.sam.class_weight,
-        tau=tau,
-    )
+    weight, shares = module.training_weights
+    return scale, prior_shift(counts, prior, drawn_shares=shares, class_weight=weight, tau=tau)
 
 
 def _logits(predictions: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

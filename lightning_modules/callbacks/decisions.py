@@ -97,12 +97,9 @@ class Decisions(FittedCallback):
         chosen = {name: value for name, value in others.items() if value is not None}
         return {**self.goals, **chosen, "confidence": self.confidence}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before the training what cannot work after it."""
-        super().on_fit_start(trainer, pl_module)
-        if self.kind is None:
-            return
-        names, scores = class_names(pl_module), not hasattr(pl_module, "test_accuracy")
+    def check(self, trainer: Trainer, module: Any) -> None:
+        """Compare goals, costs and their order with the classes and the other callbacks."""
+        names, scores = class_names(module), not hasattr(module, "test_accuracy")
         self._wanted(names, scores)
         if self.kind == "costs":
             check_costs(self.costs, len(names))  # type: ignore[arg-type]
@@ -229,16 +226,19 @@ class Decisions(FittedCallback):
         self, names: list[str], predictions: Tensor, probabilities: Tensor, labels: Tensor
     ) -> dict[int, dict[str, Any]]:
         thresholds: dict[int, Any] = {}
+        unmet: list[str] = []
         for index, (wanted, goal) in self._wanted(names, predictions.ndim == 1).items():
             scores = predictions if predictions.ndim == 1 else probabilities[:, index]
             try:
                 chosen = choose_threshold(scores, labels == index, wanted, goal, self.confidence)  # type: ignore[arg-type]
             except SettingError as error:
-                rank_zero_warn(f"no threshold for {names[index]}: {error}")
+                unmet.append(f"no threshold for {names[index]}: {error}")
                 continue
             thresholds[index] = dataclasses.asdict(chosen)
         if not thresholds:
-            raise SettingError(f"decisions has {', '.join(self.goals)}: no threshold meets it")
+            raise SettingError("; ".join(unmet))
+        for line in unmet:
+            rank_zero_warn(line)
         return thresholds
 
 

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,27 @@ def write_evaluation(folder: Path, model: Any, target: Tensor, predicted: Tensor
     )
     pairs = Counter(zip(target.tolist(), predicted.tolist(), strict=True))
     _write(folder / "confusion.csv", "target predicted count", ([*pair, n] for pair, n in sorted(pairs.items())))
+    write_calibration(folder / "calibration.csv", confidence, correct, target, model.test_accuracy.masks)
+
+
+def write_calibration(
+    path: Path, confidence: Tensor, correct: Tensor, target: Tensor, masks: Mapping[str, Tensor]
+) -> None:
+    """Write the bins of :func:`calibration_bins` for each group of classes: group, bin, samples, confidence, accuracy.
+
+    Args:
+        path: the file.
+        confidence: probability of the predicted class (N,), in [0, 1].
+        correct: whether the prediction was right (N,), bool.
+        target: class indices (N,), int64.
+        masks: the groups' classes, bool (C,) by name.
+    """
     bins = (
         [name, *row]
-        for name, mask in model.test_accuracy.masks.items()
+        for name, mask in masks.items()
         for row in calibration_bins(confidence[mask[target]], correct[mask[target]])
     )
-    _write(folder / "calibration.csv", "group bin samples confidence accuracy", bins)
+    _write(path, "group bin samples confidence accuracy", bins)
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor) -> list[tuple[int, int, float, float]]:

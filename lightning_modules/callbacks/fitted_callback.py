@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from imbsam.errors import SettingError
+from lightning_modules.validation_part import validation_loader, validation_predictions
 
 
 class FittedCallback(Callback, ABC):
@@ -46,24 +47,42 @@ class FittedCallback(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before the training what cannot work after it."""
-        if self.settings and (not trainer.limit_val_batches or _validation_loader(trainer) is None):
+        if not self.settings:
+            return
+        if validation_loader(trainer) is None:
             raise SettingError(
                 f"data.val_share is 0, and {self.name} is fitted on the validation part: set it, say to 0.2"
             )
+        self.check(trainer, pl_module)
+
+    @abstractmethod
+    def check(self, trainer: Trainer, module: Any) -> None:
+        """Compare the settings with the model and its classes, before anything is fitted.
+
+        Raises:
+            SettingError: they do not suit each other.
+        """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the fit of other weights, in a run that is resumed."""
         self.fitted = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fit, before the last checkpoint is written."""
-        if not self.settings or getattr(trainer, "fast_dev_run", False):
+        """Fit, before the last checkpoint is written: the first of these callbacks all of them, on one prediction."""
+        callbacks = fitted_callbacks(trainer)
+        if callbacks[:1] != [self] or getattr(trainer, "fast_dev_run", False):
             return
-        try:
-            self.fitted = self.fit(trainer, pl_module, *_validation_predictions(trainer, pl_module))
-            self.fitted["settings"] = self.settings
-        except SettingError as error:  # not raised: the training's checkpoint is still to be written
-            rank_zero_warn(f"no {self.name}: {error}")
+        predictions, labels = validation_predictions(trainer, pl_module)
+        for callback in callbacks:
+            try:
+                callback.fit_to(trainer, pl_module, predictions, labels)
+            except SettingError as error:  # not raised: the training's checkpoint is still to be written
+                rank_zero_warn(f"no {callback.name}: {error}")
+
+    def fit_to(self, trainer: Trainer, module: Any, predictions: Tensor, labels: Tensor) -> None:
+        """:meth:`fit`, and keep what was found."""
+        self.fitted = self.fit(trainer, module, predictions, labels)
+        self.fitted["settings"] = self.settings
 
     def state_dict(self) -> dict[str, Any]:
         """The fit, and what is to be fitted."""
@@ -119,27 +138,9 @@ class FittedCallback(Callback, ABC):
             name, value = next(iter(self.settings.items()))
             theirs = self.fitted["settings"] if self.fitted else "none"
             raise SettingError(
-                f"{self.name}.{name} is {value}, and the checkpoint has {theirs}: it is fitted when a training ends: "
-                "leave it out, or train with it"
+                f"{self.name}.{name} is {value}, and the checkpoint has {theirs}: leave it out, or fit it to a new "
+                "checkpoint with imbsam decide"
             )
-
-
-def _validation_predictions(trainer: Trainer, module: Any) -> tuple[Tensor, Tensor]:
-    """Predict every validation sample by the weights as they are, on all ranks."""
-    found, labels = (CatMetric(nan_strategy="disable").to(module.device) for _ in range(2))
-    was_training = module.training
-    module.eval()
-    trainer.validating = True  # for the data's hooks, which may mix training images
-    try:
-        for index, batch in enumerate(_validation_loader(trainer)):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
-            found.update(_predict(trainer, module, batch, index))
-            labels.update(batch[1])
-    finally:
-        trainer.training = True
-        module.train(was_training)
-    return torch.as_tensor(found.compute()).double().cpu(), torch.as_tensor(labels.compute()).cpu().long()
 
 
 @torch.no_grad()
@@ -150,10 +151,7 @@ def _predict(trainer: Trainer, module: LightningModule, batch: Any, index: int) 
     return predicted.float()
 
 
-def _validation_loader(trainer: Trainer) -> Any:
-    """The first validation loader: a second one is for the loss."""
-    data: Any = getattr(trainer, "datamodule", None)
-    loaders = trainer.val_dataloaders if data is None else data.val_dataloader()
-    if isinstance(loaders, (list, tuple)):
-        loaders = loaders[0] if loaders else None
-    return loaders
+def fitted_callbacks(trainer: Trainer) -> list[FittedCallback]:
+    """Those of the Trainer's callbacks that have something to fit, in their order."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, FittedCallback) and callback.settings]

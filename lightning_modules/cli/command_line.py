@@ -20,6 +20,7 @@ from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.predictions import PredictionsCSV
+from lightning_modules.cli.decide import take_over_settings
 from lightning_modules.cli.loggers import complete_wandb, csv_log, loggers
 from lightning_modules.cli.run_folder import experiment_name, run_of
 from lightning_modules.cli.seeds import FLAG, apply_seed
@@ -33,7 +34,7 @@ EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "b
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `sharpness` and `check`; `fit` then tests the weights of the last epoch.
+    """Lightning's commands, `decide`, `sharpness` and `check`; `fit` then tests the weights of the last epoch.
 
     Args:
         signals: the signal handlers, which must know the processes that the trainer launches.
@@ -51,7 +52,7 @@ class ImbSAMCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands and ours, with the arguments that the command line does not offer."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "sharpness": own, "check": own}
+        return {**LightningCLI.subcommands(), "decide": own, "sharpness": own, "check": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
@@ -64,7 +65,7 @@ class ImbSAMCLI(LightningCLI):
     def setup_parser(self, *args: Any) -> None:
         """Default to one device where only one is supported."""
         super().setup_parser(*args)
-        for subcommand in ("predict", "sharpness"):
+        for subcommand in ("predict", "decide", "sharpness"):
             self._parser(subcommand).set_defaults({"trainer.devices": 1})
 
     @property
@@ -96,6 +97,10 @@ class ImbSAMCLI(LightningCLI):
                 self._use_as_defaults(self.config.subcommand, path)
                 self._parse(parser, args)
             self._log_beside_the_runs()
+        if self.config.subcommand == "decide":
+            assert path is not None
+            assert self._trained is not None
+            take_over_settings(self.settings, self._trained, path)
         if asked is not None:
             self.settings.ckpt_path = path and str(path)
 
@@ -187,6 +192,8 @@ class ImbSAMCLI(LightningCLI):
         if trainer.enable_model_summary is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, NetworkSummary)]
+        if self.subcommand == "decide":
+            trainer.logger = False  # what it finds is in the checkpoint
         if self.subcommand == "test":
             self.settings.verbose = False  # our table has the same numbers
         if self._resumed_run is not None or not trainer.logger:
@@ -202,7 +209,7 @@ class ImbSAMCLI(LightningCLI):
         """The checkpoint's path; "last" and "best" are those of the newest run."""
         subcommand = self.config.subcommand
         if asked is None and subcommand not in ("fit", "check"):
-            what = "measure" if subcommand == "sharpness" else subcommand
+            what = {"sharpness": "measure", "decide": "decide with"}.get(subcommand, subcommand)
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if asked not in ("last", "best"):
             return asked and Path(asked)  # type: ignore[return-value]

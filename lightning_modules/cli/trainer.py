@@ -1,4 +1,4 @@
-"""The Trainer of the command line: Lightning's, with `imbsam sharpness` and `imbsam check`."""
+"""The Trainer of the command line: Lightning's, with `imbsam decide`, `imbsam sharpness` and `imbsam check`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,53 @@ from imbsam.sharpness import SharpnessMeasures
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.callbacks.class_table import print_class_table
 from lightning_modules.class_names import check_class_names
+from lightning_modules.cli.decide import FitAgain, check_validation_part, new_file, write_fits
 from lightning_modules.group_sharpness import GroupSamples, Results, Split, plot_slices
 from lightning_modules.resuming.checkpoint_contents import read_checkpoint
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer with `sharpness` and `check` beside `fit`, `validate`, `test` and `predict`."""
+    """Lightning's Trainer with `decide`, `sharpness` and `check` beside `fit`, `validate`, `test` and `predict`."""
+
+    def decide(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Fit calibration and decisions on the validation part again, and write a checkpoint with them.
+
+        The old checkpoint stays as it is. What is not set is as in the checkpoint.
+
+        Args:
+            model: the model.
+            datamodule: the data; their validation part must be the training's, or of other data.
+            ckpt_path: the checkpoint.
+            weights_only: as in torch.load; default true.
+            output: the new checkpoint; default: decided.ckpt beside the old one, or decided-v1.ckpt and so on. No
+                file is overwritten.
+
+        Raises:
+            SettingError: there is no validation part, or something cannot be fitted: then nothing is written.
+        """
+        if ckpt_path is None:
+            raise SettingError("ckpt_path is null: name the checkpoint to decide with")
+        new = new_file(output, Path(ckpt_path))
+        checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+        check_validation_part(datamodule, checkpoint.get("datamodule_hyper_parameters", {}))
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        callbacks.append(again := FitAgain())
+        self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        if not again.done:
+            raise SettingError(
+                "data.val_share is 0: the run has no validation part to decide by, and its training samples would "
+                "promise too much: train with data.val_share, say 0.2, or name other labelled data"
+            )
+        if self.is_global_zero:
+            write_fits(self, checkpoint, new)
+            print(f"imbsam: wrote {new}: use it with --ckpt_path {new}")
 
     def sharpness(
         self,

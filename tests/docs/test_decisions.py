@@ -14,12 +14,12 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/decisions.md").read_text()
 FEW = {"data/anomaly_table.yaml": ["--data.batches_per_epoch=5"], "data/digits_lt.yaml": []}
 
 
-@pytest.mark.parametrize("block", range(5))
+@pytest.mark.parametrize("block", range(6))
 def test_commands(block, tmp_path, monkeypatch, capsys):
     """Those of the first block follow each other: predict finds the checkpoint that fit wrote."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for line in blocks[block].replace("\\\n", " ").strip().splitlines():
         args = shlex.split(line)
         if args[1] == "fit":

@@ -6,6 +6,10 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from datamodules import DigitsLTDataModule
+from tests.training import csv_rows
 
 pytestmark = pytest.mark.processes
 
@@ -40,6 +44,14 @@ ALARM = 240
 """Seconds until processes that wait for each other are killed."""
 
 
+class PlainValidation(DigitsLTDataModule):
+    """A loader of the user's own, which every process reads to its end."""
+
+    def val_dataloader(self):
+        loader = super().val_dataloader()
+        return DataLoader(loader.dataset, batch_size=20, collate_fn=loader.collate_fn)
+
+
 def last(folder):
     run = folder / "logs/digits_lt/imbsam/version_0"
     with (run / "metrics.csv").open(newline="") as file:
@@ -69,6 +81,49 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
         for name in ("test/loss", "test/all", "test/few", "train/loss_epoch", *(f"test/{name}" for name in measures)):
             values = [[float(row[name]) for row in rows if row[name]] for rows in (log, found[0][1])]
             assert values[0] == pytest.approx(values[1], rel=1e-6), name
+
+
+@pytest.mark.parametrize("loader", ["ours", "plain"])
+def test_two_processes_calibrate_decide_and_predict_as_one(run_imbsam, tmp_path, loader):
+    """67 validation images of which each has a part, or, by a loader of the user's own, all; the progress bar is on."""
+    cpu = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
+    settings = ["--trainer.precision=64-true", "--data.eval_batch_size=45", "--model.backbone.width=8"]
+    settings += ["--trainer.max_epochs=1", "--calibration.method=temperature"]
+    settings += ['--decisions={"recall": {"0": 0.9}, "false_alarms": {"1": 50}}']
+    if loader == "plain":
+        settings += ["--data=test_processes.PlainValidation"]
+
+    def run(processes, command, *args):
+        devices = f"--trainer.devices={processes}"
+        answer = run_imbsam(tmp_path, command, *args, *cpu, devices, processes=processes, alarm=ALARM)
+        assert answer["codes"] == [0] * processes, answer["err"]
+        assert all("imbsam: wrote" not in out and "predictions:" not in out for out in answer["out"][1:])
+
+    run(2, *ARGS, *settings)
+    last = tmp_path / "logs/digits_lt/imbsam/version_0/checkpoints/last.ckpt"
+    for processes in (1, 2):
+        run(processes, "decide", f"--ckpt_path={last}", f"--output={processes}.ckpt", "--trainer.precision=64-true")
+    one, *others = (
+        torch.load(path, weights_only=True)["callbacks"] for path in (tmp_path / "1.ckpt", tmp_path / "2.ckpt", last)
+    )
+    for other in others:
+        assert other["Calibration"]["fitted"]["map"] == pytest.approx(one["Calibration"]["fitted"]["map"], rel=1e-6)
+        assert torch.equal(other["Calibration"]["fitted"]["source"], one["Calibration"]["fitted"]["source"])
+        for index in (0, 1):
+            found, wanted = (fit["Decisions"]["fitted"]["thresholds"][index] for fit in (other, one))
+            assert found["value"] == pytest.approx(wanted["value"], rel=1e-6)
+            for count in ("positives", "negatives", "true_alarms", "false_alarms"):
+                assert found[count] == wanted[count], count
+    if loader == "plain":
+        return
+    for processes in (1, 2):
+        run(processes, "predict", f"--ckpt_path={last}", f"--predictions.path={processes}.csv")
+    files = [csv_rows(tmp_path / f"{processes}.csv") for processes in (1, 2)]
+    assert [row["row"] for row in files[1]] == [str(n) for n in range(1, 541)]
+    for row, other in zip(*files, strict=True):
+        assert list(row) == list(other)
+        assert [row["predicted"], row["decision"]] == [other["predicted"], other["decision"]]
+        assert float(row["0"]) == pytest.approx(float(other["0"]), rel=1e-4, abs=1e-9)
 
 
 def test_two_processes_stop_together_and_resume(run_imbsam, tmp_path):

@@ -11,7 +11,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from imbsam.class_measures import ClassMeasures
 from lightning_modules import LongTailedClassifier
-from lightning_modules.callbacks.evaluation_files import evaluation_metrics, write_evaluation
+from lightning_modules.callbacks.evaluation_files import (
+    _errors,
+    evaluation_metrics,
+    write_calibration,
+    write_evaluation,
+)
 from lightning_modules.cli.run import main as train
 from tests.pieces import anomaly
 
@@ -45,6 +50,7 @@ def write_run() -> Callable[..., Path]:
         counts: list[int] = COUNTS,
         names: list[str] = NAMES,
         files: bool = True,
+        calibrated: bool = False,
         method: str = "sgd",
         rho: float = 0.05,
         eta: float = 20,
@@ -70,6 +76,9 @@ def write_run() -> Callable[..., Path]:
         if files:
             metrics = evaluation_metrics(model, target, predicted, confidence)
             results |= {name: value.item() for name, value in metrics.items()}
+        if calibrated:
+            errors = _errors(model, target, predicted, confidence.sqrt())
+            results |= {f"test/calibrated_ece_{group}": error.item() for group, error in errors}
         logger.log_metrics({**results, "epoch": epochs}, 2 * epochs)
         logger.log_hyperparams({"device": "CPU", "processes": 1})
         logger.save()
@@ -89,6 +98,9 @@ def write_run() -> Callable[..., Path]:
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         if files:
             write_evaluation(run, model, target, predicted, confidence)
+        if calibrated:
+            correct, masks = predicted == target, model.test_accuracy.masks
+            write_calibration(run / "calibrated.csv", confidence.sqrt(), correct, target, masks)
         return run
 
     return write
@@ -96,7 +108,7 @@ def write_run() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def three_groups(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Path]) -> Path:
-    """Two seeds of three methods, with hostile names; the first also has sharpness."""
+    """Two seeds of three methods, with hostile names; the first also has sharpness, the second is calibrated."""
     root = tmp_path_factory.mktemp("runs")
     for method, skill in (("sgd", 0.6), ("imbsam", 0.9), ("<i>sam", 0.7)):
         for seed in (0, 1):
@@ -106,6 +118,7 @@ def three_groups(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[.
                 seed,
                 skill,
                 method=method.removeprefix("<i>"),
+                calibrated=method == "imbsam",
                 note="<script>alert(2)</script>",
             )
             if method == "sgd":

@@ -137,16 +137,32 @@ def test_confusion_counts_every_test_sample_of_a_tail_class(groups):
 def test_the_calibration_error_is_that_of_the_log_and_of_the_bins(html, groups):
     bins = calibration_bins(groups[0])
     assert set(bins) == {"many", "medium", "few", "all"}
-    assert sum(n for n, _, _ in bins["all"]) == 240
+    assert sum(n for _, n, _, _ in bins["all"]) == 240
     table = next(table for table in Tables(html).tables if table[0] == ["run", "many", "medium", "few", "all"])
-    for group, row in zip(groups, table[1:], strict=True):
+    found = [(group.name, [run.calibration for run in group.runs]) for group in groups]
+    after = next(i for i, group in enumerate(groups) if group.runs[0].calibrated)
+    found.insert(after + 1, (f"{groups[after].name}, calibrated", [run.calibrated for run in groups[after].runs]))
+    for (name, runs), row in zip(found, table[1:], strict=True):
         errors = [
-            sum(r["samples"] * abs(r["accuracy"] - r["confidence"]) for r in run.calibration if r["group"] == "few")
-            / 40
-            for run in group.runs
+            sum(r["samples"] * abs(r["accuracy"] - r["confidence"]) for r in rows if r["group"] == "few") / 40
+            for rows in runs
         ]
-        assert row[0] == group.name
+        assert row[0] == name
         assert row[3].split(" ± ")[0] == f"{100 * sum(errors) / 2:.1f}"
+
+
+def test_reliability_before_and_after_with_the_samples_of_every_bin(html, groups):
+    few = next(f for f in figures(html).values() if f["title"] == "few" and "yaxis2" in f["layout"])
+    after = next(i for i, group in enumerate(groups) if group.runs[0].calibrated)
+    kinds = [(t["meta"], t.get("yaxis", "y"), t["line"]["dash"]) for t in few["data"]]
+    assert sorted(kinds) == sorted(
+        [(i, y, "solid") for i in range(3) for y in ("y", "y2")] + [(after, y, "dash") for y in ("y", "y2")]
+    )
+    assert [sum(n or 0 for n in t["y"]) for t in few["data"] if t.get("yaxis") == "y2"] == [2 * 2 * 20] * 4
+    rows = [row for run in groups[after].runs for row in run.calibrated if row["group"] == "few"]
+    dashed = next(t for t in few["data"] if t["line"]["dash"] == "dash" and "yaxis" not in t)
+    weighted = sum(int(n) * y for n, y in zip(dashed["text"], dashed["y"], strict=True))
+    assert weighted == pytest.approx(100 * sum(row["samples"] * row["accuracy"] for row in rows), rel=1e-3)
 
 
 def test_one_run_and_runs_without_files(tmp_path, write_run):

@@ -115,6 +115,9 @@ def test_an_isotonic_probability_stands_beside_the_score(imbsam, tmp_path):
     code, out, err = imbsam("test", "--ckpt_path", last)
     assert code == 0, err
     assert "before and after calibration (isotonic)" in out
+    bins = rows(tmp_path / "logs/anomaly_table/devnet_sgd/test_0/calibrated.csv")
+    counted = {g: sum(int(b["samples"]) for b in bins if b["group"] == g) for g in ("normal", "anomaly", "all")}
+    assert counted == {"normal": 487, "anomaly": 53, "all": 540}
     tested = rows(tmp_path / "logs/anomaly_table/devnet_sgd/test_0/metrics.csv")[0]
     new, labels = logits_and_labels(model, data.test_dataloader())
     p = IsotonicRegression(y_min=1 / 254, y_max=253 / 254, out_of_bounds="clip").fit(z, y).predict(new)

@@ -165,7 +165,7 @@ def test_a_goal_that_cannot_be_met_is_one_line_and_the_checkpoint_stays(tmp_path
     with pytest.warns(UserWarning, match=r"no threshold for 7: precision is 1: the best on the validation part is 0.0"):
         fit(tmp_path, decisions := Decisions(precision={"7": 1.0}, recall={"5": 0.5}), model=model)
     assert list(decisions.fitted["thresholds"]) == [5]
-    with pytest.warns(UserWarning, match="no decisions: decisions has precision: no threshold meets it"):
+    with pytest.warns(UserWarning, match="no decisions: no threshold for 7: precision is 1: the best"):
         fit(tmp_path / "none", Decisions(precision={"7": 1.0}), model=Useless(SmallCNN, sam=Plain))
     assert (tmp_path / "none/last.ckpt").exists()
 
