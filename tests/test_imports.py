@@ -19,6 +19,7 @@ ALSO_ALLOWED = {
     "imbsam/calibration.py": {"scipy", "sklearn"},
     "imbsam/calibration_metrics.py": {"torchmetrics"},
     "imbsam/conformal.py": {"scipy"},
+    "imbsam/drift.py": {"scipy"},
     "imbsam/intervals.py": {"scipy"},
 }
 """What single files of the method may import in addition to torch and NumPy."""

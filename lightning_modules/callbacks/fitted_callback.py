@@ -21,6 +21,8 @@ class FittedCallback(Callback, ABC):
 
     name: str
     """In messages and on the command line."""
+    title: str = ""
+    """In messages, where the name alone would mislead."""
 
     def __init__(self) -> None:
         self.fitted: dict[str, Any] | None = None
@@ -77,7 +79,7 @@ class FittedCallback(Callback, ABC):
             try:
                 callback.fit_to(trainer, pl_module, predictions, labels)
             except SettingError as error:  # not raised: the training's checkpoint is still to be written
-                rank_zero_warn(f"no {callback.name}: {error}")
+                rank_zero_warn(f"no {callback.title or callback.name}: {error}")
 
     def fit_to(self, trainer: Trainer, module: Any, predictions: Tensor, labels: Tensor) -> None:
         """:meth:`fit`, and keep what was found."""
@@ -131,7 +133,7 @@ class FittedCallback(Callback, ABC):
             return
         if self.fitted is None and self._trained_with:
             rank_zero_warn(
-                f"no {self.name}: this checkpoint was written before the training ended, when it is fitted; last.ckpt "
+                f"no {self.title or self.name}: this checkpoint was written before the training ended, when it is fitted; last.ckpt "
                 "has it"
             )
         elif self.settings and (self.fitted is None or self.fitted["settings"] != self.settings):
