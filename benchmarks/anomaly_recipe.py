@@ -3,6 +3,7 @@
 python benchmarks/anomaly_recipe.py ADBENCH_FOLDER why        # what was wrong with DeepSAD in the first configs
 python benchmarks/anomaly_recipe.py ADBENCH_FOLDER scaling    # how to scale the features
 python benchmarks/anomaly_recipe.py ADBENCH_FOLDER stopping   # what early stopping should monitor
+python benchmarks/anomaly_recipe.py ADBENCH_FOLDER boosting   # class weights and number of trees of the booster
 
 The test part of each table (30 %) is set aside and never used. The rest is split again: 60 % for training, 15 % for
 early stopping, 25 % for judging. Plain training, without Lightning; average precision on the judging part by all true
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import average_precision_score, log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 from torch import Tensor, nn
@@ -256,11 +258,44 @@ def estimator_score(data: dict[str, Part], seed: int) -> float:
     return float(average_precision_score(judge.truth, -model.score_samples(judge.x.numpy())))
 
 
+def print_boosting(folder: Path) -> None:
+    """The judged average precision after so many trees, and after the fewest for the least loss; seeds 0 and 1."""
+    for class_weight, lr, share in itertools.product((None, "balanced"), (0.1, 0.03), SHARES):
+        chosen: dict[str, list[float]] = {}
+        for table, seed in itertools.product(TABLES, (0, 1)):
+            data = parts(folder / f"{table}.npz", share, seed, "standard")
+            fit, stop, judge = data["fit"], data["stop"], data["judge"]
+            booster = HistGradientBoostingClassifier(
+                learning_rate=lr, max_iter=300, class_weight=class_weight, early_stopping=False, random_state=seed
+            ).fit(fit.x.numpy(), fit.known.numpy())
+            weight = len(fit.known) / (2 * fit.known.bincount()) if class_weight else torch.ones(2)
+            losses = [
+                log_loss(stop.known, p, sample_weight=weight[stop.known])
+                for p in booster.staged_predict_proba(stop.x.numpy())
+            ]
+            judged = [
+                average_precision_score(judge.truth, s) for s in booster.staged_decision_function(judge.x.numpy())
+            ]
+            for trees in (30, 100, 300):
+                chosen.setdefault(f"{trees} trees", []).append(100 * judged[trees - 1])
+            for patience in (10, 30):
+                best, at = inf, 0
+                for tree, loss in enumerate(losses):
+                    best, at = (loss, tree) if loss < best else (best, at)
+                    if tree - at == patience:
+                        break
+                chosen.setdefault(f"patience {patience}", []).append(100 * judged[at])
+        means = ", ".join(f"{what} {np.mean(values):.1f}" for what, values in chosen.items())
+        print(f"class_weight {class_weight}, learning rate {lr}, labelled {share:3}: {means}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="ADBench's npz files")
-    parser.add_argument("what", choices=["why", "scaling", "stopping"])
+    parser.add_argument("what", choices=["why", "scaling", "stopping", "boosting"])
     settings = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    {"why": print_why, "scaling": print_scaling, "stopping": print_stopping}[settings.what](settings.folder)
+    {"why": print_why, "scaling": print_scaling, "stopping": print_stopping, "boosting": print_boosting}[settings.what](
+        settings.folder
+    )

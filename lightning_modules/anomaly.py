@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import binary_f1_score, binary_precision, binary_recall
 
-from imbsam import SettingError
+from imbsam import Plain, SettingError
 from imbsam.anomaly_metrics import AnomalyMetrics
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.detectors import Detector, DevNet
@@ -48,12 +48,14 @@ class AnomalyDetector(SharpnessAwareModule):
 
     Args:
         detector: builds the detector from the shape of a sample: a class or a partial of one, such as ``DevNet`` (the
-            default), ``DeepSAD``, ``PReNet``, ``FEAWAD``, ``WeightedClassifier``, or your own subclass of ``Detector``.
-        optimizer: any torch optimizer that steps without a closure; default: Adam.
+            default), ``DeepSAD``, ``PReNet``, ``FEAWAD``, ``WeightedClassifier``, ``Boosting``, or your own subclass of
+            ``Detector``.
+        optimizer: any torch optimizer that steps without a closure; default: Adam. Null for a detector without a
+            gradient, which also has ``Plain`` as ``sam``, no ``lr_scheduler`` and no ``gradient_clip_val``.
         budget: alarms that can be investigated, a number or a share of the samples; null: as many as there are
             anomalies.
-        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval`` and
-            ``gradient_clip_val``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
+        **training: ``sam`` (the labelled anomalies are its tail), ``lr_scheduler``, ``lr_interval``,
+            ``gradient_clip_val`` and ``capture``, see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     threshold: Tensor
@@ -66,6 +68,8 @@ class AnomalyDetector(SharpnessAwareModule):
         **training: Any,
     ) -> None:
         super().__init__(optimizer=optimizer or torch.optim.Adam, **training)
+        self._of_gradients: dict[str, Any] = {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler}
+        self._of_gradients["gradient_clip_val"] = self.gradient_clip_val
         self.detector_factory: DetectorCallable = restore(detector) or DevNet
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "detector", "sam"])
         self.save_hyperparameters({"detector": describe(self.detector_factory), "sam": describe(self.sam_factory)})
@@ -84,6 +88,11 @@ class AnomalyDetector(SharpnessAwareModule):
     def detector_name(self) -> str:
         """The name of the detector's class."""
         return getattr(called(self.detector_factory), "__name__", "")
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the detector ends the training, not the validation loss."""
+        return not self.detector.uses_gradient
 
     def learn_from_data(self, stage: str) -> None:
         """Learn class counts and shape of the data; for prediction a checkpoint knows them."""
@@ -123,6 +132,8 @@ class AnomalyDetector(SharpnessAwareModule):
         if self.fitting:
             assert self.class_counts is not None
             self.sam = self.sam_factory(self.detector, self.class_counts, tail_classes=[1])  # type: ignore[call-arg]
+            if not self.detector.uses_gradient:
+                self._check_without_gradient()
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback chooses the threshold; it comes before the checkpoint callbacks."""
@@ -153,19 +164,22 @@ class AnomalyDetector(SharpnessAwareModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One backward pass, one optimizer step."""
         x, labels = batch
-        loss = self.sam.backward(
-            lambda rows: self.detector.losses(x[rows], labels[rows]), _in_tail(labels), backward=self.manual_backward
-        )
+        if self.detector.uses_gradient:
+            loss = self.backward_passes(self, self.detector.losses, [(x, labels)], [_in_tail(labels)])
+        else:
+            self.detector.advance()
+            loss = self.detector.losses(x, labels).mean()
         self._loss += loss
         self._batches += 1
         self.step_optimizer()
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log once an epoch: logging every step would cost as much as the step."""
+        """Log once an epoch: logging every step would cost as much as the step. Stop where nothing is left to train."""
         self.log("train/loss", self._loss / self._batches, prog_bar=True)
         self.check_loss(self._loss)
         self._loss, self._batches = torch.zeros((), device=self.device), 0
+        self.trainer.should_stop = self.trainer.should_stop or self.detector.finished
         super().on_train_epoch_end()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -215,6 +229,7 @@ class AnomalyDetector(SharpnessAwareModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the model learned of its data."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["class_counts"], checkpoint["input_shape"] = self.class_counts, self.input_shape
         checkpoint["train_loss"] = self._loss.cpu(), self._batches  # a checkpoint may be mid-epoch
         checkpoint.update(describe_classes(self))
@@ -225,6 +240,7 @@ class AnomalyDetector(SharpnessAwareModule):
         Raises:
             SettingError: the checkpoint is of another model, or the data has samples of another shape.
         """
+        super().on_load_checkpoint(checkpoint)
         check_model(self, checkpoint)
         shape = tuple(checkpoint["input_shape"])
         if self.input_shape not in (None, shape):
@@ -265,6 +281,27 @@ class AnomalyDetector(SharpnessAwareModule):
             return
         fix = "pairs or natural_pairs" if uses_pairs else "natural or balanced"
         raise SettingError(f"data.sampling is {sampling}, which {self.detector_name} cannot use: set it to {fix}")
+
+    def _check_without_gradient(self) -> None:
+        """Refuse what would have no effect, or none of the effect that it promises."""
+        name = self.detector_name
+        if not isinstance(self.sam, Plain):
+            raise SettingError(
+                f"model.sam is {self.method}: {name} has no gradient to sharpen: choose a network such as DevNet, or "
+                "set model.sam to Plain (configs/method/sgd.yaml)"
+            )
+        if self.sam.class_weight is not None:
+            raise SettingError(
+                f"model.sam has a tail_weight or class_weight, which {name} does not use: remove it, or set "
+                "model.detector.weighted to true"
+            )
+        for setting, value in self._of_gradients.items():
+            if value is not None:
+                raise SettingError(f"model.{setting} is set: {name} has no gradient: set it to null")
+        if self._scaler is not None:
+            raise SettingError(
+                f"trainer.precision is {self.trainer.precision}: {name} has no gradient to scale: set it to 32-true"
+            )
 
 
 def _in_tail(labels: Tensor) -> Tensor:

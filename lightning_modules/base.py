@@ -16,6 +16,7 @@ from torchmetrics import SumMetric
 
 from imbsam import ClassAwareSAM, ImbSAM, SettingError
 from imbsam.checks import check_numbers
+from lightning_modules.backward_passes import BackwardPasses
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, plain_settings, restore, takes
 
@@ -32,13 +33,14 @@ class _BuildModel(Callback):
         pl_module.learn_from_data(stage)
         pl_module.configure_model()
         pl_module.make_sam()
+        pl_module.backward_passes = BackwardPasses(pl_module.capture)
 
 
 class SharpnessAwareModule(LightningModule):
     """Manual optimization in which a sharpness-aware method takes the place of ``loss.backward()``.
 
     A subclass defines :meth:`learn_from_data`, ``configure_model`` and :meth:`make_sam`, which are called in this order
-    before any callback's ``setup``; its ``training_step`` calls ``self.sam.backward`` and then :meth:`step_optimizer`.
+    before any callback's ``setup``; its ``training_step`` calls ``self.backward_passes``, then :meth:`step_optimizer`.
 
     Args:
         sam: the method: a class that takes ``(module, class_counts)``, such as ``Plain``, ``SAM``, ``ImbSAM``,
@@ -49,6 +51,8 @@ class SharpnessAwareModule(LightningModule):
             there is no validation.
         lr_interval: step the scheduler after every epoch or after every optimizer step.
         gradient_clip_val: clip the (unscaled) gradient to this norm.
+        capture: replay the backward passes from CUDA graphs: true, false, or auto, which trains eagerly, with a
+            warning, where there is no GPU or a step cannot be captured.
     """
 
     train_loss_name = "train/loss"
@@ -61,8 +65,11 @@ class SharpnessAwareModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_clip_val: float | None = None,
+        capture: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
+        if not isinstance(capture, bool) and capture != "auto":
+            raise SettingError(f"capture is {capture!r}: give true, false or auto")
         if gradient_clip_val is not None:
             check_numbers(above=True, finite=False, hint="null is no clipping", gradient_clip_val=gradient_clip_val)
         self.automatic_optimization = False
@@ -76,6 +83,8 @@ class SharpnessAwareModule(LightningModule):
         self.accumulate_grad_batches = 1
         """Batches in one optimizer step."""
         self.gradient_clip_val = gradient_clip_val
+        self.capture = capture
+        self.backward_passes = BackwardPasses(capture)
         self.sam: ClassAwareSAM
         # a metric, so that a run resumed mid-epoch continues the count; every rank skips the same steps
         self.skipped_steps = SumMetric(sync_on_compute=False)
@@ -224,8 +233,18 @@ class SharpnessAwareModule(LightningModule):
             self.sam.broadcast_buffers()
 
     def on_train_end(self) -> None:
-        """Test the same buffers on all ranks."""
+        """Test the same buffers on all ranks, without the memory of the graphs."""
         self.sam.broadcast_buffers()
+        self.backward_passes.release()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save which batches are captured."""
+        checkpoint["backward_passes"] = self.backward_passes.state_dict(getattr(self.data, "batch_size", None))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Capture the same batches as before."""
+        if state := checkpoint.get("backward_passes"):
+            self.backward_passes.load_state_dict(state, getattr(self.data, "batch_size", None))
 
     @property
     def _scaler(self) -> Any:

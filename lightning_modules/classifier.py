@@ -27,7 +27,6 @@ from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
 from lightning_modules.mirror import average_with_mirrored
-from lightning_modules.perturbed_fraction import PerturbedFraction
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
@@ -60,8 +59,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
-        **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval`` and ``gradient_clip_val``, see
-            :class:`~lightning_modules.base.SharpnessAwareModule`.
+        **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``gradient_clip_val`` and ``capture``,
+            see :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     train_loss_name = "train/loss_epoch"
@@ -102,7 +101,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._weights_missing = False
-        self._micro_batches: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+        self._micro_batches: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
         self._weights_of_checkpoint: tuple[Tensor | None, Tensor | None] | None = None
 
     @property
@@ -253,25 +252,20 @@ class LongTailedClassifier(SharpnessAwareModule):
             with torch.no_grad():
                 self.train_loss.update(self.loss(self(images), targets))
             return None
-        self._micro_batches.append((lambda rows: self.loss(self(images[rows]), targets[rows]), on_host))
+        self._micro_batches.append(((images, targets), on_host))
         if len(self._micro_batches) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return None
-        micro_batches, self._micro_batches = self._micro_batches, []
-        optimizer: Any = self.optimizers()
-        # in half precision rounding may remove the perturbation
-        watched = self._half is not None and self.sam.rho > 0 and self.logs_this_batch
-        perturbed = PerturbedFraction(self.backbone) if watched else None
-        if perturbed is not None:
-            micro_batches = [(perturbed.watch(losses), targets) for losses, targets in micro_batches]
-        loss = self.sam.backward(micro_batches, backward=self.manual_backward)
-        samples = sum(len(targets) for _, targets in micro_batches)
-        self.train_loss.update(loss, samples)
+        batches, all_targets = zip(*self._micro_batches, strict=True)
+        self._micro_batches = []
+        loss = self.backward_passes(self, self._losses_of, batches, all_targets)
+        samples = sum(map(len, all_targets))
+        self.train_loss.update(loss.expand(samples))
         if self.logs_this_batch:
-            tail_samples = sum(self._count_tail(targets) for _, targets in micro_batches)
             self.log("train/loss_step", loss, prog_bar=True, batch_size=samples)
-            self.log_dict({"train/tail_rows": tail_samples, "lr": optimizer.param_groups[0]["lr"]}, batch_size=samples)
-            if perturbed is not None:
-                self.log("train/perturbed_fraction", perturbed.fraction)
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            numbers = {"train/tail_rows": sum(map(self._count_tail, all_targets)), "lr": lr}
+            # tensors on the host: Lightning would copy numbers to the GPU, and wait for it
+            self.log_dict({k: torch.as_tensor(n, dtype=torch.float32) for k, n in numbers.items()}, batch_size=samples)
         self.step_optimizer()
         return loss  # for callbacks, such as the learning rate finder
 
@@ -320,6 +314,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the classes."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["class_counts"], checkpoint["class_names"] = self.class_counts, self.class_names
         checkpoint["group_counts"] = self.group_counts
         checkpoint["training_weights"] = self.training_weights
@@ -331,6 +326,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         Raises:
             SettingError: the checkpoint is of another model, or the classes of the data have other names.
         """
+        super().on_load_checkpoint(checkpoint)
         check_model(self, checkpoint)
         check_class_names(checkpoint["class_names"], self.data)
         self._weights_of_checkpoint = None if self.fitting else checkpoint.get("training_weights")
@@ -383,9 +379,12 @@ class LongTailedClassifier(SharpnessAwareModule):
                 "perturbs, at a matching cost; set model.sam.tail_classes if that is intended"
             )
 
-    def _count_tail(self, targets: Tensor) -> float:
+    def _losses_of(self, images: Tensor, targets: Tensor) -> Any:
+        return self.loss(self(images), targets)
+
+    def _count_tail(self, targets: Tensor) -> Tensor:
         targets = targets.cpu()
-        return float((self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum())
+        return (self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum()
 
     def _test_logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)

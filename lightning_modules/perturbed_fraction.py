@@ -22,12 +22,12 @@ class PerturbedFraction:
         self.fraction = torch.zeros((), device=self._params[0].device)
         """The largest fraction seen, in [0, 1]."""
 
-    def watch(self, losses: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def watch(self, losses: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`losses`, which compares the weights before every call."""
 
-        def watched(samples: Tensor) -> Tensor:
+        def watched(*batch: Tensor) -> Tensor:
             moved = [(p != before).sum() for p, before in zip(self._params, self._before, strict=True)]
             self.fraction = torch.maximum(self.fraction, torch.stack(moved).sum() / self._total)
-            return losses(samples)
+            return losses(*batch)
 
         return watched

@@ -93,6 +93,7 @@ class Fit:
     seed: int
     max_epochs: int = MAX_EPOCHS
     tuning: bool = False
+    labelled_share: float = 0.1
 
     def key(self) -> tuple[str, ...]:
         """Identifies it among the fits of its file."""
@@ -120,7 +121,7 @@ def run(fit: Fit, folder: Path) -> dict[str, Any]:
         sampling=recipe.sampling,  # type: ignore[arg-type]
         batch_size=recipe.batch_size,
         batches_per_epoch=BATCHES_PER_EPOCH,
-        labelled_share=0.1,
+        labelled_share=fit.labelled_share,
         val_share=VAL_SHARE,
         min_rows=1000,
         max_rows=10000,

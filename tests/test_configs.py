@@ -30,7 +30,10 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
-    *(("data/anomaly_table", f"detector/{name}") for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier")),
+    *(
+        ("data/anomaly_table", f"detector/{name}")
+        for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
+    ),
     ("data/anomaly_images", "detector/deep_sad_images"),
 ]
 DECIDED = [

@@ -16,7 +16,7 @@ from imbsam.capture.checks import (
     check_module,
     check_signature,
 )
-from imbsam.capture.graphs import CaptureError, CudaGraphs, Graphs
+from imbsam.capture.graphs import CaptureError, Graphs, graphs_on
 from imbsam.capture.pass_sizes import graph_sizes
 from imbsam.capture.static_step import StaticStep
 from imbsam.errors import SettingError
@@ -219,12 +219,12 @@ class Capturable:
         if not isinstance(capture, bool) and capture != "auto":
             raise SettingError(f'capture is {capture!r}: give True, False or "auto"')
         device = trained_parameters(list(sam.module.modules()))[0].device
-        if capture is True and device.type != "cuda":
+        graphs = graphs_on(device) if capture else None
+        if capture is True and graphs is None:
             raise SettingError(
                 f"capture is True and module is on {device}: CUDA graphs need a GPU; move it there first, or set "
                 'capture="auto", which runs eagerly here'
             )
-        graphs = CudaGraphs(device) if capture and device.type == "cuda" else None
         return CapturedStep(
             sam,
             losses_of,

@@ -64,8 +64,12 @@ def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Seq
         raise CaptureError(f"module lies on several devices, {' and '.join(devices)}")
 
 
+class ChangedModuleError(SettingError):
+    """The module is no longer what was captured, and has to be captured again."""
+
+
 class Captured:
-    """What must not change from the capture on: submodules, which parameters are trained, and where all of them lie.
+    """What must not change from the capture on: submodules, their hooks, the trained parameters, where all of them lie.
 
     Args:
         modules: the module's submodules, itself first.
@@ -75,23 +79,34 @@ class Captured:
         self.modules = modules
         self.params = trained_parameters(modules)
         self._addresses = _addresses(modules)
+        self._hooks = _hooks(modules)
 
     def check(self, modules: Sequence[nn.Module]) -> None:
-        """Refuse a module that has changed."""
+        """Refuse a module that has changed, with :class:`ChangedModuleError`."""
         params = trained_parameters(modules)
         if not _same(params, self.params):
-            raise SettingError(
+            raise ChangedModuleError(
                 f"module has {len(params)} trained parameters that are not the {len(self.params)} it was captured with "
                 "(one was added, replaced, frozen or unfrozen): call capture() again"
             )
         if not _same(modules, self.modules):
-            raise SettingError("module has other submodules than it was captured with: call capture() again")
+            raise ChangedModuleError("module has other submodules than it was captured with: call capture() again")
+        if _hooks(modules) != self._hooks:
+            raise ChangedModuleError("module has other hooks than it was captured with: call capture() again")
         if _addresses(modules) != self._addresses:
-            raise SettingError("module's parameters have moved since capture() (device, dtype, .data): call it again")
+            raise ChangedModuleError(
+                "module's parameters have moved since capture() (device, dtype, .data): call it again"
+            )
 
 
 def _addresses(modules: Sequence[nn.Module]) -> list[int]:
     return [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[int]:
+    """Their numbers, which are never used again; pruning puts a mask on the same parameter by a hook."""
+    kinds = ((m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in modules)
+    return [number for hooks in kinds for kind in hooks if kind for number in kind]
 
 
 def _same(now: Sequence[Any], then: Sequence[Any]) -> bool:

@@ -168,6 +168,11 @@ class CudaGraphs:
         raise CaptureError(str(failure).strip().splitlines()[0]) from failure
 
 
+def graphs_on(device: torch.device) -> Graphs | None:
+    """CUDA graphs for parameters on a GPU; None elsewhere, where there are none."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
 class CudaRecording:
     """Captured passes.
 

@@ -159,10 +159,12 @@ def calibration_figures(groups: Sequence[Group]) -> list[Figure]:
             for calibrated, by_class_group in enumerate(pair):
                 if bins := by_class_group.get(name):
                     traces += _reliability(i, group, bins, bool(calibrated))
+        most = max(n for pair in calibrations for by_class_group in pair for _, n, *_ in by_class_group.get(name, []))
+        samples = {"type": "log", "range": [math.log10(0.5), math.log10(2 * most)], "dtick": 1}
         layout = {
             "xaxis": {"title": {"text": "confidence in %"}, "range": PERCENT, "anchor": "y2"},
             "yaxis": {"title": {"text": "accuracy in %"}, "range": PERCENT, "domain": [0.34, 1]},
-            "yaxis2": {"title": {"text": "samples"}, "type": "log", "domain": [0, 0.26], "nticks": 4},
+            "yaxis2": {"title": {"text": "samples"}, "domain": [0, 0.26], **samples},
             "shapes": [{**LINE, "x0": 0, "y0": 0, "x1": 100, "y1": 100}],
         }
         figures.append(Figure(name, traces, layout, height=420))
@@ -173,7 +175,7 @@ def _reliability(i: int, group: Group, bins: Sequence[Bin], calibrated: bool) ->
     """The accuracy in each bin, and its samples; dashed and hollow after calibration."""
     places, samples, confidence, accuracy = zip(*bins, strict=True)
     said = plain_text(group.name) + (", calibrated" if calibrated else "")
-    style = {"line": {"color": colour(i), "dash": "dash", "width": 2}} if calibrated else {}
+    style: dict[str, Any] = {"line": {"color": colour(i), "dash": "dash", "width": 2}} if calibrated else {}
     marker = {"symbol": f"{symbol(i)}-open"} if calibrated else {}
     numbers = "confidence %{x:.1f} %, accuracy %{y:.1f} %<br>%{text} test samples<extra></extra>"
     above = make_trace(

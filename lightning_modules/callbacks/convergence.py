@@ -54,7 +54,8 @@ class Convergence(Callback):
 
     Reads the epoch's training loss that the module logs under its ``train_loss_name``, on every rank, since reading a
     metric may be a collective; rank zero prints. The losses are in the checkpoint, so that a resumed run is judged by
-    all of its epochs.
+    all of its epochs. Nothing is said of a model that ends by itself, such as boosting: its loss
+    falls with every tree.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class Convergence(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
         self._take_loss(trainer, pl_module)
-        trend = loss_trend(self.losses)
+        trend = None if getattr(pl_module, "ends_by_itself", False) else loss_trend(self.losses)
         if trend is not None and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             Console().print(trend.text, soft_wrap=True, highlight=False)
 

@@ -19,7 +19,8 @@ class RestoringEarlyStopping(EarlyStopping):
 
     Where ``monitor`` is never logged (no validation samples, or no labelled anomaly among them) the training lasts
     ``passes_without_validation`` passes over the training samples and ends with the latest weights. One line at the end
-    of ``fit`` says which weights were kept.
+    of ``fit`` says which weights were kept. A model that ends by itself (its ``ends_by_itself`` is true, as with
+    :class:`~lightning_modules.detectors.Boosting`) is left alone: it has no weights that come and go.
 
     Args:
         monitor: the metric to watch.
@@ -56,12 +57,16 @@ class RestoringEarlyStopping(EarlyStopping):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights of the best validation."""
+        if getattr(pl_module, "ends_by_itself", False):
+            return
         before = self.best_score
         super().on_validation_end(trainer, pl_module)
         self._keep_if_best(before, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the weights of the best epoch; without validation, stop after enough passes."""
+        if getattr(pl_module, "ends_by_itself", False):
+            return
         before = self.best_score
         super().on_train_epoch_end(trainer, pl_module)
         self._keep_if_best(before, trainer, pl_module)
@@ -73,7 +78,7 @@ class RestoringEarlyStopping(EarlyStopping):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the best weights, before a threshold is chosen and the last checkpoint written."""
-        if getattr(trainer, "fast_dev_run", False):
+        if getattr(trainer, "fast_dev_run", False) or getattr(pl_module, "ends_by_itself", False):
             return
         if self._other is not None:
             self._swap(pl_module)

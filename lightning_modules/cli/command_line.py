@@ -303,7 +303,8 @@ class ImbSAMCLI(LightningCLI):
             for key in now.keys() & then.keys()
             if now[key] != then[key]
             and key.split(".")[0] in ("model", "data", "seed_everything")
-            and key.split(".")[-1] not in ("root", "num_workers", "predict")  # where the data are, and who reads them
+            # where the data are, who reads them, and how a step is run
+            and key.split(".")[-1] not in ("root", "num_workers", "predict", "capture")
         ]
 
     def before_validate(self) -> None:

@@ -13,11 +13,11 @@ from imbsam import SettingError
 from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
 from lightning_modules.callbacks.drift import Drift
-from lightning_modules.callbacks.fitted_callback import fitted_callbacks
+from lightning_modules.callbacks.fitted_callback import FittedCallback, fitted_callbacks
 from lightning_modules.resuming.checkpoint_files import AtomicCheckpointIO
 from lightning_modules.validation_part import validation_predictions
 
-CHOICES = {
+CHOICES: dict[type[FittedCallback], tuple[str, ...]] = {
     Calibration: ("method",),
     Decisions: ("recall", "precision", "false_alarms", "costs", "coverage"),
     Drift: ("alpha",),
@@ -88,7 +88,8 @@ def check_validation_part(data: LightningDataModule, trained: Mapping[str, Any])
     now = data.hparams
     if any(name in trained and str(trained[name]) != str(now.get(name)) for name in ("_class_path", "path")):
         return
-    for name in ("ratio", "profile", "val_share", "test_share", "labelled_share", "min_rows", "max_rows", "seed"):
+    splits = ("ratio", "profile", "draw", "val_share", "test_share", "labelled_share", "min_rows", "max_rows", "seed")
+    for name in splits:
         if name in trained and name in now and trained[name] != now[name]:
             raise SettingError(
                 f"data.{name} is {now[name]} and the checkpoint was trained with {trained[name]}, so that samples of "

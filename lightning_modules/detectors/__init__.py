@@ -1,5 +1,6 @@
 """Anomaly detectors that learn from a few labelled anomalies."""
 
+from lightning_modules.detectors.boosting import Boosting
 from lightning_modules.detectors.classifier import WeightedClassifier
 from lightning_modules.detectors.deep_sad import DeepSAD
 from lightning_modules.detectors.detector import Detector
@@ -7,4 +8,4 @@ from lightning_modules.detectors.devnet import DevNet
 from lightning_modules.detectors.feawad import FEAWAD
 from lightning_modules.detectors.prenet import PReNet
 
-__all__ = ["FEAWAD", "DeepSAD", "Detector", "DevNet", "PReNet", "WeightedClassifier"]
+__all__ = ["FEAWAD", "Boosting", "DeepSAD", "Detector", "DevNet", "PReNet", "WeightedClassifier"]

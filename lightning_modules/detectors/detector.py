@@ -12,17 +12,21 @@ from imbsam.errors import SettingError
 
 
 class Detector(nn.Module, ABC):
-    """A network with the per-sample loss and the anomaly score of its method.
+    """A network, or a model without a gradient, with the per-sample loss and the anomaly score of its method.
 
     Labels are 0 for unlabelled samples (most of them normal) and 1 for labelled anomalies, the tail.
 
     Attributes:
         sampling: the sampling of its paper: natural, balanced or pairs.
         uses_pairs: whether :meth:`losses` takes pairs of samples.
+        uses_gradient: whether it is trained by the gradient of :meth:`losses`. One that is not learns in
+            :meth:`prepare` and :meth:`advance`, and trains until it is :attr:`finished`. It has at least one
+            parameter, with ``requires_grad=False``, for the optimizer by which Lightning counts the steps.
     """
 
     sampling: ClassVar[str]
     uses_pairs: ClassVar[bool] = False
+    uses_gradient: ClassVar[bool] = True
 
     @abstractmethod
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -44,6 +48,14 @@ class Detector(nn.Module, ABC):
             x: all training samples (N, d) or images (N, channels, H, W).
             labels: int64 (N,).
         """
+
+    def advance(self) -> None:
+        """Make a training step, of a detector without a gradient."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether a detector without a gradient has no further step to make."""
+        return False
 
 
 class ScoreNetwork(Detector):

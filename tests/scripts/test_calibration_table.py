@@ -24,7 +24,6 @@ def test_scores_of_balanced_weights_are_calibrated_by_the_prior(script):
     labels = (torch.arange(4000) % 10 == 0).long()
     x = torch.randn(4000, generator=random, dtype=torch.float64) + 2 * labels
     found = script.measure(2 * x - 2, labels)
-    assert found["nothing error"] > 5
     for method in ("prior", "temperature", "vector", "isotonic"):
         assert found[f"{method} error"] < 2.5
         assert found[f"{method} log-loss"] < found["nothing log-loss"]

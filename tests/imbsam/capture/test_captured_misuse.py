@@ -78,6 +78,12 @@ def normalise(model: nn.Module) -> None:
     model.append(nn.BatchNorm1d(4, affine=False))
 
 
+def prune(model: nn.Module) -> None:
+    """The same parameters in the same order, under other names."""
+    for name in ("weight", "bias"):
+        nn.utils.prune.l1_unstructured(model[0], name, 0.5)
+
+
 def move(model: nn.Module) -> None:
     model[0].weight.data = model[0].weight.data.clone()
 
@@ -104,6 +110,7 @@ def test_frozen_parameters_must_not_move_either():
         (freeze, (X, Y), "module has 3 trained parameters that are not the 4 it was captured with"),
         (grow, (X, Y), "module has 6 trained parameters that are not the 4 it was captured with"),
         (normalise, (X, Y), "module has other submodules than it was captured with"),
+        (prune, (X, Y), "module has other hooks than it was captured with: call capture\\(\\) again"),
         (move, (X, Y), r"module's parameters have moved since capture\(\)"),
         (None, (X, Y + 9), "targets holds the label 12"),
     ],

@@ -95,6 +95,8 @@ def test_ckpt_path_last_resumes_the_newest_run(imbsam, tmp_path):
     assert "the run is finished: 1 epochs" in out
     assert "test accuracy" in out
     assert ((run / "metrics.csv").read_bytes(), (run / "config.yaml").read_bytes()) == (log, config)
+    code, out, _ = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.capture=auto")  # as where another GPU is
+    assert (code, "the run is finished: 1 epochs" in out) == (0, True)
     code, _, err = imbsam("fit", *SHORT, "--ckpt_path=last", "--model.sam.rho=0.3")
     assert code == 2
     assert "version_0 was trained with model.sam.rho 0.05, not 0.3" in err.splitlines()[-1]

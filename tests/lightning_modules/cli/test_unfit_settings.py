@@ -35,6 +35,11 @@ SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
         (["--model.optimizer.lr=1e10"], "the training loss is nan in epoch 1, at a learning rate of 1e+10: lower it"),
         (["--model.sam.perturb=bias"], "model.sam.perturb is bias: choose all, norm, classifier"),
         (["--model.sam.perturb=[head]"], "perturb is ['head'] and module has no trained parameter of such a name"),
+        (
+            ["--model.capture=true"],
+            "model.capture is true, and the step cannot be captured: CUDA graphs need a GPU, and the model is on cpu; "
+            "set model.capture to auto, which then trains eagerly, or to false",
+        ),
         (["--trainer.accelerator=gpu"], "trainer.accelerator is gpu, and PyTorch finds no GPU here"),
     ],
 )

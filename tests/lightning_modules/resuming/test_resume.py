@@ -15,8 +15,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+import lightning_modules.backward_passes
 from datamodules import DigitsLTDataModule
 from imbsam import ImbSAM, SettingError
+from imbsam.capture.graphs import DirectCalls
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
@@ -59,6 +61,12 @@ class Watch(Callback):
 def _no_fsync(monkeypatch):
     """Skip fsync: here processes die, not machines."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def _direct_calls(monkeypatch):
+    """The stand-in for CUDA graphs, where `capture` is set."""
+    monkeypatch.setattr(lightning_modules.backward_passes, "graphs_on", DirectCalls)
 
 
 def killed():
@@ -151,6 +159,12 @@ CASES: dict[str, dict[str, Any]] = {
             RhoSchedule(start_epoch=1, end=0.2, every_n_steps=2),
         ]
     },
+    # the extra passes of a full batch, which is captured, are padded to more rows than those of the last, which is not
+    "captured": {"model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=3)}},
+    "captured, accumulate": {
+        "model": {"capture": True, "sam": partial(ImbSAM, rho=0.5, context_rows=3), "accumulate_grad_batches": 2},
+        "data": {"batch_size": 32},
+    },
     "max_steps, validation mid-epoch": {"max_epochs": -1, "max_steps": 9, "val_check_interval": 2},
 }
 
@@ -172,6 +186,19 @@ def test_resumes_as_if_nothing_had_happened(tmp_path, case):
         step = settings.get("model", {}).get("accumulate_grad_batches", 1)
         begin = watch.batches.index((epoch, batch - batch % step))
         assert again.batches == watch.batches[begin:]
+
+
+def test_a_run_that_resumes_with_smaller_batches_captures_them(tmp_path, monkeypatch):
+    seen = []
+    run = DirectCalls.record
+    monkeypatch.setattr(DirectCalls, "record", lambda self, passes: seen.append(passes._slots) or run(self, passes))
+    model = {"capture": True}
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, callbacks=(Stop(1, 0, killed),), model=model)
+    sizes = {slot.size for slots in seen for slot in slots}
+    seen.clear()
+    fit(tmp_path, resume=True, model=model, data={"batch_size": 32})
+    assert (sizes, {slot.size for slots in seen for slot in slots}) == ({64}, {32})
 
 
 def test_with_workers_and_a_second_interruption(tmp_path):
