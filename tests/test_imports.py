@@ -33,7 +33,7 @@ LIGHTNING_FOLDERS = {
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}
-TORCH_FREE = {"imbsam.group_names", "imbsam.messages"}
+TORCH_FREE = {"imbsam.group_names", "imbsam.intervals", "imbsam.messages"}
 """What the report shares with the rest of imbsam/."""
 HAND_OVER = ("imbsam/command.py", "lightning_modules")
 """The one arrow that points up: the console script starts the command line."""

@@ -85,9 +85,10 @@ class FittedCallback(Callback, ABC):
         """:meth:`fit`, and keep what was found."""
         self.fitted = self.fit(trainer, module, predictions, labels)
         self.fitted["settings"] = self.settings
+        self.fitted["validation_counts"] = labels.bincount(minlength=len(module.class_counts)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The fit, and what is to be fitted."""
+        """The fit, with the validation samples of each class, and what is to be fitted."""
         return {"fitted": self.fitted, "settings": self.settings} if self.settings or self.fitted else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

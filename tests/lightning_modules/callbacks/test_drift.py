@@ -119,7 +119,10 @@ def test_a_validation_part_without_samples_of_a_class_will_do(imbsam, tmp_path):
     ("args", "message"),
     [
         (["fit", *DETECTOR, "--data.val_share=0", "--drift.alpha=0.01"], "data.val_share is 0, and drift is fitted on"),
-        (["fit", *DETECTOR, "--data.path=few.csv", "--data.label=x0", "--data.val_share=0.1"], "validation part gets 0"),
+        (
+            ["fit", *DETECTOR, "--data.path=few.csv", "--data.label=x0", "--data.val_share=0.1"],
+            "validation part gets 0",
+        ),
         (["fit", *DETECTOR, "--drift.alpha=5"], "alpha is 5"),
         (["fit", *DETECTOR, "--drift.alpha=0.01", "--drift.material=10"], "material is 10"),
         (["predict", "plain", "--drift.alpha=0.01"], "drift.alpha is 0.01, and the checkpoint has none: leave it out"),
