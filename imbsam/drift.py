@@ -1,8 +1,8 @@
 """Have predictions moved away from a reference, such as the validation part's? Two-sample tests with effect sizes.
 
-A p-value says whether a difference can be chance, and in a large file none can; the effect says whether it matters. Under
-the hypothesis that reference and new rows are of one distribution, each test's p-value is at most alpha in a share of at
-most alpha of all draws (Kolmogorov-Smirnov above 1,000 rows: asymptotically).
+A p-value says whether a difference can be chance, and in a large file none can; the effect says whether it matters.
+Where reference and new rows are of one distribution, each test's p-value is at most alpha in a share of at most alpha of
+all draws (Kolmogorov-Smirnov above 1,000 rows: asymptotically).
 """
 
 import math

@@ -9,13 +9,13 @@ import yaml
 from imbsam.group_names import GROUPS
 from imbsam.report.card_limits import escaped, limits
 from imbsam.report.card_measures import (
+    classes_with_tests,
     counted,
     measures,
     percent,
     percents,
     recall_interval,
-    test_counts,
-    tested_classes,
+    samples_tested,
 )
 from imbsam.report.comparison import Group
 from imbsam.report.method import PLAIN
@@ -42,20 +42,21 @@ UNSAID = ("dampening", "maximize", "differentiable", "foreach", "capturable", "f
 
 def card(group: Group) -> str:
     """The card of one model: runs that differ only in their seeds."""
-    run = group.runs[0]
+    run, only = group.runs[0], _only(group)
     sections = {
         "": _opening(group),
         "Measures": _measures(group),
         "Data": _data(run),
         "Training": _training(group),
         "Classes": _classes(group),
-        "Calibration": _calibration(run),
-        "Decisions": _decisions(run),
+        "Calibration": _calibration(run, only),
+        "Decisions": _decisions(run, only),
         "Drift": _drift(run),
         "Known limits": "\n".join(f"* {limit}" for limit in limits(group)),
         "To be added by hand": (
-            "What the model is for and what not; who answers for it; how the data were collected and labelled, and whether "
-            "they may be used so; groups of people whom its mistakes hit unequally; what happens after a wrong decision."
+            "What the model is for and what not; who answers for it; how the data were collected and labelled, and "
+            "whether they may be used so; groups of people whom its mistakes hit unequally; what happens after a wrong "
+            "decision."
         ),
         "Files": _files(group),
     }
@@ -65,6 +66,12 @@ def card(group: Group) -> str:
         + "\n\n".join(body)
         + "\n"
     )
+
+
+def _only(group: Group) -> str:
+    """Where several runs cannot be shown as one."""
+    run = group.runs[0]
+    return "" if len(group.runs) == 1 else f" Of the first run (seed {run.seeds[0] if run.seeds else 'unknown'}) alone."
 
 
 def front_matter(group: Group) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def _metric_type(key: str) -> str:
 def _opening(group: Group) -> str:
     run, runs = group.runs[0], len(group.runs)
     trained = run.training_samples or sum(run.facts.get("samples", {}).get("training", {}).values())
-    tested = sum(test_counts(run).values())
+    tested = sum(samples_tested(run).values())
     what = (
         "anomaly detector"
         if run.task is DETECTOR
@@ -109,11 +116,12 @@ def _opening(group: Group) -> str:
     by = "plain training" if run.method.name == PLAIN else run.method.name
     sizes = [f"trained on {trained:,} samples by {by}" if trained else f"trained by {by}"]
     sizes += [f"tested on {tested:,}"] if tested else []
+    date = " to ".join(sorted({min(r.date for r in group.runs), max(r.date for r in group.runs)}))
     files = "the files of one run" if runs == 1 else f"the files of {runs} runs, which differ in their seeds"
     return (
         f"# Model card: {escaped(group.name)}\n\n"
-        f"{'An' if what[0] in 'aeiou' else 'A'} {what}, {' and '.join(sizes)}. `imbsam report --format card` wrote this page from "
-        f"{files}, the last of {max(r.date for r in group.runs)}; what they do not say is missing."
+        f"{'An' if what[0] in 'aeiou' else 'A'} {what}, {' and '.join(sizes)}. `imbsam report --format card` wrote this "
+        f"page from {files} ({date}); what they do not say is missing."
     )
 
 
@@ -126,11 +134,11 @@ def _measures(group: Group) -> str:
         for found in measures(group)
     ]
     note = (
-        "A group's accuracy is the mean over its classes. Over test samples: Wilson's interval, with the samples that its classes' "
-        "means are worth"
+        "A group's accuracy is the mean over its classes. Over test samples: Wilson's interval, conservative for a mean "
+        "over classes"
         if group.task is CLASSIFIER
-        else "Over test samples: Wilson's interval with the number of anomalies for average precision, Newcombe's for AUROC, "
-        "Clopper-Pearson's for precision and recall"
+        else "Over test samples: Wilson's interval with the number of anomalies for average precision, Newcombe's for "
+        "AUROC, Clopper-Pearson's for precision and recall"
     )
     return f"{_table(head, rows)}\n\n{note}{'. Over the seeds: Student’s.' if several else '.'}"
 
@@ -210,10 +218,10 @@ def _classes(group: Group) -> str:
     shown = sorted(run.classes, key=lambda row: -row["training_samples"])
     note = "Recall with Clopper-Pearson's interval of 95 %."
     if len(shown) > MOST:
-        shown = sorted(tested_classes(run), key=lambda row: (row["accuracy"], -row["test_samples"]))[:MOST]
+        shown = sorted(classes_with_tests(run, "all"), key=lambda row: (row["accuracy"], -row["test_samples"]))[:MOST]
         note += f" The {MOST} classes with the lowest recalls of {len(run.classes):,}; `per_class.csv` has all."
     if len(group.runs) > 1:
-        note += f" Of the first run (seed {run.seeds[0] if run.seeds else 'unknown'}) alone."
+        note += _only(group)
     rows = [
         [
             escaped(row["class_name"]),
@@ -230,7 +238,7 @@ def _classes(group: Group) -> str:
     return f"{note}\n\n{_table(head, rows)}"
 
 
-def _calibration(run: Run) -> str:
+def _calibration(run: Run, only: str) -> str:
     def logged(measure: str, name: str, digits: int) -> str:
         value = run.final.get(f"test/{measure}_{name}", math.nan)
         return percent(value) if digits == 1 else f"{value:.{digits}f}" if math.isfinite(value) else "–"
@@ -255,15 +263,15 @@ def _calibration(run: Run) -> str:
         how = (
             f"Calibrated by `{settings['method']}` on the validation part, for the prior `{_plain(settings['prior'])}`."
         )
-    return f"{how} On the test samples, of the first run:\n\n{_table(head, rows)}"
+    return f"{how}{only} On the test samples:\n\n{_table(head, rows)}"
 
 
-def _decisions(run: Run) -> str:
+def _decisions(run: Run, only: str) -> str:
     decisions = run.facts.get("decisions")
     if not decisions:
         return ""
     confidence = f"{100 * decisions['confidence']:g} %"
-    text = f"By {decisions['kind']}, fitted on the validation part of the first run; in brackets intervals of {confidence}.\n\n"
+    text = f"By {decisions['kind']}, fitted on the validation part; in brackets intervals of {confidence}.{only}\n\n"
     if decisions["thresholds"]:
         head = ["class", "wanted", "alarm from", "positives", "negatives"]
         rows = [
@@ -286,8 +294,8 @@ def _drift(run: Run) -> str:
     if not settings:
         return ""
     return (
-        f"`imbsam predict` compares new rows with the {sum(held.values()):,} validation samples, and reports what is significant at "
-        f"{settings['alpha']:g} and moves at least {percent(settings['material'], 0)} of the rows."
+        f"`imbsam predict` compares new rows with the {sum(held.values()):,} validation samples, and reports what is "
+        f"significant at {settings['alpha']:g} and moves at least {percent(settings['material'], 0)} of the rows."
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from imbsam.messages import first_few
-from imbsam.report.card_measures import percent, percents, recall_interval, test_counts
+from imbsam.report.card_measures import percent, percents, recall_interval, samples_tested
 from imbsam.report.comparison import Group
 from imbsam.report.runs import Run
 from imbsam.report.task import CLASSIFIER
@@ -36,10 +36,11 @@ def _of_classes(run: Run) -> Iterable[str]:
     few = [row for row in rows if row["group"] == "few" and 0 < row["test_samples"] < FEW_SAMPLES]
     if few:
         fewest = min(few, key=lambda row: row["test_samples"])
+        name, known = _names([fewest["class_name"]]), percents(recall_interval(fewest))
         yield (
             f"Of {len(few)} few-shot {_plural(len(few), 'class', 'classes')} there are fewer than {FEW_SAMPLES} test "
             f"samples ({_names(row['class_name'] for row in few)}): their recalls are hardly known. That of "
-            f"{_names([fewest['class_name']])}, with {fewest['test_samples']}, is between {percents(recall_interval(fewest))}."
+            f"{name}, with {fewest['test_samples']}, may be {known}."
         )
     never = [row["class_name"] for row in rows if row["test_samples"] and not row["accuracy"]]
     if never:
@@ -51,27 +52,29 @@ def _of_classes(run: Run) -> Iterable[str]:
             forward = run.final.get("test/forward_50")
             there = "" if forward is None else f" (with a test part of imbalance ratio 50: {percent(forward)})"
             yield (
-                f"The test part is balanced (ratio {test_ratio:.3g}) and the training part is not (ratio {ratio:.3g}): accuracy "
-                f"and precision are for classes that are equally frequent. Where they are as frequent as in training, the "
-                f"accuracy is that of the frequent ones{there}, and a prediction of a rare class is wrong more often "
+                f"The test part is balanced (ratio {test_ratio:.3g}) and the training part is not (ratio {ratio:.3g}): "
+                f"accuracy and precision are for classes that are equally frequent. Where they are as frequent as in "
+                f"training, the accuracy is that of the frequent ones{there}, and a prediction of a rare class is wrong more often "
                 "than the precision in the table."
             )
 
 
 def _of_detector(run: Run) -> Iterable[str]:
-    training, test = run.facts.get("samples", {}).get("training", {}), test_counts(run)
+    training, test = run.facts.get("samples", {}).get("training", {}), samples_tested(run)
     labelled = training.get("labelled anomaly")
     if labelled is not None:
         yield (
-            f"Trained with {labelled:,} labelled {_plural(labelled, 'anomaly', 'anomalies')}. Kinds of anomalies that are not among "
-            f"them may not be found; the {training['unlabelled']:,} unlabelled rows may hold more, which training took for normal."
+            f"Trained with {labelled:,} labelled {_plural(labelled, 'anomaly', 'anomalies')}. Kinds of anomalies that are "
+            f"not among them may not be found; the {training['unlabelled']:,} unlabelled rows may hold more, which training "
+            "took for normal."
         )
     if (anomalies := test.get("anomaly")) is not None and anomalies < FEW_SAMPLES:
         yield f"The test part has {anomalies} anomalies: its measures are hardly known, see their intervals."
     if test:
         rows = sum(test.values())
+        share = percent(test["anomaly"] / rows, 2)
         yield (
-            f"Precision and average precision are for rows of which {percent(test['anomaly'] / rows, 2)} are anomalies; "
+            f"Precision and average precision are for rows of which {share} are anomalies; "
             "where they are rarer, more of the alarms are false."
         )
 
@@ -90,15 +93,16 @@ def _of_decisions(run: Run) -> Iterable[str]:
         return
     for threshold in decisions["thresholds"]:
         promised = {row["what"]: row["promised"] for row in decisions["results"]}
-        name, wanted = threshold["class"], threshold["wanted"]
+        name, wanted, positives = threshold["class"], threshold["wanted"], threshold["positives"]
         interval = promised.get(f"{wanted} {name}") or promised.get(f"{wanted.replace('_', ' ')} per thousand {name}")
-        few = " Fewer than 30 positives are too few to choose by." if threshold["positives"] < FEW_SAMPLES else ""
+        few = " Fewer than 30 positives are too few to choose by." if positives < FEW_SAMPLES else ""
         said = (
             f"; what it promises, with its {100 * decisions['confidence']:g} % interval: {interval}" if interval else ""
         )
         yield (
             f"The threshold of {_names([name])} ({wanted.replace('_', ' ')} {threshold['goal']:g}) was chosen on "
-            f"{threshold['positives']:,} {_plural(threshold['positives'], 'positive', 'positives')} and {threshold['negatives']:,} negatives of the validation part{said}.{few}"
+            f"{positives:,} {_plural(positives, 'positive', 'positives')} and {threshold['negatives']:,} negatives of the "
+            f"validation part{said}.{few}"
         )
 
 
@@ -118,7 +122,7 @@ def _of_the_validation_part(run: Run) -> Iterable[str]:
         return
     counts = run.facts.get("samples", {}).get("validation", {})
     if "RestoringEarlyStopping" in str(run.settings.get("trainer.callbacks")):
-        yield "The epoch was chosen on the validation part too, so that what was fitted on it promises a little too much."
+        yield "The epoch was chosen on the validation part too: what was fitted on it promises a little too much."
     if few := [name for name, n in counts.items() if n < FEW_SAMPLES]:
         which = "every class" if len(few) == len(counts) > 2 else _names(f"{name} ({counts[name]})" for name in few)
         yield f"The validation part, on which is chosen and fitted, has fewer than {FEW_SAMPLES} samples of: {which}."
@@ -129,12 +133,12 @@ def _of_seeds(group: Group) -> Iterable[str]:
         yield "One run: how much another seed would change is not known."
     if group.runs[0].facts and group.runs[0].facts.get("drift") is None:
         yield (
-            "Drift is not watched: `imbsam decide --ckpt_path last.ckpt --drift.alpha 0.01` adds the comparison of new rows "
-            "with the validation part to a finished run."
+            "Drift is not watched: `imbsam decide --ckpt_path last.ckpt --drift.alpha 0.01` adds the comparison of new "
+            "rows with the validation part to a finished run."
         )
     yield (
-        "The intervals over test samples are for samples drawn as these were. They know nothing of wrong labels, of rows "
-        "that belong together (a patient, a customer, a camera), or of a world that has changed since."
+        "The intervals over test samples are for samples drawn as these were. They know nothing of wrong labels, of "
+        "rows that belong together (a patient, a customer, a camera), or of a world that has changed since."
     )
 
 

@@ -40,6 +40,8 @@ def measures(group: Group) -> list[Measure]:
         names |= {f"test/{name}": f"accuracy of {grouped[name]} classes" for name in GROUPS}
         names.pop("test/ece_all", None)  # in the section on calibration
     else:
+        alarms = "within the budget" if group.runs[0].settings.get("budget") else "as many alarms as anomalies"
+        names |= {f"test/budget_{name}": f"{name}, {alarms}" for name in ("precision", "recall")}
         names |= {"test/precision": "precision at the threshold", "test/recall": "recall at the threshold"}
     found = []
     for key, name in names.items():
@@ -56,12 +58,12 @@ def recall_interval(row: Row) -> Interval:
     return clopper_pearson(round(row["accuracy"] * row["test_samples"]), row["test_samples"])
 
 
-def tested_classes(run: Run, name: str = "all") -> list[Row]:
+def classes_with_tests(run: Run, name: str) -> list[Row]:
     """The rows of ``per_class.csv`` with test samples, of a group of classes or all."""
     return [row for row in run.classes if row["test_samples"] and name in ("all", row["group"])]
 
 
-def test_counts(run: Run) -> dict[str, int]:
+def samples_tested(run: Run) -> dict[str, int]:
     """Test samples of each class, by name; empty where no file tells."""
     if run.classes:
         return {row["class_name"]: row["test_samples"] for row in run.classes}
@@ -70,9 +72,9 @@ def test_counts(run: Run) -> dict[str, int]:
 
 
 def _over_samples(run: Run, key: str, value: float) -> Interval | None:
-    name, counts = key.removeprefix("test/"), list(test_counts(run).values())
+    name, counts = key.removeprefix("test/"), list(samples_tested(run).values())
     if name in GROUPS:
-        rows = tested_classes(run, name)
+        rows = classes_with_tests(run, name)
         return wilson(value, len(rows) ** 2 / sum(1 / row["test_samples"] for row in rows)) if rows else None
     if run.task is CLASSIFIER or len(counts) != 2:
         return None

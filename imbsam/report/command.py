@@ -18,8 +18,8 @@ def main(args: Sequence[str]) -> None:
         prog="imbsam report",
         description="Compare finished runs with a baseline: plain training if it is among them, else the first run. "
         "Runs that differ only in their seeds are averaged.",
-        epilog="Without --output and --format the table is printed. --format card is the model card of one group of runs, in "
-        "Markdown.",
+        epilog="Without --output and --format the table is printed. --format card is the model card of one group of "
+        "runs, in Markdown.",
     )
     parser.add_argument(
         "runs",

@@ -1,4 +1,4 @@
-"""Drift: whether the rows of a prediction are still like the validation part, which the checkpoint keeps a summary of."""
+"""Drift: whether the rows of a prediction are still like the validation part, of which the checkpoint keeps scores."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch import Tensor

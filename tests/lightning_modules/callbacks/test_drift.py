@@ -82,8 +82,8 @@ def test_new_rows_of_a_detector(imbsam, runs):
 
 
 def test_new_images_of_a_classifier(imbsam, runs):
-    """Its test images are of the classes alike, the validation part nearly; then of one class."""
-    line, facts = predict(imbsam, runs["classifier"])
+    """The class shares are those of the predictions' file and of the validation part."""
+    _, facts = predict(imbsam, runs["classifier"])
     assert [test["quantity"] for test in facts["tests"]] == ["probability of the predicted class", "predicted classes"]
     with open("new.csv", newline="") as file:
         predicted = [row["predicted"] for row in csv.DictReader(file)]
