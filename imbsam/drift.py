@@ -1,7 +1,7 @@
 """Have predictions moved away from a reference, such as the validation part's? Two-sample tests with effect sizes.
 
 A p-value says whether a difference can be chance, and in a large file none can; the effect says whether it matters.
-Where reference and new rows are of one distribution, each test's p-value is at most alpha in a share of at most alpha of
+Where reference and new rows are of one distribution, each test's p-value is at most alpha in at most a share alpha of
 all draws (Kolmogorov-Smirnov above 1,000 rows: asymptotically).
 """
 
@@ -141,13 +141,12 @@ def share_shift(reference: Tensor, counts: Tensor, material: float = 0.1, seed: 
     effect = float(np.abs(old / old.sum() - new / new.sum()).sum() / 2)
     both = (old + new)[old + new > 0]
     expected = both * new.sum() / both.sum()
-    # with the margins fixed, the statistic grows with the squared deviations of one row of the table
-    distance = lambda cells: ((cells - expected) ** 2 / expected).sum(axis=-1)  # noqa: E731
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(
         both, int(new.sum()), size=RESAMPLES, method="marginals"
     )
-    least = distance(new[old + new > 0]) * (1 - 1e-12)  # equal tables count as such
-    p_value = (1 + int((distance(drawn) >= least).sum())) / (1 + RESAMPLES)
+    # with the margins fixed, the statistic grows with the squared deviations of one row of the table
+    found, chance = (((n - expected) ** 2 / expected).sum(axis=-1) for n in (new[old + new > 0], drawn))
+    p_value = (1 + int((chance >= found * (1 - 1e-12)).sum())) / (1 + RESAMPLES)  # equal tables count as such
     test = f"chi-square, {RESAMPLES:,} permutations"
     return Shift("predicted classes", test, effect, effect >= material, p_value)
 

@@ -120,8 +120,8 @@ def _opening(group: Group) -> str:
     files = "the files of one run" if runs == 1 else f"the files of {runs} runs, which differ in their seeds"
     return (
         f"# Model card: {escaped(group.name)}\n\n"
-        f"{'An' if what[0] in 'aeiou' else 'A'} {what}, {' and '.join(sizes)}. `imbsam report --format card` wrote this "
-        f"page from {files} ({date}); what they do not say is missing."
+        f"{'An' if what[0] in 'aeiou' else 'A'} {what}, {' and '.join(sizes)}. `imbsam report --format card` wrote "
+        f"this page from {files} ({date}); what they do not say is missing."
     )
 
 
@@ -134,8 +134,8 @@ def _measures(group: Group) -> str:
         for found in measures(group)
     ]
     note = (
-        "A group's accuracy is the mean over its classes. Over test samples: Wilson's interval, conservative for a mean "
-        "over classes"
+        "A group's accuracy is the mean over its classes. Over test samples: Wilson's interval, conservative for a "
+        "mean over classes"
         if group.task is CLASSIFIER
         else "Over test samples: Wilson's interval with the number of anomalies for average precision, Newcombe's for "
         "AUROC, Clopper-Pearson's for precision and recall"
@@ -284,7 +284,7 @@ def _decisions(run: Run, only: str) -> str:
             ]
             for t in decisions["thresholds"]
         ]
-        text += _table(head, rows) + "\n\n"
+        text += _table(head, rows) + "\n\nWhat they promise, and what came of it:\n\n"
     rows = [[escaped(row["what"]), row["promised"], row["test"]] for row in decisions["results"]]
     return text + _table(["", "promised by the validation part", "on the test samples"], rows)
 

@@ -53,9 +53,9 @@ def _of_classes(run: Run) -> Iterable[str]:
             there = "" if forward is None else f" (with a test part of imbalance ratio 50: {percent(forward)})"
             yield (
                 f"The test part is balanced (ratio {test_ratio:.3g}) and the training part is not (ratio {ratio:.3g}): "
-                f"accuracy and precision are for classes that are equally frequent. Where they are as frequent as in "
-                f"training, the accuracy is that of the frequent ones{there}, and a prediction of a rare class is wrong more often "
-                "than the precision in the table."
+                "accuracy and precision are for classes that are equally frequent. Where they are as frequent as in "
+                f"training, the accuracy is that of the frequent ones{there}, and a prediction of a rare class is "
+                "wrong more often than the precision in the table."
             )
 
 
@@ -63,10 +63,10 @@ def _of_detector(run: Run) -> Iterable[str]:
     training, test = run.facts.get("samples", {}).get("training", {}), samples_tested(run)
     labelled = training.get("labelled anomaly")
     if labelled is not None:
+        anomalies_of = _plural(labelled, "anomaly", "anomalies")
         yield (
-            f"Trained with {labelled:,} labelled {_plural(labelled, 'anomaly', 'anomalies')}. Kinds of anomalies that are "
-            f"not among them may not be found; the {training['unlabelled']:,} unlabelled rows may hold more, which training "
-            "took for normal."
+            f"Trained with {labelled:,} labelled {anomalies_of}. Kinds of anomalies that are not among them may not be "
+            f"found; the {training['unlabelled']:,} unlabelled rows may hold more, which training took for normal."
         )
     if (anomalies := test.get("anomaly")) is not None and anomalies < FEW_SAMPLES:
         yield f"The test part has {anomalies} anomalies: its measures are hardly known, see their intervals."
@@ -101,8 +101,8 @@ def _of_decisions(run: Run) -> Iterable[str]:
         )
         yield (
             f"The threshold of {_names([name])} ({wanted.replace('_', ' ')} {threshold['goal']:g}) was chosen on "
-            f"{positives:,} {_plural(positives, 'positive', 'positives')} and {threshold['negatives']:,} negatives of the "
-            f"validation part{said}.{few}"
+            f"{positives:,} {_plural(positives, 'positive', 'positives')} and {threshold['negatives']:,} negatives of "
+            f"the validation part{said}.{few}"
         )
 
 

@@ -134,8 +134,8 @@ class FittedCallback(Callback, ABC):
             return
         if self.fitted is None and self._trained_with:
             rank_zero_warn(
-                f"no {self.title or self.name}: this checkpoint was written before the training ended, when it is fitted; "
-                "last.ckpt has it"
+                f"no {self.title or self.name}: this checkpoint was written before the training ended, when it is "
+                "fitted; last.ckpt has it"
             )
         elif self.settings and (self.fitted is None or self.fitted["settings"] != self.settings):
             name, value = next(iter(self.settings.items()))

@@ -64,7 +64,7 @@ class RunFacts(Callback):
         if self._test_counts is not None:
             samples["test"] = dict(zip(names, self._test_counts, strict=True))
         return {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "date": datetime.date.today().isoformat(),
             "versions": versions(),
             "samples": samples,
             "calibration": calibration and calibration.fitted and calibration.fitted["settings"],

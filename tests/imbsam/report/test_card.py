@@ -53,7 +53,9 @@ def test_a_detectors_card(detector, capsys):
     assert facts["samples"]["validation"] == {"normal": 227, "anomaly": 25}
     assert facts["samples"]["test"] == {"normal": 487, "anomaly": 53}
     assert table_row(body, "recall anomaly")[2].endswith("% of 53")
-    assert "was chosen on 25 positives and 227 negatives of the validation part; what it promises, with its 95 %" in body
+    assert (
+        "was chosen on 25 positives and 227 negatives of the validation part; what it promises, with its 95 %" in body
+    )
     assert "compares new rows with the 252 validation samples" in body
     assert "Drift is not watched" not in body
     assert "9.81 % are anomalies" in body
