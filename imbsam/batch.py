@@ -12,11 +12,11 @@ from torch import Tensor
 
 from imbsam.errors import SettingError
 from imbsam.extra_passes import extra_pass_rows
-from imbsam.row_weights import on_host, per_row
+from imbsam.row_weights import on_host, per_loss
 from imbsam.snapshot import Buffers, RandomState
 
 Losses = Callable[[Tensor], Tensor]
-"""Per-sample losses of the rows asked for: an int64 index (R,) in, losses (R,) out."""
+"""Losses of the rows asked for: an int64 index (R,) in, losses (R,) out, or (R, C) for multi-label targets."""
 
 
 class SharpGradient(enum.Enum):
@@ -36,9 +36,9 @@ class Plan:
     """What the settings alone decide for all batches, and so the same on all ranks."""
 
     sharpness_weight: Tensor
-    """c for every class, float64 (C,), or () for all of them."""
+    """c for every class, float64 (C,), or () for all of them; or (C, 2), for either value of a class's label."""
     class_weight: Tensor | None
-    """a for every class, float64 (C,); None if all are 1."""
+    """a for every class, float64 (C,) or (C, 2); None if all are 1."""
     context_rows: int | None
     """Rows to add to the sharp ones; None for the whole batch."""
     perturbs: bool
@@ -72,7 +72,7 @@ class Plan:
         return [self._batch(*micro_batch) for micro_batch in losses]
 
     def _batch(self, losses: Losses, targets: Any, sharpness_weight: Any = None) -> "Batch":
-        """Decide for one batch; `sharpness_weight` (B,) are the rows' own c_i, instead of their classes'."""
+        """Decide for one batch; `sharpness_weight` (B,) or (B, C) are the rows' own c_i, instead of their classes'."""
         if targets is None and (sharpness_weight is None or self.class_weight is not None):
             raise SettingError(
                 "targets is None: give the labels, or, if no class_weight is set, sharpness_weight= for each row"
@@ -81,13 +81,17 @@ class Plan:
         if targets is not None:
             targets = on_host("targets", targets)
             if self.class_weight is not None:
-                a = per_row("class_weight", self.class_weight, targets)
+                a = per_loss("class_weight", self.class_weight, targets)
         if sharpness_weight is None:
-            c = per_row("sharpness_weight", self.sharpness_weight, targets)
+            c = per_loss("sharpness_weight", self.sharpness_weight, targets)
         else:
             c = on_host("sharpness_weight=", sharpness_weight).double()
-            if c.dim() != 1 or (targets is not None and len(c) != len(targets)):
-                raise SettingError(f"sharpness_weight= has shape {tuple(c.shape)}: give one number for each row")
+            wrong = targets is not None and len(c) != len(targets)
+            if c.dim() not in (1, 2) or wrong or (a is not None and a.shape != c.shape):
+                raise SettingError(
+                    f"sharpness_weight= has shape {tuple(c.shape)}: give one number for each row, or, for multi-label "
+                    "targets, for each pair of row and class"
+                )
             if not ((c.numpy() >= 0) & (c.numpy() < math.inf)).all():
                 raise SettingError(
                     "sharpness_weight= holds a negative or non-finite number: every row needs a finite number from 0"
@@ -96,7 +100,7 @@ class Plan:
             raise SettingError("the batch is empty: skip it")
         rows = self._extra_pass_rows(c)
         source = self._source(c, len(rows), own=sharpness_weight is not None)
-        others = torch.from_numpy(np.flatnonzero(c.numpy() == 0)) if source is SharpGradient.FIRST_PASS else None
+        others = torch.from_numpy(np.flatnonzero(~_is_sharp(c))) if source is SharpGradient.FIRST_PASS else None
         return Batch(losses, a, c, rows, source, others)
 
     def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
@@ -105,7 +109,7 @@ class Plan:
 
     def _extra_pass_rows(self, c: Tensor) -> Tensor:
         size = len(c)
-        sharp = np.flatnonzero(c.numpy()).tolist() if self.perturbs else []
+        sharp = np.flatnonzero(_is_sharp(c)).tolist() if self.perturbs else []
         rows: list[int] = []
         if sharp or (self.in_step and size):
             context = size if self.context_rows is None else self.context_rows
@@ -122,7 +126,7 @@ class Plan:
             every_row, whole = not own and bool((self.sharpness_weight.numpy() == 1).all()), self.context_rows is None
         if every_row:
             return SharpGradient.EVERY_ROW
-        if self.splits and bool(np.isin(c.numpy(), (0, 1)).all()):
+        if self.splits and c.dim() == 1 and bool(np.isin(c.numpy(), (0, 1)).all()):
             return SharpGradient.FIRST_PASS
         return SharpGradient.SAME_GRAPH if whole else self._own_forward
 
@@ -137,9 +141,9 @@ class Batch:
 
     losses: Losses
     a: Tensor | None
-    """Loss weight of each row, float64 (B,) on the CPU; None if all are 1."""
+    """Loss weight of each row, float64 (B,) on the CPU, or of each pair (B, C); None if all are 1."""
     c: Tensor
-    """Sharpness weight of each row, float64 (B,) on the CPU."""
+    """Sharpness weight of each row, float64 (B,) on the CPU, or of each pair of row and class (B, C)."""
     rows: Tensor
     """Rows of the extra passes, int64: the whole batch in order, the sharp rows and then their context, or none."""
     source: SharpGradient
@@ -153,7 +157,6 @@ class Batch:
     """With several groups of classes, c_ik of each that has sharp rows, float64 (B,) each."""
     parts: "list[Batch]" = field(default_factory=list)
     """With several groups of classes, the batch as each of them sees it; only these parts run at w + e."""
-    _sharp: tuple[Tensor, Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -183,26 +186,33 @@ class Batch:
 
     def rest(self, losses: Tensor) -> Tensor:
         """Sum of a_i (1 - c_i) l_i."""
-        counted, weights = self._counted(1 - self.c)
-        return _weighted_sum(self._taken(losses, counted), weights)
+        return _weighted_sum(*self._counted(losses, 1 - self.c))
 
     def sharp(self, losses: Tensor) -> Tensor:
         """Sum of a_i c_i l_i; `losses` may be those of `rows` only."""
-        if self._sharp is None:
-            self._sharp = self._counted(self.c)
-        counted, weights = self._sharp
-        if len(losses) < self.size:
-            return _weighted_sum(losses[: len(counted)], weights)  # the sharp rows come first
-        return _weighted_sum(self._taken(losses, counted), weights)
+        rows = self.rows if len(losses) < self.size else None
+        return _weighted_sum(*self._counted(losses, self.c, rows))
 
-    def _counted(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows whose factor is not 0, and their weights a_i times factor."""
-        counted = torch.from_numpy(np.flatnonzero(factor.numpy()))
-        return counted, (factor if self.a is None else self.a * factor)[counted]
+    def _counted(self, losses: Tensor, factor: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The losses whose factor is not 0, and their weights a_i times factor; of all rows, or of those in `losses`.
 
-    def _taken(self, losses: Tensor, counted: Tensor) -> Tensor:
-        """Selects rather than multiplying by 0: the other rows' losses may be infinite, and 0 * inf is nan."""
-        return losses if len(counted) == self.size else losses[to_device(counted, losses.device)]
+        It selects rather than multiplying by 0: the other losses may be infinite, and 0 * inf is nan.
+        """
+        factors, weights = factor.numpy(), (factor if self.a is None else self.a * factor).numpy()
+        if rows is not None:
+            factors, weights = factors[rows.numpy()], weights[rows.numpy()]
+        counted, losses = np.flatnonzero(factors), losses.flatten()
+        if len(counted) < len(losses):
+            if len(counted) and counted[-1] != len(counted) - 1:
+                losses = losses[to_device(torch.from_numpy(counted), losses.device)]
+            else:  # one loss a row, of which the sharp ones come first
+                losses = losses[: len(counted)]
+        return losses, torch.from_numpy(weights.reshape(-1)[counted])
+
+
+def _is_sharp(c: Tensor) -> Any:
+    """Whether each row has a sharpness weight that is not 0, bool (B,)."""
+    return c.numpy().any(axis=1) if c.dim() == 2 else c.numpy() != 0
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:

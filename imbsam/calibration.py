@@ -68,9 +68,17 @@ class Isotonic:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Log-probabilities of the two classes, float64 (N, 2), of scores (N,), higher for class 1."""
-        one = torch.from_numpy(
-            np.interp(scores.double().cpu().numpy(), self.scores.numpy(), self.probabilities.numpy())
-        ).to(scores.device)
+        x = scores.double()
+        points, values = self.scores.to(x), self.probabilities.to(x)
+        if len(points) == 1:
+            one = values.expand_as(x)
+        else:
+            # ONNX has no binary search; counting needs N x K memory
+            counted = torch.compiler.is_compiling()
+            right = (x[:, None] >= points).sum(dim=1) if counted else torch.searchsorted(points, x, right=True)
+            right = right.clamp(1, len(points) - 1)
+            start, end = points[right - 1], points[right]
+            one = torch.lerp(values[right - 1], values[right], ((x - start) / (end - start)).clamp(0, 1))
         return torch.stack([torch.log1p(-one), one.log()], dim=1)
 
 

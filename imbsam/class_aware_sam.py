@@ -49,6 +49,13 @@ class ClassAwareSAM(Scheduled, Capturable):
     :math:`g_s` needs only the *sharp rows*, those with :math:`c_i > 0`, so the extra passes run on them alone.
     :func:`imbsam.reference.backward` is the same method in thirty plain lines.
 
+    **Multi-label targets**, integers 0 and 1 of shape (B, C): every pair (i, j) of a row and a class has its own loss
+    :math:`l_{ij}`, ``losses(rows)`` returns them as (R, C), and all the above holds with the pairs in place of the rows
+    and BC in place of B. A pair takes :math:`c_{ij}` and :math:`a_{ij}` from the class j and its label
+    :math:`y_{ij}`: settings of shape (C, 2) have a column for 0 and one for 1, settings of shape (C,) are for both. So
+    multi-label classification counts as C binary problems, each of two classes, "without" and "with". A row is sharp
+    if any of its pairs is. With class counts (C, 2) :class:`ImbSAM` makes a rare class sharp in the rows that have it.
+
     It is not an optimizer and keeps nothing between calls, so any optimizer, scheduler, ``GradScaler``, clipping and
     checkpointing work as they do after ``loss.backward()``. :class:`SAM`, :class:`ImbSAM`, :class:`FocalSAM` and
     :class:`Plain` choose the sharpness weights; this class takes them from you.
@@ -60,16 +67,17 @@ class ClassAwareSAM(Scheduled, Capturable):
     Args:
         module: the model whose parameters are perturbed, wrapped or not. Frozen parameters are left out. Every
             trained parameter must be in it: one outside would accumulate the gradients of all three passes.
-        class_counts: training samples per class, shape (C,). Needed if ``tail_weight`` is not 1.
-        sharpness_weight: c for every class, shape (C,), or one number for all classes.
+        class_counts: training samples per class, shape (C,). Needed if ``tail_weight`` is not 1. For multi-label
+            targets (C, 2): of every class the samples without it, and those with it.
+        sharpness_weight: c for every class, shape (C,), or one number for all classes; or (C, 2), see above.
         rho: length of the perturbation e. May be changed between calls; 0 is plain training.
         eta: classes with fewer than eta training samples are tail classes.
         tail_classes: the tail classes, by index or as a mask of shape (C,), instead of eta.
         tail_weight: multiplies the loss weight of the tail classes. The published code uses 2 for ImbSAM alone; a fair
             comparison uses it for every method. It is multiplied into the attribute ``class_weight`` once: setting that
             attribute later replaces it.
-        class_weight: loss weight a for every class, shape (C,). Default: 1. It also weights g_s, and so the direction
-            of the perturbation. May be changed between calls (deferred re-weighting).
+        class_weight: loss weight a for every class, shape (C,) or (C, 2). Default: 1. It also weights g_s, and so the
+            direction of the perturbation. May be changed between calls (deferred re-weighting).
         adaptive: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., ICML 2021) instead of rho * g / ||g||.
         context_rows: the extra passes run on the sharp rows and this many other rows of the batch, whose losses do not
             count, so that BatchNorm sees a batch. ``0`` is exact for a network and loss that treat each row
@@ -83,8 +91,9 @@ class ClassAwareSAM(Scheduled, Capturable):
             instead of ``1 + 2 t`` for a share t of sharp rows, with the same gradient. ``losses`` is then called for
             the other rows, for the sharp ones, and for the sharp ones at w + e, never for all rows in order
             (:class:`imbsam.first_outputs.FirstOutputs` keeps predictions). It applies if rows are independent (no
-            BatchNorm in training mode, no context rows) and every c is 0 or 1; otherwise it is ``"whole"``. Default:
-            ``"whole"`` in a loop of your own, ``"split"`` in the LightningModules.
+            BatchNorm in training mode, no context rows), every c is 0 or 1 and the targets are not multi-label;
+            otherwise it is ``"whole"``. Default: ``"whole"`` in a loop of your own, ``"split"`` in the
+            LightningModules.
         perturbation: with several processes, ``"global"`` perturbs all of them along the mean of their g_s, as one
             process with the joint batch would; ``"per_rank"`` perturbs each along its own, which saves one of the two
             all-reduces per step.
@@ -132,9 +141,9 @@ class ClassAwareSAM(Scheduled, Capturable):
         self.rho = rho
         self.sharpness_weight = class_vector("sharpness_weight", sharpness_weight)
         self.class_weight = class_weight
-        counts = None if class_counts is None else class_counts_tensor(class_counts)
+        counts = None if class_counts is None else class_counts_tensor(class_counts, by_label=True)
         known = counts if counts is not None else self.sharpness_weight
-        self._num_classes = len(known) if known.dim() == 1 else None
+        self._num_classes = len(known) if known.dim() else None
         if tail_weight != 1:
             self.class_weight = with_tail_weight(self.class_weight, tail_weight, counts, eta, tail_classes)
         self.adaptive = adaptive
@@ -164,20 +173,23 @@ class ClassAwareSAM(Scheduled, Capturable):
 
         Args:
             losses: a function from row indices (int64, shape (R,), on the parameters' device) to the losses of those
-                rows, shape (R,). Its first call is for all rows in order, at w: keep predictions for metrics there.
+                rows, shape (R,), or (R, C) for multi-label targets. Its first call is for all rows in order, at w:
+                keep predictions for metrics there.
                 Or a list of ``(losses, targets)``: micro-batches that count as one batch.
-            targets: class indices (B,), or probabilities (B, C) (c_i and a_i are then expectations). Best on the CPU:
-                the sharp rows are chosen on the host, which has to wait for a GPU tensor.
-            sharpness_weight: c_i for every row, shape (B,), instead of the one from ``targets`` (``targets`` is then
-                needed only for ``class_weight``).
+            targets: class indices (B,), probabilities (B, C) (c_i and a_i are then expectations), or multi-label
+                integers 0 and 1, (B, C). Best on the CPU: the sharp rows are chosen on the host, which has to wait for
+                a GPU tensor.
+            sharpness_weight: c_i for every row, shape (B,), or c_ij for every pair, (B, C), instead of those from
+                ``targets`` (``targets`` is then needed only for ``class_weight``).
             backward: runs a backward pass; ``lambda loss, **kw: scaler.scale(loss).backward(**kw)`` for a
                 ``GradScaler``. If the extra passes see the whole batch, it is called with ``retain_graph=True``.
 
         Returns:
-            1/B * sum_i a_i l_i(w), detached.
+            1/B * sum_i a_i l_i(w), detached; for multi-label targets 1/(BC) * sum_ij a_ij l_ij(w).
 
         Raises:
-            SettingError: if a label is outside the classes, or ``losses`` does not return one loss for each row.
+            SettingError: if a label is outside the classes, or ``losses`` does not return one loss for each row, or
+                for each pair.
         """
         modules = list(self.module.modules())  # walking them costs as much as a layer of a small net
         sharded = fsdp_modules(modules)

@@ -65,12 +65,12 @@ def with_tail_weight(
     Args:
         class_weight: loss weight of each class, float64 (C,); None for 1.
         tail_weight: the factor, a finite number from 0.
-        class_counts: training samples per class (C,).
+        class_counts: training samples per class (C,), or (C, 2) for multi-label targets.
         eta: classes with fewer than eta training samples are tail classes.
         tail_classes: the tail classes, instead of eta, as for :func:`~imbsam.class_groups.tail_mask`.
 
     Returns:
-        float64 tensor of shape (C,) on the CPU.
+        float64 tensor on the CPU, of the shape of the class counts.
 
     Raises:
         SettingError: if ``tail_weight`` is out of its range, or ``class_counts`` is None.
@@ -82,4 +82,6 @@ def with_tail_weight(
         )
     tail = tail_mask(class_counts, eta, tail_classes)
     weight = torch.ones(len(tail), dtype=torch.float64, device="cpu") if class_weight is None else class_weight
+    if tail.dim() == 2 and weight.dim() == 1:
+        weight = weight[:, None]  # for either value of a class's label
     return torch.where(tail, tail_weight * weight, weight)

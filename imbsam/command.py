@@ -20,6 +20,8 @@ COMMANDS = {
     "predict": "write a checkpoint's predictions to a CSV file",
     "decide": "choose thresholds, costs or calibration of a trained model again, without training",
     "sharpness": "measure how flat the loss of each class group is at a checkpoint",
+    "export": "write a checkpoint as ONNX or torch.export, checked against its predictions",
+    "features": "compute the features of a frozen network once, to train classifiers on them in seconds",
     "report": "compare runs in a table, a web page or a picture",
 }
 
@@ -79,6 +81,16 @@ OPTIONS = {
         ("--split train", "the training samples, or test"),
         ("--samples 1000", "at most this many samples of each class group"),
         ("--slices true", "also write slices of the loss"),
+    ],
+    "export": [
+        CHECKPOINT,
+        ("--path model.onnx", "the file to write, .onnx or .pt2 (torch.export), or a list of both"),
+        ("--split test", "whose samples its predictions are compared on: test or val"),
+    ],
+    "features": [
+        ("--model.backbone_weights FILE", "the weights of the network; or --ckpt_path, a trained network's checkpoint"),
+        ("--folder features", "where the file is written; its name holds a hash of what the features depend on"),
+        ("--copies 0", "augmented copies of every training sample"),
     ],
 }
 

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.imports import _MATPLOTLIB_AVAILABLE
 from torchmetrics.utilities.plot import _error_on_missing_matplotlib
 
-from imbsam.class_groups import class_counts_tensor, class_groups
+from imbsam.class_groups import GroupedClasses, class_counts_tensor, class_groups
 from imbsam.errors import SettingError
 from imbsam.group_names import GROUP_COLOURS, GROUPS
 
@@ -25,7 +25,7 @@ if not _MATPLOTLIB_AVAILABLE:
     __doctest_skip__ = ["ClassGroupAccuracy.plot"]
 
 
-class ClassGroupAccuracy(Metric):
+class ClassGroupAccuracy(GroupedClasses, Metric):
     r"""Accuracy on the classes with many, a medium number of and few training samples.
 
     The accuracy of a group :math:`G` of classes is the mean recall of those of its classes that occur in the
@@ -94,7 +94,6 @@ class ClassGroupAccuracy(Metric):
     plot_upper_bound: float = 1.0
 
     class_counts: Tensor
-    groups: Tensor
     correct: Tensor
     total: Tensor
     outside: Tensor
@@ -129,21 +128,6 @@ class ClassGroupAccuracy(Metric):
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("outside", torch.tensor(0), dist_reduce_fx="sum")
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The classes of "many", "medium", "few" and "all": bool tensors of shape (C,) on the CPU."""
-        return dict(zip(GROUPS, self.groups.cpu(), strict=True))
-
-    @property
-    def group_of_class(self) -> list[str]:
-        """The group of each of the C classes: "many", "medium" or "few"."""
-        return [GROUPS[i] for i in self.groups[:3].int().argmax(dim=0).tolist()]
-
-    @property
-    def limits(self) -> dict[str, str]:
-        """The training samples of a class in each group, in words: ``> 100``, ``20 to 100``, ``< 20``."""
-        return {"many": f"> {self.many}", "medium": f"{self.few} to {self.many}", "few": f"< {self.few}"}
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count the predictions of a batch.

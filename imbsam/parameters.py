@@ -45,7 +45,7 @@ def perturbed_parameters(
     if perturb == "all":
         return [True] * len(params)
     if perturb == "norm":
-        chosen = _own(filter(_is_normalisation, modules))
+        chosen = _own(filter(is_normalisation, modules))
         missing = "normalisation layer with a trained parameter"
     elif perturb == "classifier":
         heads = [m for m in modules if _is_classifier(m, num_classes)]
@@ -67,7 +67,7 @@ def _own(modules: "Sequence[nn.Module] | filter[nn.Module]") -> set[int]:
     return {id(p) for m in modules for p in m._parameters.values()}
 
 
-def _is_normalisation(module: nn.Module) -> bool:
+def is_normalisation(module: nn.Module) -> bool:
     """By its name too: timm's, torchvision's and hand-written ones are not torch's classes."""
     name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
     return "Norm" in name or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)

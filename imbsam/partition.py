@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imbsam.batch import Batch, Losses, Plan, SharpGradient
 from imbsam.errors import SettingError
-from imbsam.row_weights import on_host, per_row
+from imbsam.row_weights import on_host, per_loss
 
 
 def class_partition(partition: Tensor | Sequence[int]) -> Tensor:
@@ -45,6 +45,11 @@ class PartitionedPlan(Plan):
                 "targets instead"
             )
         batch = super()._batch(losses, targets)
+        if batch.c.dim() == 2:
+            raise SettingError(
+                "targets are multi-label, and this method has a perturbation for each group of classes, of which a "
+                "sample may have several: choose SAM, GSAM, ImbSAM or FocalSAM"
+            )
         batch.source, batch.others = SharpGradient.NONE, None
         batch.sharp_of_group = self._sharp_of_group(on_host("targets", targets))
         return batch
@@ -69,7 +74,7 @@ class PartitionedPlan(Plan):
 
     def _sharp_of_group(self, targets: Tensor) -> dict[int, Tensor]:
         """c_ik of every group with a sharp row, float64 (B,) each; they sum to c_i."""
-        c = per_row("sharpness_weight", self.sharpness_weight, targets)
+        c = per_loss("sharpness_weight", self.sharpness_weight, targets)
         if targets.dim() == 1:
             groups = self.partition[targets.long()]
             return {

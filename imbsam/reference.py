@@ -28,7 +28,8 @@ def backward(
         e = \rho \frac{g_s}{\|g_s\|}, \qquad g_s = \nabla_w \frac1B \sum_i a_i c_i\, l_i(w)
 
     Args:
-        losses: returns the per-sample losses of the whole batch, shape (B,), at the current weights.
+        losses: returns the per-sample losses of the whole batch, shape (B,), at the current weights. With multi-label
+            targets every pair of a sample and a class is a sample here: return all B times C losses, flattened.
         params: the weights w, each of which the losses depend on.
         c: sharpness weight of each sample, shape (B,): for ImbSAM 1 if its class is tail, else 0. Or shape (K, B), one
             row for each group of classes with its own g_s and e: L then has the sum over k of c_ik l_i(w + e_k), and

@@ -101,7 +101,8 @@ class ImbSAM(ClassAwareSAM):
 
     Args:
         module: as for :class:`ClassAwareSAM`.
-        class_counts: training samples per class, shape (C,).
+        class_counts: training samples per class, shape (C,); for multi-label targets (C, 2), see
+            :class:`ClassAwareSAM`.
         eta: classes with fewer than eta training samples are tail classes.
         tail_classes: the tail classes, by index or as a mask of shape (C,), instead of eta.
         **settings: the other settings of :class:`ClassAwareSAM`.
@@ -123,7 +124,7 @@ class ImbSAM(ClassAwareSAM):
         tail_classes: Tensor | Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
-        counts = class_counts_tensor(class_counts)
+        counts = class_counts_tensor(class_counts, by_label=True)
         tail = tail_mask(counts, eta, tail_classes)
         super().__init__(module, counts, sharpness_weight=tail.double(), eta=eta, tail_classes=tail_classes, **settings)
         named = f"eta={eta}" if tail_classes is None else "tail_classes"
@@ -150,7 +151,8 @@ class FocalSAM(ClassAwareSAM):
 
     Args:
         module: as for :class:`ClassAwareSAM`.
-        class_counts: training samples per class, shape (C,).
+        class_counts: training samples per class, shape (C,); for multi-label targets (C, 2), see
+            :class:`ClassAwareSAM`.
         focal_lambda: weight of the sharpness term (the authors use up to 1.1).
         focal_gamma: the larger, the less the common classes count.
         **settings: the settings of :class:`ClassAwareSAM` other than ``sharpness_weight``.

@@ -26,14 +26,14 @@ class Scheduled:
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Loss weight a for every class, float64 (C,) on the CPU; None if all are 1."""
+        """Loss weight a for every class, float64 (C,) or (C, 2) on the CPU; None if all are 1."""
         return self._class_weight
 
     @class_weight.setter
     def class_weight(self, class_weight: Tensor | Sequence[float] | None) -> None:
         weight = None if class_weight is None else class_vector("class_weight", class_weight)
         classes = self.sharpness_weight
-        if weight is not None and weight.dim() == classes.dim() == 1 and len(weight) != len(classes):
+        if weight is not None and weight.dim() and classes.dim() and len(weight) != len(classes):
             raise SettingError(
                 f"class_weight has {len(weight)} entries for {len(classes)} classes: give one weight for each class"
             )

@@ -54,7 +54,7 @@ class Step:
         self._params = params
         self._perturbed = perturbed
         self._batches = batches
-        self._total = max(1, sum(batch.size for batch in batches))
+        self._total = max(1, sum(batch.c.numel() for batch in batches))  # B; B times C for multi-label targets
         self._ascents = ascents
         self._adaptive = adaptive
         self._reduction = reduction
@@ -192,11 +192,15 @@ class Step:
     def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
         begin_pass(self._params[0].device)
         losses = batch.losses(to_device(rows, self._params[0].device))
-        if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
+        wanted = (len(rows), *batch.c.shape[1:])
+        if not isinstance(losses, Tensor) or losses.shape != wanted:
             returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            pairs = isinstance(losses, Tensor) and losses.dim() == 2 and len(wanted) == 1
+            each = "row and class" if len(wanted) == 2 else "row"
             raise SettingError(
-                f"losses(rows) returned {returned} for {len(rows)} rows: return one loss for each row, "
-                f'shape ({len(rows)},), for example with reduction="none"'
+                f"losses(rows) returned {returned} for {len(rows)} rows: return one loss for each {each}, "
+                f'shape {wanted}, for example with reduction="none"'
+                + ("; for multi-label targets give them as integers 0 and 1, (B, C)" if pairs else "")
             )
         return losses
 

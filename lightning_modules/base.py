@@ -145,7 +145,7 @@ class SharpnessAwareModule(LightningModule):
             self.sam.no_sync = strategy.block_backward_sync
             self.sam.process_group = torch.distributed.group.WORLD
         half = (torch.bfloat16, torch.float16)
-        self._half = next((p.dtype for p in self.sam.module.parameters() if p.dtype in half), None)
+        self._half = next((p.dtype for p in self.sam.module.parameters() if p.requires_grad and p.dtype in half), None)
         if self._half is not None and self.sam.rho > 0:
             rank_zero_warn(
                 f"trainer.precision is {self.trainer.precision}: with weights in {self._half} a perturbation of length "
@@ -153,13 +153,16 @@ class SharpnessAwareModule(LightningModule):
                 "(train/perturbed_fraction logs how many); bf16-mixed keeps the weights in float32"
             )
 
+    def parameter_groups(self) -> Any:
+        """What the optimizer gets; a group may have ``lr_factor``, which its learning rate is multiplied by."""
+        return self.parameters()
+
     def configure_optimizers(self) -> Any:
         """One optimizer, and the scheduler if there is one."""
         try:
-            optimizer = self.optimizer(self.parameters())
-            if self.lr is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr
+            optimizer = self.optimizer(self.parameter_groups())
+            for group in optimizer.param_groups:
+                group["lr"] = (group["lr"] if self.lr is None else self.lr) * group.pop("lr_factor", 1.0)
             scheduler = self._scheduler(optimizer)
         except (TypeError, ValueError) as error:
             raise SettingError(f"optimizer or lr_scheduler: {error}") from error

@@ -1,11 +1,9 @@
 """A long-tailed classifier, trained by a sharpness-aware method."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -19,21 +17,22 @@ from imbsam.losses import LDAM, CrossEntropy
 from imbsam.row_weights import check_labels
 from lightning_modules.backbones.cifar_resnet import CifarResNet32
 from lightning_modules.backbones.heads import CosineClassifier, HeadCallable, classifier
+from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import LibraryNetwork
-from lightning_modules.backbones.network import BackboneCallable, create_network
-from lightning_modules.backbones.weights import load_weights
-from lightning_modules.base import SharpnessAwareModule
+from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.class_names import check_class_names
 from lightning_modules.epoch_log import log_epoch
 from lightning_modules.factories import called, describe, plain_settings, restore, takes
-from lightning_modules.mirror import average_with_mirrored
+from lightning_modules.features.weights import check_features
+from lightning_modules.fine_tuning import FineTunedModule
+from lightning_modules.image_views import image_views
 from lightning_modules.resuming.checkpoint_contents import check_model, check_weights, describe_classes
 
 LossCallable = Callable[[], nn.Module] | Callable[[Tensor], nn.Module]
 """A loss's class, or a partial of one; it gets ``class_counts`` if it takes them."""
 
 
-class LongTailedClassifier(SharpnessAwareModule):
+class LongTailedClassifier(FineTunedModule):
     """Classification with rare classes.
 
     The number of classes and the class counts come from the DataModule (``class_counts``, ``class_names``); batches
@@ -44,12 +43,14 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     Args:
         backbone: builds the network from the number of classes: a class or a partial of one (``CifarResNet32``,
-            ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, or a function such as
-            ``torchvision.models.resnet50``.
+            ``SmallCNN``, one of your own), ``Torchvision(name)``, ``Timm(name)``, ``OpenCLIP(name)``,
+            ``HuggingFace(name)``, or a function such as ``torchvision.models.resnet50``.
         head: builds the last layer from the number of features and of classes, such as ``CosineClassifier``; default:
             the network's own.
-        backbone_weights: a local file of weights to start the training from: a state_dict (.pt, .pth, .safetensors), or
-            a checkpoint of imbsam. The classifier's are skipped if they do not fit. Not read by test and predict.
+        backbone_weights: weights to start the training from: a local file, which is a state_dict (.pt, .pth,
+            .safetensors) or a checkpoint of imbsam; a folder of transformers; or ``pretrained`` or ``pretrained:TAG``,
+            the library's own, from its cache or downloaded. The classifier's are skipped if they do not fit. Not read
+            by test and predict. ``pickle:FILE`` runs the code in the file.
         loss: the per-sample loss, a class or a partial of one, which gets ``class_counts`` if it takes them:
             CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your
             own.
@@ -59,11 +60,18 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: compile the backbone with torch.compile.
         channels_last: keep images and weights in the channels-last format, faster on GPUs in 16 bits.
         flip_tta: average the logits of an image and of its mirror image, in test and predict but not in validation.
-        **training: ``sam``, ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``gradient_clip_val`` and ``capture``,
-            see :class:`~lightning_modules.base.SharpnessAwareModule`.
+        crop_tta: enlarge images by so many pixels (24 in LIFT), and average the logits of five crops, the centre and
+            the corners, in test and predict; with flip_tta, of their mirror images too.
+        **training: ``tune``, ``head_init`` and ``gradient_checkpointing``, see
+            :class:`~lightning_modules.fine_tuning.FineTunedModule`; ``sam``, ``optimizer``, ``lr_scheduler``,
+            ``lr_interval``, ``gradient_clip_val`` and ``capture``, see
+            :class:`~lightning_modules.base.SharpnessAwareModule`.
     """
 
     train_loss_name = "train/loss_epoch"
+
+    multi_label = False
+    """Whether a sample has any number of classes, and not one."""
 
     selection_metric = "val/all"
     """The metric that best.ckpt maximizes if there is a validation set."""
@@ -80,15 +88,18 @@ class LongTailedClassifier(SharpnessAwareModule):
         compile: bool = False,
         channels_last: bool = False,
         flip_tta: bool = False,
+        crop_tta: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         check_whole_numbers(accumulate_grad_batches=accumulate_grad_batches)
+        if crop_tta is not None:
+            check_whole_numbers(crop_tta=crop_tta)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.backbone_factory: BackboneCallable = restore(backbone)
         self.head_factory: HeadCallable | None = restore(head)
         self.loss_factory: LossCallable = restore(loss) or CrossEntropy
-        choices = ("backbone", "head", "loss", "sam")
+        choices = ("backbone", "head", "head_init", "tune", "loss", "sam")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *choices])
         self.save_hyperparameters({name: describe(getattr(self, f"{name}_factory")) for name in choices})
         self.settings: Any = self.hparams
@@ -97,10 +108,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.group_counts: Tensor | None = None
         # Lightning's own means are not in its checkpoints; without "disable" each update would wait for the GPU
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
-        self.backbone: nn.Module
         self._host_targets: Tensor | None = None
         self._tail: Tensor
-        self._weights_missing = False
         self._micro_batches: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
         self._weights_of_checkpoint: tuple[Tensor | None, Tensor | None] | None = None
 
@@ -126,6 +135,15 @@ class LongTailedClassifier(SharpnessAwareModule):
                 f"the data ({type(self.data).__name__}) has no class_counts or no class_names: use a "
                 "LightningDataModule with class_counts (training samples per class) and class_names"
             )
+        if self.multi_label != hasattr(self.data, "label_counts"):
+            several, one = "any number of classes", "one class"
+            own, others, fix = (
+                (several, one, "LongTailedClassifier") if self.multi_label else (one, several, "MultiLabelClassifier")
+            )
+            raise SettingError(
+                f"model is {type(self).__name__}, for samples of {own}, and those of {type(self.data).__name__} have "
+                f"{others} each: set model to {fix}, or choose other data"
+            )
         if self.class_counts is not None:
             check_class_names(self.class_names, self.data, "the model")
         # a trained model keeps the counts, and so the groups, of its training
@@ -150,11 +168,6 @@ class LongTailedClassifier(SharpnessAwareModule):
                     fully_shard(child, mesh=mesh)
             fully_shard(self.backbone, mesh=mesh)
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the weights are sharded over the processes (FSDP2)."""
-        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-
     def make_sam(self) -> None:
         """The backbone is what is perturbed."""
         if self.fitting and hasattr(self, "backbone"):
@@ -162,18 +175,12 @@ class LongTailedClassifier(SharpnessAwareModule):
             self.sam = self.sam_factory(self.backbone, self.class_counts)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
-        backbone = create_network(self.backbone_factory, num_classes, self.head_factory)
-        path = self.settings.backbone_weights
-        # a run that resumes does not need the file, which may be gone; it loads its checkpoint later
-        if path is not None and self.fitting:
-            self._weights_missing = not Path(path).exists()
-            if not self._weights_missing:
-                load_weights(backbone, path)
-        return backbone
+        return self.build_network(num_classes, self.settings.backbone_weights)
 
     def on_fit_start(self) -> None:
         """Warn of a loss that does not suit the head, or of a sampling that does not suit ImbSAM."""
         super().on_fit_start()
+        self._check_features()
         self._check_sampling()
         if isinstance(self.loss, LDAM):
             head = classifier(self.backbone)
@@ -190,26 +197,24 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def on_train_start(self) -> None:
         """Drop the batches of a step that was interrupted."""
-        if self._weights_missing:
-            raise SettingError(f"backbone_weights is {self.settings.backbone_weights}: there is no such file")
         super().on_train_start()
         self._micro_batches = []
+        if self.on_features:
+            self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W)."""
+        """Logits (B, C) of images (B, channels, H, W), or of the network's features (B, d) where the data are these."""
+        if self.on_features:
+            from_features: Tensor = self.head(images)
+            return from_features
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             logits: Tensor = self.backbone(images)
-        except RuntimeError as error:
-            stem = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
-            if stem is None or images.dim() != 4 or images.shape[1] == stem.in_channels:
+        except FAILURES as error:
+            if (why := input_error(self.backbone, images, self.settings.backbone)) is None:
                 raise
-            raise SettingError(
-                f"backbone {self.settings.backbone} takes images of {stem.in_channels} channels and these have "
-                f"{images.shape[1]}: set backbone.in_channels to {images.shape[1]} (in_chans for timm's), or "
-                "choose another backbone"
-            ) from error
+            raise why from error
         return logits
 
     def on_train_epoch_start(self) -> None:
@@ -276,6 +281,15 @@ class LongTailedClassifier(SharpnessAwareModule):
         self.check_loss(loss)
         super().on_train_epoch_end()
 
+    def on_validation_start(self) -> None:
+        """Refuse features of another network."""
+        if not self.fitting:
+            self._check_features()
+
+    def on_test_start(self) -> None:
+        """Refuse features of another network."""
+        self._check_features()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and group accuracies."""
         self._evaluate(self(batch[0]), batch[1], self.val_loss, self.val_accuracy)
@@ -286,7 +300,7 @@ class LongTailedClassifier(SharpnessAwareModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss and group accuracies; returns the logits (B, C), for callbacks."""
-        return self._evaluate(self._test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
+        return self._evaluate(self.test_logits(batch[0]), batch[1], self.test_loss, self.test_accuracy)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and the group accuracies."""
@@ -296,12 +310,20 @@ class LongTailedClassifier(SharpnessAwareModule):
         """Refuse to predict with an untrained model, which knows no classes."""
         if not hasattr(self, "backbone"):
             raise SettingError("ckpt_path is null: predict takes the checkpoint of a trained model")
+        self._check_features()
+
+    def test_views(self, images: Tensor) -> list[Tensor]:
+        """The views of images (B, channels, H, W) whose logits a test averages."""
+        return image_views(images, self.settings.flip_tta, self.settings.crop_tta)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probabilities: Tensor = self._test_logits(images).float().softmax(dim=1)
-        return probabilities
+        return self.probabilities(self.test_logits(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities (B, C), float32, of logits (B, C)."""
+        return logits.float().softmax(dim=1)
 
     def prediction_table(self, predictions: Sequence[Tensor]) -> tuple[list[str], Iterable[Sequence[Any]]]:
         """Header and rows of the predictions file: the predicted class, and the probability of every class."""
@@ -319,6 +341,7 @@ class LongTailedClassifier(SharpnessAwareModule):
         checkpoint["group_counts"] = self.group_counts
         checkpoint["training_weights"] = self.training_weights
         checkpoint.update(describe_classes(self))
+        self.save_pretrained(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the classes that the model was trained on, except in a training, which has those of the data.
@@ -342,8 +365,8 @@ class LongTailedClassifier(SharpnessAwareModule):
         if not hasattr(self, "backbone"):
             self.configure_model()
             self.make_sam()
+        self.load_pretrained(checkpoint)
         check_weights(self, checkpoint)
-        self._weights_missing = False
 
     def _learn_classes(self, class_counts: Tensor, class_names: list[str]) -> None:
         """Build what depends on the class counts."""
@@ -379,6 +402,10 @@ class LongTailedClassifier(SharpnessAwareModule):
                 "perturbs, at a matching cost; set model.sam.tail_classes if that is intended"
             )
 
+    def _check_features(self) -> None:
+        if self.on_features:
+            check_features(self, self.data)
+
     def _losses_of(self, images: Tensor, targets: Tensor) -> Any:
         return self.loss(self(images), targets)
 
@@ -386,9 +413,9 @@ class LongTailedClassifier(SharpnessAwareModule):
         targets = targets.cpu()
         return (self._tail[targets] if targets.dim() == 1 else targets @ self._tail.to(targets)).sum()
 
-    def _test_logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self(images)
-        return average_with_mirrored(logits, self, images) if self.settings.flip_tta else logits
+    def test_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W), averaged over their :meth:`test_views`."""
+        return torch.stack([self(view) for view in self.test_views(images)]).mean(dim=0)
 
     def _evaluate(self, logits: Tensor, targets: Tensor, loss: MeanMetric, accuracy: ClassMeasures) -> Tensor:
         loss.update(self.loss(logits, targets))

@@ -46,6 +46,11 @@ class GroupSamples:
         check_whole_numbers(samples=samples, chunk_size=chunk_size)
         if not hasattr(model, "test_accuracy") or not hasattr(model, "loss"):
             raise SettingError(f"model {type(model).__name__} has no loss or test_accuracy: use a LongTailedClassifier")
+        if getattr(model, "multi_label", False):
+            raise SettingError(
+                f"model is {type(model).__name__}: sharpness is measured by groups of samples, and these have classes "
+                "of several groups; use imbsam.sharpness on losses of your own"
+            )
         name = "train_eval_dataloader" if split == "train" else "test_dataloader"
         if not hasattr(datamodule, name):
             raise SettingError(

@@ -18,6 +18,7 @@ from lightning_modules.callbacks.max_norm import MaxNorm
 from lightning_modules.class_names import check_class_names
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.factories import restore
+from lightning_modules.fine_tuning import complete
 from lightning_modules.validation_part import see_validation_part, validation_loader
 from lightning_modules.weight_files import read_file
 
@@ -63,7 +64,7 @@ class SecondStageClassifier(LongTailedClassifier):
         tau: exponent of tau_norm; null chooses it on the validation set, never on the test set.
         max_norm_threshold: radius of weight_balancing's MaxNorm, from the shortest (0) to the longest (1) class weight
             of the first stage.
-        **settings: the settings of LongTailedClassifier except backbone, head and backbone_weights.
+        **settings: the settings of LongTailedClassifier except backbone, head, backbone_weights, tune and head_init.
 
     Raises:
         SettingError: a setting cannot work, or the checkpoint does not suit the stage or the data.
@@ -85,9 +86,11 @@ class SecondStageClassifier(LongTailedClassifier):
         **settings: Any,
     ) -> None:
         # backbone and head follow from the checkpoint
-        super().__init__(backbone=CifarResNet32, head=None, backbone_weights=None, **settings)
+        super().__init__(
+            backbone=CifarResNet32, head=None, backbone_weights=None, tune=None, head_init=None, **settings
+        )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "sam", "loss"])
-        for name in ("backbone", "head", "backbone_weights"):
+        for name in ("backbone", "head", "backbone_weights", "tune", "head_init"):
             self.hparams.pop(name, None)
         check_choice(Stage, stage=stage)
         if tau is not None:
@@ -147,7 +150,7 @@ class SecondStageClassifier(LongTailedClassifier):
         super().train(mode)
         if mode and hasattr(self, "backbone") and self._frozen:
             self.backbone.eval()
-            self._head.train()
+            self.head.train()
         return self
 
     def on_train_start(self) -> None:
@@ -178,8 +181,9 @@ class SecondStageClassifier(LongTailedClassifier):
         return bool(self.settings.freeze_backbone) or self.settings.stage == "tau_norm"
 
     @property
-    def _head(self) -> nn.Module:
-        return self.backbone.get_submodule(self._head_name)
+    def head_name(self) -> str:
+        """The name of the classifier, scaled or not, in the network."""
+        return self._head_name
 
     def _read_first_stage(self) -> dict[str, Tensor]:
         """Read the first stage's checkpoint: set the architecture, return the backbone's weights."""
@@ -200,13 +204,20 @@ class SecondStageClassifier(LongTailedClassifier):
                 "the data's class_counts are not those of the first stage (another seed, ratio or val_share?): it may "
                 "have been trained on what is now the validation set"
             )
-        self.architecture = {name: settings[name] for name in ("backbone", "head")} | {"stage": self.settings.stage}
+        complete(first)
+        self.preprocessing = first.get("preprocessing") or {}
+        choices = {"backbone": settings["backbone"], "head": settings["head"], "tune": settings.get("tune")}
+        self.architecture = choices | {"stage": self.settings.stage}
         state: dict[str, Tensor] = first["state_dict"]
         return {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         hp = self.settings
         network = create_network(self.backbone_factory, num_classes, self.head_factory)
+        self.hand_over_preprocessing()
+        assert self.architecture is not None
+        if (tune := restore(self.architecture.get("tune"))) is not None:
+            tune.apply(network)  # its adapters
         self._head_name = classifier_name(network)
         if self._first_weights is not None:
             network.load_state_dict(self._first_weights)
@@ -227,7 +238,7 @@ class SecondStageClassifier(LongTailedClassifier):
     @torch.no_grad()
     def _normalize(self) -> None:
         """Choose tau and apply it."""
-        head: Any = self._head
+        head = self.head
         if head.bias is not None:
             head.bias.zero_()
         self.tau_applied = self.settings.tau if self.settings.tau is not None else self._choose_tau()
@@ -242,7 +253,7 @@ class SecondStageClassifier(LongTailedClassifier):
         hp: Any = self.settings
         assert self.class_counts is not None
         accuracies = [ClassGroupAccuracy(self.class_counts, hp.many, hp.few).to(self.device) for _ in TAUS]
-        norms = self._head.weight.norm(dim=1)  # type: ignore[operator, union-attr]
+        norms = self.head.weight.norm(dim=1)
 
         def see(batch: Any, index: int) -> None:
             logits = self(batch[0])

@@ -32,7 +32,13 @@ def mismatch(weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return ", ".join(f"{len(names)} {what} ({first_few(names, 3)})" for what, names in wrong.items() if names)
 
 
-def read_file(path: str | Path, setting: str, weights_only: bool = True, mmap: bool = False) -> Any:
+def read_file(
+    path: str | Path,
+    setting: str,
+    weights_only: bool = True,
+    mmap: bool = False,
+    instead: str = "save it again without that object",
+) -> Any:
     """Read what torch or safetensors saved, to the CPU and without running code in it.
 
     Args:
@@ -40,6 +46,7 @@ def read_file(path: str | Path, setting: str, weights_only: bool = True, mmap: b
         setting: the setting that named it, for the error.
         weights_only: as in torch.load; false runs code in the file.
         mmap: as in torch.load; true leaves tensors on the disk until they are used.
+        instead: what to do with a file that could run code.
 
     Raises:
         SettingError: there is no such file, or it cannot be read.
@@ -64,6 +71,6 @@ def read_file(path: str | Path, setting: str, weights_only: bool = True, mmap: b
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise SettingError(
                 f"{setting} is {path}: it holds {code[1]} beside tensors and plain data: reading that could run code, "
-                "so it is refused; save it again without that object"
+                f"so it is refused; {instead}"
             ) from error
         raise SettingError(f"{setting} is {path}: it is cut off, or not a file of torch.save") from error

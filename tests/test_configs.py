@@ -1,18 +1,24 @@
 """Every piece of configs/ runs two batches on data shaped like the real data set; combinations named in docs parse."""
 
+import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 
+from datamodules import DigitsLTDataModule
+from lightning_modules import LongTailedClassifier
+from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
+from lightning_modules.cli.trainer import CommandTrainer
 from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
 REPOSITORY = CONFIGS.parent
-KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage", "calibration", "decision")
+KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage", "tune", "head", "calibration", "decision")
 PIECES = sorted(f"{path.parent.name}/{path.stem}" for kind in KINDS for path in (CONFIGS / kind).glob("*.yaml"))
 RUNS = [
     ("data/digits_lt", "method/sgd"),
@@ -30,6 +36,16 @@ RUNS = [
     ("data/inaturalist2018", "method/focal_sam_inaturalist", "stage/weight_balancing_1_imagenet"),
     ("data/image_folder", "size/small_images"),
     ("data/image_list", "method/sgd"),
+    ("data/features", "method/imbsam"),
+    ("data/multilabel", "method/imbsam"),
+    ("data/digits_multilabel", "method/imbsam", "loss/asymmetric"),
+    ("data/digits_multilabel", "method/focal_sam", "loss/distribution_balanced"),
+    *(
+        ("data/image_folder", f"tune/{name}", "head/class_means")
+        for name in ("full", "head_only", "last_blocks", "norm")
+    ),
+    ("data/image_folder", "tune/lora", "head/class_means"),
+    ("data/image_folder", "tune/adaptformer", "head/text_features"),
     *(
         ("data/anomaly_table", f"detector/{name}")
         for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
@@ -53,6 +69,7 @@ TREES = {
     "inaturalist2018": "inaturalist2018_root",
     "image_folder": "image_folder_root",
     "image_list": "image_list",
+    "multilabel": "image_list",
 }
 """The fixture with a tree of the data set's shape."""
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -64,23 +81,44 @@ def fit(monkeypatch, *arguments):
     main()
 
 
-def data_arguments(name, request):
+def data_arguments(pieces, request):
     """Arguments for the small tree, with images and a network small enough to take no time."""
+    name = pieces[0].removeprefix("data/")
     if name.startswith("anomaly"):
         return ["--data.batch_size=16"]
+    if name == "features":
+        return [f"--config={request.getfixturevalue('features')}", *SMALL[:2]]
     if name not in TREES:
         return SMALL
-    option = "path" if name == "image_list" else "root"
+    option = "path" if TREES[name] == "image_list" else "root"
     tree = [f"--data.{option}={request.getfixturevalue(TREES[name])}", *SMALL]
     tree += ["--data.val_share=0"] if name == "image_folder" else []
+    tree += ["--data.label_column=label"] if name == "multilabel" else []
     network = ["--model.backbone=CifarResNet20", "--model.backbone.width=4"]
+    if "tune/lora" in pieces:
+        settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+        network = ["--model.backbone=Timm", "--model.backbone.name=vit_tiny_patch16_224"]
+        network += [f"--model.backbone.settings={json.dumps(settings)}"]
+    elif "head/text_features" in pieces:
+        network = ["--model.backbone=OpenCLIP", f"--model.backbone.name={request.getfixturevalue('tiny_clip')}"]
+        network += ['--model.backbone.settings={"force_image_size": 32}']
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """The piece beside the features of the digits by a random network."""
+    folder = tmp_path_factory.mktemp("features")
+    torch.save(SmallCNN(10, width=4).state_dict(), folder / "weights.pt")
+    model = LongTailedClassifier(partial(SmallCNN, width=4), backbone_weights=str(folder / "weights.pt"))
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    return run.features(model, DigitsLTDataModule(), folder=str(folder)).with_suffix(".yaml")
 
 
 @pytest.mark.parametrize("pieces", RUNS, ids=" ".join)
 def test_pieces_run(pieces, request, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces[0][5:], request))
+    fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces, request))
 
 
 @pytest.mark.parametrize("pieces", DECIDED, ids=" ".join)

@@ -14,6 +14,7 @@ ENGINE = {"torch", "numpy"}
 ALSO_ALLOWED = {
     "imbsam/metrics.py": {"torchmetrics", "matplotlib"},
     "imbsam/anomaly_metrics.py": {"torchmetrics"},
+    "imbsam/multilabel_metrics.py": {"torchmetrics"},
     "imbsam/sklearn.py": {"sklearn"},
     "imbsam/sharpness.py": {"scipy"},
     "imbsam/calibration.py": {"scipy", "sklearn"},
@@ -23,13 +24,16 @@ ALSO_ALLOWED = {
     "imbsam/intervals.py": {"scipy"},
 }
 """What single files of the method may import in addition to torch and NumPy."""
-FOLDERS = ["sampling", "tables", "base", "image_files", "image_arrays", "anomaly"]
+FOLDERS = ["sampling", "tables", "base", "features", "image_files", "image_arrays", "anomaly"]
 """The folders of datamodules/: each may import those before it."""
 LIGHTNING_FOLDERS = {
     "resuming": {"resuming", "weight_files"},
     "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
-    "callbacks": {"callbacks", "backbones", "epoch_log", "group_sharpness", "mirror", "validation_part"},
+    "tuning": {"tuning", "backbones"},
+    "export": {"export", "callbacks"},
+    "features": {"features"},
+    "callbacks": {"callbacks", "backbones", "tuning", "epoch_log", "group_sharpness", "validation_part"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""
 REPORT = {"rich", "yaml", "plotly", "matplotlib"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.anomaly.base import SemiSupervisedDataModule
 from datamodules.anomaly.batches import BatchLoader, in_order
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.pixels import PixelInput
 from datamodules.image_arrays.cifar_lt import CIFAR10LTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.image_arrays.digits_lt import DigitsLTDataModule
@@ -115,6 +116,12 @@ class AnomalyImageDataModule(SemiSupervisedDataModule):
             f"{hidden:,} hidden and {labelled:,} labelled anomalies; "
             f"test {len(test):,} images with {self._test[1].sum():,} anomalies"
         )
+
+    @property
+    def pixels(self) -> PixelInput:
+        """Pixels are scaled to [0, 1]."""
+        channels = self.train_features.shape[1]
+        return PixelInput((0.0,) * channels, (float(self.white),) * channels)
 
     def predict_dataloader(self) -> BatchLoader:
         """The test images, without labels."""

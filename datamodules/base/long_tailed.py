@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from datamodules.base.data_module import RecordedDataModule
 from datamodules.base.long_tail import Profile, check_imbalance, imbalanced_class_counts
+from datamodules.base.pixels import PixelInput
 from datamodules.sampling.class_sampling import ClassSampling, Sampling, class_probabilities
 from datamodules.sampling.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from datamodules.sampling.mixing import MixedBatches
@@ -204,6 +205,14 @@ class LongTailedDataModule(RecordedDataModule, ABC):
     def only_predicts(self) -> bool:
         """Whether the trainer predicts samples from outside, so that none of the data set's files are needed."""
         return self.predict is not None and self.trainer is not None and self.trainer.predicting
+
+    @property
+    def pixels(self) -> PixelInput | None:
+        """How an evaluation makes its inputs of pixels, for ``imbsam export``; None if that is not known."""
+        mean, std = (getattr(self.eval_collate, name, None) for name in ("mean", "std"))
+        if mean is None or std is None:
+            return None
+        return PixelInput(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))
 
     @property
     def drawn_shares(self) -> Tensor:

@@ -13,8 +13,8 @@ from datamodules.sampling.sample_seeds import random_integers, seeded
 class BatchTransform:
     """Turns a batch of pixels into the network's input; made to be a loader's ``collate_fn``.
 
-    In order: random crop, random flip, AutoAugment, conversion to float32, ``(pixel - mean) / std``. What is random
-    about an image depends on its seed alone, not on the rest of the batch.
+    In order: random crop, random flip, AutoAugment, conversion to float32, resizing, ``(pixel - mean) / std``. What is
+    random about an image depends on its seed alone, not on the rest of the batch.
 
     Args:
         mean: Mean of each channel, in units of the pixels (0 to 255 for most images).
@@ -22,6 +22,7 @@ class BatchTransform:
         crop_padding: Padding of the random crop in pixels, as in :func:`random_crop`; 0 crops nothing.
         flip: Mirror each image left to right with probability 1/2.
         autoaugment: AutoAugment with its policy for CIFAR-10 (Cubuk et al., CVPR 2019), for images of 3 channels.
+        image_size: Resize to this side, bicubic with antialiasing, at the end; None for the size of the pixels.
     """
 
     def __init__(
@@ -31,12 +32,27 @@ class BatchTransform:
         crop_padding: int = 0,
         flip: bool = False,
         autoaugment: bool = False,
+        image_size: int | None = None,
     ) -> None:
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.set_input(mean, std, image_size)
         self.crop_padding = crop_padding
         self.flip = flip
         self.policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if autoaugment else None
+
+    def set_input(self, mean: Sequence[float], std: Sequence[float], image_size: int | None) -> None:
+        """Set what the network takes; the arguments are those of the class."""
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.image_size = image_size
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels (..., C, H, W) to the network's input, float32, without augmentation."""
+        images = images.float()
+        if self.image_size not in (None, images.shape[-1]):
+            images = F.interpolate(
+                images.view(-1, *images.shape[-3:]), size=(self.image_size,) * 2, mode="bicubic", antialias=True
+            ).view(*images.shape[:-2], self.image_size, self.image_size)
+        return images.sub_(self.mean).div_(self.std)
 
     def __call__(self, batch: tuple[Tensor, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the images and pass the labels through.
@@ -58,7 +74,7 @@ class BatchTransform:
                 images = random_flip(images, seeds)
             if self.policy is not None:
                 images = augment_each(self.policy, images, seeds)
-        return images.float().sub_(self.mean).div_(self.std), labels
+        return self.normalize(images), labels
 
 
 def random_crop(images: Tensor, padding: int, seeds: Tensor) -> Tensor:

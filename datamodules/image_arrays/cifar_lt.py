@@ -9,6 +9,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.cifar_files import fetch_cifar, read_cifar
 from datamodules.image_arrays.dataset import ImageArrays
@@ -34,6 +35,9 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         autoaugment: After that, AutoAugment with its policy for CIFAR-10 on each training image.
         predict: Images to predict, see :func:`~datamodules.image_files.images_to_predict.images_to_predict`, of any
             size (the shorter side is resized to 32 pixels, and the central 32 are taken). Null for the test images.
+        image_size: Resize to this side after the augmentation; null for that of a pretrained model, or 32.
+        mean: Mean of each channel, in [0, 1]; null for that of a pretrained model, or the training images'.
+        std: Standard deviation of each channel, the same.
         **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
     """
 
@@ -41,6 +45,8 @@ class CIFAR10LTDataModule(LongTailedDataModule):
     num_classes: int = 10
     mean: tuple[float, ...] = (125.31, 122.95, 113.87)  # of the 50,000 training images
     std: tuple[float, ...] = (62.99, 62.09, 66.70)
+    train_collate: BatchTransform
+    eval_collate: BatchTransform
 
     def __init__(
         self,
@@ -48,13 +54,31 @@ class CIFAR10LTDataModule(LongTailedDataModule):
         augment: bool = True,
         autoaugment: bool = False,
         predict: list[str] | str | Path | None = None,
+        image_size: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.predict = predict
         self.root = Path(root).expanduser()
+        own = Preprocessing(SIZE, tuple(v / 255 for v in self.mean), tuple(v / 255 for v in self.std))
+        self._preprocessing = PreprocessingSettings(image_size, mean, std, own)
         self.train_collate = BatchTransform(self.mean, self.std, 4 * augment, flip=augment, autoaugment=autoaugment)
         self.eval_collate = BatchTransform(self.mean, self.std)
+        if (image_size, mean, std) != (None, None, None):
+            self.use_preprocessing()
+
+    def use_preprocessing(self, **of_model: Any) -> None:
+        """Take over a pretrained model's image size, mean and std where no setting says.
+
+        Args:
+            **of_model: ``image_size``, ``mean`` and ``std``, as far as they are known.
+        """
+        found = self._preprocessing.resolve(**of_model)
+        mean, std = ([255 * value for value in values] for values in (found.mean, found.std))
+        for transform in (self.train_collate, self.eval_collate):
+            transform.set_input(mean, std, found.image_size)
 
     def prepare_data(self) -> None:
         """Download the data set to ``root`` if its folder is missing.
@@ -86,9 +110,9 @@ class CIFAR10LTDataModule(LongTailedDataModule):
             return super().predict_dataloader()
         root, listed = images_to_predict(self.predict)
         pixels = [v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.PILToTensor(), v2.ToDtype(torch.float32)]
-        transform = v2.Compose([*pixels, v2.Normalize(self.mean, self.std)])
+        transform = v2.Compose([*pixels, self.eval_collate.normalize])
         images = ImageFiles(root, listed.paths, listed.labels, [], transform, with_paths=True)
-        collate = ReadableImages(SIZE, with_paths=True)
+        collate = ReadableImages(self.eval_collate.image_size or SIZE, with_paths=True)
         return eval_loader(images, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
 
 

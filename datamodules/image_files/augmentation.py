@@ -40,17 +40,23 @@ class ImageTransform:
         self, augment: Augment, image_size: int, color_jitter: float, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         check_choice(Augment, augment=augment)
-        check_whole_numbers(image_size=image_size)
         check_interval("[0, 1]", color_jitter=color_jitter)
-        if augment == "none":
+        self.augment, self.color_jitter = augment, color_jitter
+        self.set_input(image_size, mean, std)
+
+    def set_input(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set what the network takes; the arguments are those of the class."""
+        check_whole_numbers(image_size=image_size)
+        if self.augment == "none":
             steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
         else:
+            jitter = self.color_jitter
             steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-            if color_jitter:
-                steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-        if augment == "randaugment":
+            if jitter:
+                steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        if self.augment == "randaugment":
             steps.append(v2.RandAugment())
-        elif augment == "autoaugment":
+        elif self.augment == "autoaugment":
             steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
         steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         self.steps = v2.Compose(steps)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from datamodules.base.long_tail import Profile
 from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.pixels import PixelInput
+from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
 from datamodules.image_files.disk import check_files
@@ -29,7 +31,9 @@ class ImageFilesDataModule(LongTailedDataModule):
 
     Args:
         root: Folder that the images' paths are relative to.
-        image_size: Side S of the network's input in pixels.
+        image_size: Side S of the network's input in pixels; null for that of a pretrained model, or 224.
+        mean: Mean of each channel, in [0, 1]; null for that of a pretrained model, or ImageNet's.
+        std: Standard deviation of each channel, the same.
         augment: Of training images: none, standard (random resized crop and flip), or randaugment or autoaugment on
             top of standard.
         color_jitter: Jitter brightness, contrast and saturation of training images by this factor, in [0, 1].
@@ -60,7 +64,7 @@ class ImageFilesDataModule(LongTailedDataModule):
     def __init__(
         self,
         root: str | Path,
-        image_size: int = 224,
+        image_size: int | None = None,
         augment: Augment = "standard",
         color_jitter: float = 0.0,
         corrupt_images: CorruptImages = "fail",
@@ -68,6 +72,8 @@ class ImageFilesDataModule(LongTailedDataModule):
         predict: list[str] | str | Path | None = None,
         num_workers: int | None = None,
         profile: Profile = "none",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         **settings: Any,
     ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -79,11 +85,13 @@ class ImageFilesDataModule(LongTailedDataModule):
         )
         self.root = Path(root).expanduser()
         self.predict = predict
-        self.image_size = image_size
+        self._preprocessing = PreprocessingSettings(image_size, mean, std, Preprocessing(224, self.mean, self.std))
+        own = self._preprocessing.resolve()
+        self.image_size, self.mean, self.std = own.image_size, own.mean, own.std
         self.corrupt_images = corrupt_images
-        self.train_transform = ImageTransform(augment, image_size, color_jitter, self.mean, self.std)
-        self.eval_transform = ImageTransform("none", image_size, 0, self.mean, self.std)
-        self.eval_collate = ReadableImages(image_size)
+        self.train_transform = ImageTransform(augment, self.image_size, color_jitter, self.mean, self.std)
+        self.eval_transform = ImageTransform("none", self.image_size, 0, self.mean, self.std)
+        self.eval_collate = ReadableImages(self.image_size)
         self._checked = False
         self._reported: dict[str, int] = {}
 
@@ -91,14 +99,30 @@ class ImageFilesDataModule(LongTailedDataModule):
     def read_splits(self) -> ImageSplits:
         """Read which images there are; called once."""
 
+    def use_preprocessing(self, **of_model: Any) -> None:
+        """Take over a pretrained model's image size, mean and std where no setting says, before the loaders are made.
+
+        Args:
+            **of_model: ``image_size``, ``mean`` and ``std``, as far as they are known.
+        """
+        found = self._preprocessing.resolve(**of_model)
+        self.image_size, self.mean, self.std = found.image_size, found.mean, found.std
+        for transform in (self.train_transform, self.eval_transform):  # the data sets that setup has made have them
+            transform.set_input(found.image_size, found.mean, found.std)
+        self.eval_collate = ReadableImages(found.image_size)
+
     @cached_property
     def splits(self) -> ImageSplits:
         """The lists of images, with their labels checked."""
         splits = self.read_splits()
-        check_classes(splits)
+        self.check_splits(splits)
         self.own_validation = splits.val is not None
         self.check_validation()
         return splits
+
+    def check_splits(self, splits: ImageSplits) -> None:
+        """Check the labels against the classes."""
+        check_classes(splits)
 
     def prepare_data(self) -> None:
         """Look for every listed file, once a run, on one process per node.
@@ -133,6 +157,13 @@ class ImageFilesDataModule(LongTailedDataModule):
         """Some of the images, augmented for training, without an index in Python objects."""
         selected: ImageFiles = dataset.select(indices)
         return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
+
+    @property
+    def pixels(self) -> PixelInput:
+        """The normalization, and how an image is resized."""
+        resize, *_, normalize = self.eval_transform.steps.transforms
+        mean, std = (tuple(255 * value for value in values) for values in (normalize.mean, normalize.std))
+        return PixelInput(mean, std, shorter_side=resize.size[0])
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""

@@ -41,12 +41,13 @@ class ImageFiles(Dataset[Any]):
     Attributes:
         root: Folder that the paths are relative to.
         paths: Paths, numpy bytes (N,).
-        labels: Class indices, int64 (N,).
+        labels: Class indices, int64 (N,); or multi-label, 0 and 1, int64 (N, C).
         class_names: Names of the classes, for messages.
         transform: Makes the sample from an RGB image.
         corrupt_images: What a damaged file does: ``fail`` raises, ``skip`` warns once per file and continues.
-        replace_damaged: With ``skip``: put the next readable image of the class in the damaged one's place, in the
-            order of the files, so that it depends on the index alone; otherwise the sample is None.
+        replace_damaged: With ``skip``: put the next readable image of the class (multi-label: with the same labels) in
+            the damaged one's place, in the order of the files, so that it depends on the index alone; otherwise the
+            sample is None.
         with_paths: Samples are (image, label, path), not (image, label).
         damaged: Which images any worker of this process found damaged, bool (N,).
     """
@@ -78,17 +79,25 @@ class ImageFiles(Dataset[Any]):
         """
         image, shown = self._read(index), index
         if image is None and self.replace_damaged:
-            others = (self.labels == self.labels[index]).nonzero().flatten()
+            same = self.labels == self.labels[index]
+            others = (same if same.dim() == 1 else same.all(dim=1)).nonzero().flatten()
             others = others.roll(-int((others == index).nonzero()) - 1)[:-1]
             for shown in others.tolist():
                 if (image := self._read(shown)) is not None:
                     break
             else:
-                name = self.class_names[int(self.labels[index])]
+                label = self.labels[index]
+                if label.dim():
+                    raise UnreadableImage(
+                        f"image {self._path(index)} is corrupt and no other training image has its labels: fix or "
+                        "remove it"
+                    )
+                name = self.class_names[int(label)]
                 raise UnreadableImage(f"class {name} has no readable training image: fix or remove its files")
         if image is None:
             return None
-        sample = self.transform(image), int(self.labels[index])
+        label = self.labels[index]
+        sample = self.transform(image), label if label.dim() else int(label)
         return (*sample, os.fsdecode(self.paths[shown])) if self.with_paths else sample
 
     def select(self, indices: Tensor) -> "ImageFiles":
@@ -153,16 +162,18 @@ class ReadableImages:
     Args:
         image_size: Side of the images, for an empty batch.
         with_paths: Samples have a path.
+        labels: Labels of a sample, of an empty batch: their number C where they are multi-label.
     """
 
-    def __init__(self, image_size: int, with_paths: bool = False) -> None:
+    def __init__(self, image_size: int, with_paths: bool = False, labels: int | None = None) -> None:
         self.image_size = image_size
         self.with_paths = with_paths
+        self.label_shape = () if labels is None else (labels,)
 
     def __call__(self, samples: list[Any]) -> Any:
-        """Images (B, 3, S, S), labels int64 (B,), and perhaps a list of B paths."""
+        """Images (B, 3, S, S), labels int64 (B,) or (B, C), and perhaps a list of B paths."""
         readable = [sample for sample in samples if sample is not None]
         if readable:
             return default_collate(readable)
         images = torch.empty(0, 3, self.image_size, self.image_size)
-        return [images, torch.empty(0, dtype=torch.int64), *([[]] if self.with_paths else [])]
+        return [images, torch.empty(0, *self.label_shape, dtype=torch.int64), *([[]] if self.with_paths else [])]

@@ -1,6 +1,7 @@
 """Images of your own, listed in a CSV or Parquet file with their labels."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from datamodules.tables.columns import read_columns
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
-Listed = list[tuple[str, str]]
-"""Path and label of every image."""
+Listed = list[tuple[str, ...]]
+"""Path and label of every image, the label in one cell or in several."""
 
 
 class ImageListLTDataModule(ImageFilesDataModule):
@@ -51,8 +52,7 @@ class ImageListLTDataModule(ImageFilesDataModule):
         folder = os.path.dirname(path) or "." if root is None else root
         super().__init__(folder, **settings)
         self.files = {"train": path, "val": val_path, "test": test_path}
-        self.columns = [path_column, label_column, *([split_column] if split_column else [])]
-        self.path_column = path_column
+        self.path_column, self.label_columns, self.split_column = path_column, [label_column], split_column
         self.test_share = test_share
         self.own_validation = val_path is not None or split_column is not None  # known once the table is read
 
@@ -62,29 +62,44 @@ class ImageListLTDataModule(ImageFilesDataModule):
         Raises:
             SettingError: A file, a column or a value is missing, or both a file and the column define a part.
         """
-        listed: dict[str, Listed] = {}
-        for part, file in self.files.items():
-            if file is None:
-                continue
-            if part in listed:
-                raise SettingError(
-                    f"data.split_column is {self.columns[2]}, which has {part} images, and data.{part}_path={file} "
-                    "lists others: leave one of them out"
-                )
-            for row in read_columns(Path(file).expanduser(), self.columns if part == "train" else self.columns[:2]):
-                listed.setdefault(row[2] if len(row) > 2 else part, []).append((row[0], row[1]))
-        if unknown := sorted(listed.keys() - self.files.keys()):
-            raise SettingError(
-                f"data.split_column is {self.columns[2]}, which has {first_few(unknown)}: write train, val or test"
-            )
+        listed = self.read_tables()
         train = self.files["train"]
-        if "train" not in listed:
-            raise SettingError(f"{train} has no training images: write train in column {self.columns[2]}")
         names = _class_names({label for _, label in listed["train"]}, str(train))
         parts = {part: _indexed(f"{self.files[part] or train} ({part})", listed[part], names) for part in listed}
         if "test" not in parts:
             parts["train"], parts["test"] = hold_out_test(parts["train"], names, self.test_share)
         return ImageSplits(names, **parts)
+
+    def read_tables(self, may_be_empty: Collection[str] = ()) -> dict[str, Listed]:
+        """The rows of each part: train, and test and val where there are any.
+
+        Args:
+            may_be_empty: Columns whose cells may be empty.
+        """
+        listed: dict[str, Listed] = {}
+        columns = [self.path_column, *self.label_columns]
+        with_split = [*columns, self.split_column] if self.split_column else columns
+        for part, file in self.files.items():
+            if file is None:
+                continue
+            if part in listed:
+                raise SettingError(
+                    f"data.split_column is {self.split_column}, which has {part} images, and data.{part}_path={file} "
+                    "lists others: leave one of them out"
+                )
+            wanted = with_split if part == "train" else columns
+            for row in read_columns(Path(file).expanduser(), wanted, may_be_empty):
+                own = row[-1] if len(wanted) > len(columns) else part
+                listed.setdefault(own, []).append(row[: len(columns)])
+        if unknown := sorted(listed.keys() - self.files.keys()):
+            raise SettingError(
+                f"data.split_column is {self.split_column}, which has {first_few(unknown)}: write train, val or test"
+            )
+        if "train" not in listed:
+            raise SettingError(
+                f"{self.files['train']} has no training images: write train in column {self.split_column}"
+            )
+        return listed
 
 
 def _class_names(labels: set[str], source: str) -> list[str]:

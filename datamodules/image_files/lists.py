@@ -26,7 +26,7 @@ class ListedImages:
     Attributes:
         source: Where the list comes from, for messages.
         paths: Paths relative to a root (or absolute), numpy bytes (N,).
-        labels: Class indices, int64 (N,).
+        labels: Class indices, int64 (N,); or multi-label, 0 and 1, int64 (N, C).
     """
 
     source: str
@@ -35,14 +35,14 @@ class ListedImages:
 
     @staticmethod
     def from_paths(
-        source: str, paths: Iterable[str], labels: Iterable[int], class_names: Sequence[str] | None = None
+        source: str, paths: Iterable[str], labels: Iterable[Any], class_names: Sequence[str] | None = None
     ) -> "ListedImages":
         """Build it from paths as text and integer labels; a duplicate path is kept once.
 
         Args:
             source: Where the list comes from.
             paths: Paths; ``a.jpg`` and ``./a.jpg`` are the same.
-            labels: Class indices.
+            labels: Class indices; or a tuple of 0 and 1, one number for each class.
             class_names: What a message calls the classes; None for their indices.
 
         Raises:
@@ -54,7 +54,7 @@ class ListedImages:
         for path, label in zip(paths, labels, strict=True):
             file = os.path.normpath(path)
             if (first := label_of.setdefault(file, label)) != label:
-                one, other = (str(c) if class_names is None else class_names[c] for c in (first, label))
+                one, other = (_named(c, class_names) for c in (first, label))
                 raise SettingError(f"{source}: {path} has two labels, {one} and {other}: keep one")
             if len(label_of) > len(kept):
                 kept.append(path)
@@ -74,6 +74,14 @@ class ListedImages:
     def __len__(self) -> int:
         """Number of images N."""
         return len(self.labels)
+
+
+def _named(label: Any, class_names: Sequence[str] | None) -> str:
+    """A class index, or 0 and 1 for each class, in words."""
+    if isinstance(label, tuple):
+        names = class_names or [str(c) for c in range(len(label))]
+        return ";".join(name for name, has in zip(names, label, strict=True) if has) or "no class"
+    return str(label) if class_names is None else class_names[label]
 
 
 @dataclass(frozen=True)
@@ -131,15 +139,7 @@ def check_classes(splits: ImageSplits) -> None:
             f"{train.source} has a single class, {names[0]}, and a classifier needs two: give every class a folder of "
             "its own in data.root, or a label of its own in the list"
         )
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
-    for same in alike.values():
-        if len(same) > 1:
-            rank_zero_warn(
-                f"{train.source} has the classes {' and '.join(map(repr, same))}, which count as different; if they "
-                "are one class, give it one name"
-            )
+    warn_of_names_alike(train.source, names)
     for part in splits.parts():
         if outside := np.setdiff1d(part.labels.numpy(), np.arange(len(names))).tolist():
             raise SettingError(
@@ -162,12 +162,31 @@ def check_classes(splits: ImageSplits) -> None:
         )
 
 
+def warn_of_names_alike(source: str, class_names: Sequence[str]) -> None:
+    """Warn of class names that differ only in case, spaces or the encoding of accents."""
+    alike: dict[str, list[str]] = {}
+    for name in class_names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            rank_zero_warn(
+                f"{source} has the classes {' and '.join(map(repr, same))}, which count as different; if they "
+                "are one class, give it one name"
+            )
+
+
 def hold_out_test(
-    images: ListedImages, class_names: Sequence[str], test_share: float
+    images: ListedImages, class_names: Sequence[str], test_share: float, strata: Tensor | None = None
 ) -> tuple[ListedImages, ListedImages]:
     """Split off a test part, the same share in (0, 1) of every class and the same images whatever the seed of a run.
 
     See :func:`~datamodules.sampling.stratified.held_out_mask`.
+
+    Args:
+        images: All images.
+        class_names: Names of the classes, or of the strata.
+        test_share: The share.
+        strata: What the share is of, int64 (N,); None for the classes.
 
     Returns:
         Training and test images.
@@ -176,7 +195,8 @@ def hold_out_test(
         SettingError: ``test_share`` is out of range.
     """
     check_interval("(0, 1)", test_share=test_share)
-    test = held_out_mask(images.labels, class_names, torch.Generator().manual_seed(0), test_share=test_share)
+    strata = images.labels if strata is None else strata
+    test = held_out_mask(strata, class_names, torch.Generator().manual_seed(0), test_share=test_share)
     return images.take(~test), images.take(test)
 
 

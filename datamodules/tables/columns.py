@@ -1,7 +1,7 @@
 """Some columns of a CSV or Parquet file, as text."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from datamodules.tables.reading import cell_text, check_table_file, read_parquet
@@ -10,21 +10,23 @@ from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
 
-def read_columns(path: Path, columns: list[str]) -> list[tuple[str, ...]]:
+def read_columns(path: Path, columns: list[str], may_be_empty: Collection[str] = ()) -> list[tuple[str, ...]]:
     """The cells of these columns as text, row by row.
 
     Args:
         path: A CSV file, or a Parquet file, which needs pandas and pyarrow.
         columns: Names of the columns.
+        may_be_empty: Those of them whose cells may be empty.
 
     Raises:
-        SettingError: There is no such file or column, a cell is empty, or there is no row.
+        SettingError: There is no such file or column, a cell of another column is empty, or there is no row.
     """
     check_table_file(path, (".csv", ".tsv", ".parquet"))
     rows = _parquet_rows(path, columns) if path.suffix.lower() == ".parquet" else _csv_rows(path, columns)
     for number, row in enumerate(rows, start=1):
-        if "" in row:
-            raise SettingError(f"{path}: {columns[row.index('')]} is missing in data row {number}: fill it in")
+        missing = [name for name, cell in zip(columns, row, strict=True) if cell == "" and name not in may_be_empty]
+        if missing:
+            raise SettingError(f"{path}: {missing[0]} is missing in data row {number}: fill it in")
     if not rows:
         raise SettingError(f"{path} lists no images: add a row for each")
     return rows

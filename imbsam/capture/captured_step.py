@@ -14,6 +14,7 @@ from imbsam.capture.checks import (
     check_batches,
     check_method,
     check_module,
+    check_one_loss_a_row,
     check_signature,
 )
 from imbsam.capture.graphs import CaptureError, Graphs, graphs_on
@@ -111,6 +112,7 @@ class CapturedStep:
             decided = [b for t in targets for b in plan.batches(self._losses_of, t, sharpness_weight)]
             self._eager_outputs = None
             try:
+                check_one_loss_a_row(decided)
                 return self._static.run(modules, plan, micro, decided)
             except CaptureError as error:
                 self._fall_back_or_raise(error)

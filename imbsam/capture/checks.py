@@ -12,6 +12,7 @@ from imbsam.errors import SettingError
 from imbsam.parameters import trained_parameters
 
 if TYPE_CHECKING:
+    from imbsam.batch import Batch
     from imbsam.class_aware_sam import ClassAwareSAM
 
 
@@ -132,6 +133,12 @@ def check_batches(micro: Sequence[Any], example: Sequence[Tensor]) -> bool:
                     f"{tuple(like.shape)} and {like.dtype}: call capture() with such a batch (fewer rows run eagerly)"
                 )
     return all(len(t) == len(like) for batch in micro for t, like in zip(batch, example, strict=True))
+
+
+def check_one_loss_a_row(decided: "Sequence[Batch]") -> None:
+    """Refuse multi-label targets."""
+    if any(batch.c.dim() == 2 for batch in decided):
+        raise CaptureError("targets are multi-label, and a captured step takes one loss a row")
 
 
 Losses = Callable[..., Any]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from imbsam.report.method import Method, method_of
-from imbsam.report.task import CLASSIFIER, DETECTOR, Task
+from imbsam.report.task import CLASSIFIER, Task, task_of
 
 # settings that do not make a run another experiment: seeds, paths, logging, what predict is compared with
 NOT_SETTINGS = re.compile(
@@ -175,7 +175,7 @@ def read_run(folder: Path) -> Run:
                     curves[name].append((int(row["epoch"]) + 1, value))
     config = _read_yaml(folder / "config.yaml")
     logged = _read_yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").exists() else {}
-    task = next((task for task in (CLASSIFIER, DETECTOR) if task.loss in final), None)
+    task = task_of(final)
     if task is None:
         raise UnreadableRunError("its log has no training loss: a test, a prediction, or nothing yet")
     if missing := [name for name in task.results if name not in final]:

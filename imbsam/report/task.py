@@ -1,4 +1,4 @@
-"""The metrics that runs are compared by: group accuracies of classifiers, ranking metrics of anomaly detectors."""
+"""The metrics that runs are compared by: accuracies or average precisions by class group, a detector's ranking."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +60,19 @@ CLASSIFIER = Task(
     title="test accuracy in %",
 )
 
+MULTI_LABEL = Task(
+    model="multi-label classifiers",
+    loss="train/loss_epoch",
+    results={f"test/map_{group}": f"mAP {group}" for group in GROUPS},
+    optional={"test/plain_map_few": "mAP few, not averaged", "test/plain_map_all": "mAP all, not averaged"},
+    measures={},
+    details={},
+    distributions={},
+    highlights={"test/map_all": "Over all classes", "test/map_few": "On the few-shot classes"},
+    curves={f"val/map_{group}": f"validation mAP in %, {group}" for group in GROUPS},
+    title="mean average precision in %",
+)
+
 DETECTOR = Task(
     model="anomaly detectors",
     loss="train/loss",
@@ -77,3 +90,12 @@ DETECTOR = Task(
     curves={"val/average_precision": "validation average precision in %", "val/auroc": "validation AUROC in %"},
     title="test results in %",
 )
+
+TASKS = (CLASSIFIER, MULTI_LABEL, DETECTOR)
+
+
+def task_of(logged: Mapping[str, float]) -> Task | None:
+    """The task of a run by what it logged; None without a training loss. One that was not tested may be of another."""
+    trained = [task for task in TASKS if task.loss in logged]
+    tested = [task for task in trained if all(name in logged for name in task.results)]
+    return next(iter([*tested, *trained]), None)

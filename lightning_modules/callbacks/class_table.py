@@ -61,12 +61,14 @@ def print_class_table(model: Any) -> None:
     sizes, share = Counter(row.group for row in rows), 100 * sum(row.samples for row in tail) / max(samples, 1)
     groups = ", ".join(f"{sizes[name]:,} {name} ({limit})" for name, limit in model.test_accuracy.limits.items())
     console = Console()
-    console.print(f"{samples:,} training samples of {len(rows):,} classes{ratio}", soft_wrap=True, highlight=False)
+    counted = "training labels" if getattr(model, "multi_label", False) else "training samples"
+    line = f"{samples:,} {counted} of {len(rows):,} classes{ratio}"
+    console.print(line, soft_wrap=True, highlight=False)
     console.print(table)
     of_ratio = getattr(model.data, "groups_of_ratio", None)
     by = "training samples" + ("" if of_ratio is None else f" at ratio {of_ratio:g}")
     console.print(f"classes by {by}: {groups}", soft_wrap=True, highlight=False)
-    line = f"tail: {len(tail):,} classes with {share:.1f} % of the training samples"
+    line = f"tail: {len(tail):,} classes with {share:.1f} % of the {counted}"
     console.print(line, soft_wrap=True, highlight=False)
 
 

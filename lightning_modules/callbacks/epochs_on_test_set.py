@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from imbsam import SettingError
 from imbsam.group_names import GROUPS
 from imbsam.snapshot import RandomState
-from lightning_modules.mirror import average_with_mirrored
 
 PREFIX = "epochs_on_test_set"
 """What the names in the log begin with; of ours only scripts/reproduce.py reads them."""
@@ -32,9 +31,9 @@ class EpochsOnTestSet(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that has no group accuracies."""
-        if not hasattr(pl_module, "test_accuracy"):
+        if not hasattr(pl_module, "test_accuracy") or getattr(pl_module, "multi_label", False):
             raise SettingError(
-                f"model is {type(pl_module).__name__}, which has no test_accuracy: EpochsOnTestSet needs a "
+                f"model is {type(pl_module).__name__}, which has no accuracy of class groups: EpochsOnTestSet needs a "
                 "LongTailedClassifier"
             )
 
@@ -54,7 +53,7 @@ class EpochsOnTestSet(Callback):
                 for images, targets in _test_batches(trainer, module):
                     logits = module(images)
                     measures[""].update(logits, targets)
-                    measures["mirrored_"].update(average_with_mirrored(logits, module, images), targets)
+                    measures["mirrored_"].update((logits + module(images.flip(-1))) / 2, targets)
         finally:
             trainer.training = True
             for part, training in modes.items():

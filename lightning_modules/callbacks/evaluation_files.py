@@ -54,7 +54,7 @@ class EvaluationFiles(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep target, prediction and confidence of each sample, as float32: exact for indices below 2^24."""
-        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and batch[1].ndim == 1:  # one class a sample
             confidence, predicted = outputs.detach().float().softmax(dim=1).max(dim=1)
             self._samples.update(torch.stack([batch[1].float(), predicted.float(), confidence], dim=1))
 

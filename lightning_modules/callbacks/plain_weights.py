@@ -1,15 +1,14 @@
 """The weights of the last step, kept and tested beside their average."""
 
-from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.func import functional_call
 
 from lightning_modules.epoch_log import log_epoch
-from lightning_modules.mirror import average_with_mirrored
 
 
 class PlainWeights(Callback):
@@ -74,12 +73,10 @@ class PlainWeights(Callback):
     ) -> None:
         """Predict with the plain weights."""
         if self._tested:
-            images, targets = batch
+            model: Any = pl_module
             with trainer.precision_plugin.forward_context():
-                logits = self._plain_logits(pl_module, images)
-                if pl_module.hparams.get("flip_tta"):
-                    logits = average_with_mirrored(logits, partial(self._plain_logits, pl_module), images)
-            self._measures.update(logits, targets)
+                logits = [self._plain_logits(pl_module, view) for view in model.test_views(batch[0])]
+            self._measures.update(torch.stack(logits).mean(dim=0), batch[1])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures."""

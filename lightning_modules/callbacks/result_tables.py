@@ -14,6 +14,8 @@ from imbsam.group_names import CLASS_MEASURES, GROUPS, TEST_RATIOS
 
 GROUP_ROWS = {
     "accuracy": "",
+    "mean average precision": "map_",
+    "mean average precision, not averaged": "plain_map_",
     "accuracy, not averaged": "plain_",
     "top-5 accuracy": "top5_",
     "calibration error": "ece_",
@@ -48,11 +50,13 @@ class AccuracyTable(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table of the test that has just ended."""
         metrics, log_dir = trainer.callback_metrics, trainer.log_dir  # every rank takes part in log_dir
-        if not trainer.is_global_zero or not all(f"test/{group}" in metrics for group in GROUPS):
+        multi_label = "test/map_all" in metrics
+        if not trainer.is_global_zero or not (multi_label or all(f"test/{group}" in metrics for group in GROUPS)):
             return
         masks: Any = pl_module.test_accuracy.masks  # type: ignore[union-attr]
         method = ", ".join(filter(None, (pl_module.hparams.get("stage"), getattr(pl_module, "method", None))))
-        table = Table(title=f"{method}: test accuracy in %, mean of the group's classes")
+        what = "results" if multi_label else "accuracy"
+        table = Table(title=f"{method}: test {what} in %, mean of the group's classes")
         table.add_column()
         for group in GROUPS:
             table.add_column(group, justify="right")
@@ -66,7 +70,7 @@ class AccuracyTable(Callback):
                 table.add_row(title, "", "", "", _percent(metrics[f"test/{name}"]))
         best = None if trainer.ckpt_path else _best(trainer, log_dir)
         weights = self._weights(trainer, pl_module)
-        if weights and "test/plain_all" in metrics:
+        if weights and ("test/plain_all" in metrics or "test/plain_map_all" in metrics):
             weights += ", averaged"
         _print(table, trainer, log_dir, {"weights": weights, "best on validation": best})
 

@@ -30,12 +30,12 @@ from lightning_modules.resuming.checkpoint_files import check_checkpoint, newest
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from lightning_modules.resuming.signals import StopSignals
 
-EVALUATION_SETTINGS = ("flip_tta", "channels_last", "compile", "many", "few", "budget")
+EVALUATION_SETTINGS = ("flip_tta", "crop_tta", "channels_last", "compile", "many", "few", "budget")
 """Model settings that do not belong to the weights: in an evaluation the command line wins over the checkpoint."""
 
 
 class ImbSAMCLI(LightningCLI):
-    """Lightning's commands, `decide`, `sharpness` and `check`; `fit` then tests the weights of the last epoch.
+    """Lightning's commands and ours; `fit` then tests the weights of the last epoch.
 
     Args:
         signals: the signal handlers, which must know the processes that the trainer launches.
@@ -53,7 +53,8 @@ class ImbSAMCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands and ours, with the arguments that the command line does not offer."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "decide": own, "sharpness": own, "check": own}
+        ours = ("decide", "sharpness", "check", "export", "features")
+        return {**LightningCLI.subcommands(), **dict.fromkeys(ours, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint, the predictions, calibration, decisions, drift and the seeds configurable."""
@@ -67,7 +68,7 @@ class ImbSAMCLI(LightningCLI):
     def setup_parser(self, *args: Any) -> None:
         """Default to one device where only one is supported."""
         super().setup_parser(*args)
-        for subcommand in ("predict", "decide", "sharpness"):
+        for subcommand in ("predict", "decide", "sharpness", "export", "features"):
             self._parser(subcommand).set_defaults({"trainer.devices": 1})
 
     @property
@@ -210,7 +211,7 @@ class ImbSAMCLI(LightningCLI):
     def _find_checkpoint(self, asked: str | None) -> Path | None:
         """The checkpoint's path; "last" and "best" are those of the newest run."""
         subcommand = self.config.subcommand
-        if asked is None and subcommand not in ("fit", "check"):
+        if asked is None and subcommand not in ("fit", "check", "features"):
             what = {"sharpness": "measure", "decide": "decide with"}.get(subcommand, subcommand)
             raise SettingError(f"ckpt_path is null: name the checkpoint to {what} with --ckpt_path")
         if asked not in ("last", "best"):

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 import imbsam
 from imbsam import SettingError
+from lightning_modules.callbacks.average_precision import ClassAveragePrecision
 from lightning_modules.callbacks.class_table import ClassTable
 from lightning_modules.callbacks.convergence import Convergence
 from lightning_modules.callbacks.epoch_timer import EpochTimer
@@ -83,6 +84,7 @@ def run() -> None:
                     ClassTable(),
                     NetworkSummary(),
                     Convergence(),
+                    ClassAveragePrecision(),
                     AccuracyTable(),
                     AnomalyTable(),
                     EvaluationFiles(),

@@ -11,7 +11,7 @@ from imbsam import SettingError
 from imbsam.report.runs import flatten
 from lightning_modules.weight_files import mismatch, read_file
 
-NETWORK_SETTINGS = ("backbone", "head", "detector", "stage")
+NETWORK_SETTINGS = ("backbone", "head", "tune", "detector", "stage")
 """The models' settings that decide which weights there are."""
 
 

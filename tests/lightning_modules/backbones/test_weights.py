@@ -138,7 +138,7 @@ def test_timm_by_name():
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
     with pytest.raises(SettingError, match=r"backbone.name is resnet_50: timm has no such network; did you mean "):
         Timm("resnet_50")(3)
-    with pytest.raises(SettingError, match=r"pretrained is True, which downloads: .*backbone_weights"):
+    with pytest.raises(SettingError, match=r"pretrained is True: leave it out .*backbone_weights"):
         Timm("resnet18", {"pretrained": True})(3)
     with pytest.raises(SettingError, match=r"backbone.settings of resnet18 is wdth=3: .*wdth"):
         Timm("resnet18", {"wdth": 3})(3)

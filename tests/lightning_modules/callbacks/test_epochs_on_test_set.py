@@ -98,7 +98,7 @@ def test_no_table_of_the_report_shows_it(imbsam, tmp_path):
 
 
 def test_a_module_without_group_accuracies_is_refused():
-    with pytest.raises(SettingError, match="model is LightningModule, which has no test_accuracy"):
+    with pytest.raises(SettingError, match="model is LightningModule, which has no accuracy of class groups"):
         EpochsOnTestSet().on_fit_start(quiet_trainer(), LightningModule())
 
 

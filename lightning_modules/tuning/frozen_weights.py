@@ -1,0 +1,57 @@
+"""Checkpoints without the frozen weights: taking these out, and putting them back from the pretrained network."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imbsam.errors import SettingError
+
+KEY = "frozen_weights"
+"""In a checkpoint: the digest of the weights that it leaves out."""
+
+
+def digest(network: nn.Module, names: Sequence[str]) -> str:
+    """A SHA-256 of some tensors of a network, in bfloat16: it is the same for frozen weights in either precision."""
+    sha, state = hashlib.sha256(), network.state_dict()
+    for name in sorted(names):
+        tensor = state[name].detach().cpu()
+        tensor = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        sha.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> None:
+    """Leave the frozen weights out of a checkpoint.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+        names: the frozen tensors of ``backbone``.
+        found: their digest.
+    """
+    left_out = {f"backbone.{name}" for name in names}
+    checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n not in left_out}
+    checkpoint[KEY] = found
+
+
+def put_back(checkpoint: dict[str, Any], network: nn.Module, names: Sequence[str], source: str) -> None:
+    """Put the frozen weights back into a checkpoint.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+        network: with the pretrained weights.
+        names: its frozen tensors.
+        source: where they are from.
+
+    Raises:
+        SettingError: they are not those of the training.
+    """
+    if digest(network, names) != checkpoint[KEY]:
+        raise SettingError(
+            f"ckpt_path is a checkpoint without the frozen weights, and those of backbone_weights, {source}, are not "
+            "the ones that it was trained with"
+        )
+    state: dict[str, Tensor] = network.state_dict()
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], **{f"backbone.{n}": state[n] for n in names}}

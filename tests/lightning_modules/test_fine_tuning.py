@@ -1,0 +1,307 @@
+"""Trainings that start from a pretrained network: what moves, what a checkpoint holds, how they are resumed."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, seed_everything
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+
+from imbsam import GSAM, SAM, ImbSAM, Plain, SettingError
+from lightning_modules import LongTailedClassifier, SecondStageClassifier
+from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace
+from lightning_modules.callbacks.network_summary import NetworkSummary
+from lightning_modules.factories import restore
+from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
+from lightning_modules.tuning import AdaptFormer, All, HeadOnly, LastBlocks, LoRA, Norm
+from lightning_modules.tuning.head_init import ClassMeans
+from tests.pretrained import TIMM_VIT, TinyImages, hf_vit_folder, randomize
+from tests.training import quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def vit_file(tmp_path_factory):
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "vit.pth"
+    torch.save(randomize(TIMM_VIT(num_classes=9)).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    torch.manual_seed(6)
+    path = tmp_path_factory.mktemp("weights") / "resnet.pth"
+    torch.save(randomize(CifarResNet20(9, width=4)).state_dict(), path)
+    return path
+
+
+IMBSAM = partial(ImbSAM, eta=5, rho=0.1)
+
+
+def model(file, backbone=TIMM_VIT, sam=IMBSAM, lr=0.05, **settings):
+    seed_everything(3, verbose=False)
+    weights = None if file is None else str(file)
+    return LongTailedClassifier(
+        backbone=backbone, backbone_weights=weights, sam=sam, many=8, few=4,
+        optimizer=lambda params: torch.optim.SGD(params, lr=lr, momentum=0.9), **settings,
+    )  # fmt: skip
+
+
+def fit(module, ckpt_path=None, data=None, **settings):
+    trainer = quiet_trainer(**settings)
+    trainer.fit(module, datamodule=data or TinyImages(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def state(module):
+    return {name: tensor.detach().clone() for name, tensor in module.backbone.state_dict().items()}
+
+
+class KillAt(Callback):
+    def __init__(self, epoch, batch):
+        self.moment = (epoch, batch)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.moment:
+            raise RuntimeError("killed")
+
+
+TUNES = {
+    "lora": (TIMM_VIT, "vit_file", LoRA(rank=2, dropout=0.3)),
+    "lora_alone": (TIMM_VIT, "vit_file", LoRA(rank=2, dropout=0.3, save_frozen=False, backbone_lr=0.5)),
+    "adapters_alone": (TIMM_VIT, "vit_file", AdaptFormer(bottleneck=4, save_frozen=False)),
+    "blocks_alone": (partial(CifarResNet20, width=4), "resnet_file", LastBlocks(n=2, save_frozen=False)),
+    "all": (TIMM_VIT, "vit_file", All(layer_decay=0.7)),
+}
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_a_killed_run_resumes_bit_identically(name, request, tmp_path):
+    backbone, file, tune = TUNES[name]
+    file = request.getfixturevalue(file)
+
+    def run(folder, *callbacks, **settings):
+        module = model(file, backbone, tune=tune)
+        checkpoint = ResumableCheckpoint(every_seconds=0, dirpath=folder)
+        run = fit(
+            module, max_epochs=3, enable_checkpointing=True, callbacks=[checkpoint, *callbacks],
+            default_root_dir=folder, **settings,
+        )  # fmt: skip
+        return module, run
+
+    whole, trainer = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", KillAt(1, 1))
+    again, resumed = run(tmp_path / "killed", ckpt_path=tmp_path / "killed/last.ckpt")
+    assert all(torch.equal(tensor, state(again)[key]) for key, tensor in state(whole).items())
+    momenta = (tree_leaves(t.optimizers[0].state_dict()) for t in (trainer, resumed))
+    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*momenta, strict=True))
+
+
+def test_a_checkpoint_of_the_trained_part_is_small_and_tests_alike(vit_file, tmp_path):
+    module = model(vit_file, tune=LoRA(rank=2, save_frozen=False))
+    trainer = fit(module)
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    saved = torch.load(tmp_path / "small.ckpt", weights_only=True)
+    names = {n.removeprefix("backbone.") for n in saved["state_dict"] if n.startswith("backbone.")}
+    assert names == {n for n, p in module.backbone.named_parameters() if p.requires_grad}
+    wanted = torch.cat(trainer.predict(module, TinyImages()))
+    again = model(vit_file, tune=LoRA(rank=2, save_frozen=False))
+    found = torch.cat(quiet_trainer().predict(again, TinyImages(), ckpt_path=tmp_path / "small.ckpt"))
+    assert torch.equal(found, wanted)
+
+
+def test_other_frozen_weights_and_none_are_refused(vit_file, tmp_path):
+    tune = HeadOnly(save_frozen=False)
+    fit(model(vit_file, tune=tune)).save_checkpoint(tmp_path / "small.ckpt")
+    torch.manual_seed(8)
+    torch.save(TIMM_VIT(num_classes=9).state_dict(), tmp_path / "other.pth")
+    for file, says in (
+        (tmp_path / "other.pth", r"those of backbone_weights, .*other.pth, are not the ones"),
+        (tmp_path / "gone.pth", r"backbone_weights is .*gone.pth: there is no such file"),
+    ):
+        with pytest.raises(SettingError, match=says):
+            quiet_trainer().test(model(file, tune=tune), TinyImages(), ckpt_path=tmp_path / "small.ckpt", verbose=False)
+    with pytest.raises(SettingError, match=r"tune.save_frozen is false and backbone_weights is null"):
+        fit(model(None, tune=tune))
+
+
+def test_a_checkpoint_with_all_weights_needs_no_file(vit_file, tmp_path):
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(vit_file.read_bytes())
+    first = model(copy, tune=AdaptFormer(bottleneck=4))
+    fit(first).save_checkpoint(tmp_path / "own.ckpt")
+    copy.unlink()
+    again = model(copy, tune=AdaptFormer(bottleneck=4))
+    fit(again, ckpt_path=tmp_path / "own.ckpt", max_epochs=2)
+    assert torch.equal(again.backbone.blocks[0].mlp.mlp.fc1.weight, first.backbone.blocks[0].mlp.mlp.fc1.weight)
+    with pytest.raises(SettingError, match=r"copy\.pth: there is no such file"):
+        fit(model(copy, tune=AdaptFormer(bottleneck=4)))
+
+
+def test_another_choice_than_the_checkpoints_is_refused(vit_file, tmp_path):
+    fit(model(vit_file, tune=LoRA(rank=2))).save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(SettingError, match=r"model.tune.*rank is 3, and the checkpoint's is 2"):
+        quiet_trainer().test(model(vit_file, tune=LoRA(rank=3)), TinyImages(), ckpt_path=tmp_path / "own.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("tune", "sam"),
+    [
+        (HeadOnly(), partial(SAM, rho=0.5)),
+        (Norm(), partial(ImbSAM, eta=5, rho=0.5, perturb="norm")),
+        (LoRA(rank=2), partial(ImbSAM, eta=5, rho=0.5, perturb="classifier")),
+        (AdaptFormer(bottleneck=4), partial(GSAM, rho=0.5)),
+    ],
+    ids=["head", "norm", "lora", "adaptformer"],
+)
+def test_frozen_weights_are_never_written(tune, sam, vit_file):
+    module = model(vit_file, tune=tune, sam=sam)
+    found = {}
+
+    class Remember(Callback):
+        def on_train_start(self, trainer, pl_module):
+            found["frozen"] = [p for p in pl_module.backbone.parameters() if not p.requires_grad]
+            found["versions"] = [p._version for p in found["frozen"]]
+            found["before"] = [p.clone() for p in found["frozen"]]
+
+    fit(module, callbacks=[Remember()])
+    assert [p._version for p in found["frozen"]] == found["versions"]  # each write in place would count up
+    assert all(map(torch.equal, found["frozen"], found["before"]))
+    assert all(p.grad is None for p in found["frozen"])
+
+
+def test_learning_rates_by_group_follow_the_optimizers(vit_file):
+    module = model(vit_file, tune=All(backbone_lr=0.1, layer_decay=0.5), lr=0.2)
+    rates = [group["lr"] for group in fit(module).optimizers[0].param_groups]
+    assert rates == pytest.approx([0.2, 0.0025, 0.005, 0.01, 0.02])
+    module = model(vit_file, tune=HeadOnly(), lr=0.2)
+    module.lr = 0.3  # as lr_find sets it
+    (group,) = fit(module).optimizers[0].param_groups
+    assert group["lr"] == 0.3
+    assert len(group["params"]) == 2
+
+
+def test_class_means_are_those_of_the_training_features(vit_file):
+    data = TinyImages()
+    module = model(vit_file, head=partial(CosineClassifier, scale=25), head_init=ClassMeans(), lr=0.0, sam=Plain)
+    fit(module, data=data)
+    images, labels = (torch.cat(parts) for parts in zip(*data.train_eval_dataloader(), strict=True))
+    with torch.no_grad():
+        features = module.backbone.eval().forward_head(module.backbone.forward_features(images), pre_logits=True)
+    means = torch.stack([features[labels == c].mean(0) for c in range(3)])
+    assert_close(module.backbone.head.weight.detach(), F.normalize(means, dim=1))
+
+
+def test_class_means_are_set_once_and_not_when_a_run_resumes(vit_file, tmp_path):
+    settings = {"head_init": ClassMeans(), "tune": HeadOnly()}
+    first = model(vit_file, **settings)
+    fit(first).save_checkpoint(tmp_path / "own.ckpt")
+    again = model(vit_file, lr=0.0, **settings)
+    fit(again, ckpt_path=tmp_path / "own.ckpt", max_epochs=1)  # finished: nothing more is trained
+    assert torch.equal(again.backbone.head.weight, first.backbone.head.weight)
+
+
+def test_the_data_take_the_models_preprocessing_and_the_checkpoint_keeps_it(tmp_path, caplog):
+    folder = hf_vit_folder(tmp_path / "vit")
+    module = model(folder, HuggingFace(str(folder)), tune=HeadOnly(), sam=Plain)
+    with caplog.at_level(logging.INFO):
+        fit(module, data=(data := TinyImages(std=[0.25] * 3)))
+    assert "images: 16 pixels, mean (0.4, 0.4, 0.4), std (0.25, 0.25, 0.25)" in caplog.text
+    assert "except data.std, which is set" in caplog.text
+    assert data.eval_collate.mean.flatten().tolist() == pytest.approx([0.4 * 255] * 3)
+    assert data.train_collate.std.flatten().tolist() == pytest.approx([0.25 * 255] * 3)
+    fit(module, data=TinyImages()).save_checkpoint(tmp_path / "own.ckpt")
+    saved = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    data = TinyImages()
+    again = model(folder, restore(saved["hyper_parameters"]["backbone"]), tune=HeadOnly(), sam=Plain)
+    quiet_trainer().test(again, data, ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert data.eval_collate.mean.flatten().tolist() == pytest.approx([0.4 * 255] * 3)
+
+
+def test_random_weights_leave_the_data_as_they_are():
+    fit(model(None), data=(data := TinyImages()))
+    assert not hasattr(data, "used")
+
+
+def test_bfloat16_for_frozen_weights_float32_for_trained_ones(vit_file, tmp_path):
+    tune = AdaptFormer(bottleneck=4, frozen_precision="bfloat16")
+    module = model(vit_file, tune=tune)
+    dtypes = {}
+
+    class Remember(Callback):
+        def on_train_start(self, trainer, pl_module):
+            dtypes.update({n: p.dtype for n, p in pl_module.backbone.named_parameters()})
+
+    trainer = fit(module, precision="bf16-mixed", callbacks=[Remember()])
+    assert dtypes["blocks.0.attn.qkv.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.norm1.weight"] == torch.float32
+    assert dtypes["blocks.0.mlp.adapter.0.weight"] == dtypes["head.weight"] == torch.float32
+    assert module._half is None  # so nothing warns that perturbations are lost
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    again = model(vit_file, tune=tune)
+    quiet_trainer().test(again, TinyImages(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert {p.dtype for p in again.backbone.parameters()} == {torch.float32}
+    with pytest.raises(SettingError, match=r"frozen_precision is bfloat16 and trainer.precision is 32-true"):
+        fit(model(vit_file, tune=tune))
+
+
+@pytest.mark.parametrize("sam", [partial(SAM, rho=0.3), partial(ImbSAM, eta=5, rho=0.3)], ids=["sam", "imbsam"])
+def test_gradient_checkpointing_gives_the_same_training(sam, vit_file):
+    """With dropout: the passes see the same masks, drawn again in the backward pass."""
+    found = []
+    for checkpointing in (False, True):
+        module = model(vit_file, tune=LoRA(rank=2, dropout=0.4), sam=sam, gradient_checkpointing=checkpointing)
+        fit(module, max_epochs=2)
+        found.append(state(module))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_gradient_checkpointing_keeps_fewer_activations(vit_file):
+    sizes = []
+    for checkpointing in (False, True):
+        module = model(vit_file, gradient_checkpointing=checkpointing)
+        fit(module, max_steps=1)
+        sizes.append(0)
+
+        def keep(tensor):
+            sizes[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module.backbone(torch.randn(4, 3, 16, 16))
+    assert sizes[1] < sizes[0] / 3
+
+
+def test_the_summary_says_what_is_trained(vit_file, capsys):
+    fit(model(vit_file, tune=LoRA(rank=2)), callbacks=[NetworkSummary()], max_steps=1)
+    table = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in table.splitlines() if line.count("│") == 4}
+    assert [cell.strip() for cell in rows["adapters"]] == [
+        "1,024",
+        "0",
+    ]  # 2 blocks, rank 2: 2 * 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)
+    assert [cell.strip() for cell in rows["classifier"]] == ["51", "0"]
+    fit(model(vit_file), callbacks=[NetworkSummary()], max_steps=1)
+    assert "adapters" not in capsys.readouterr().out
+
+
+def test_a_second_stage_builds_on_a_tuned_first_one(vit_file, tmp_path):
+    first = model(vit_file, tune=LoRA(rank=2, save_frozen=False))
+    fit(first).save_checkpoint(tmp_path / "first.ckpt")
+    seed_everything(1, verbose=False)
+    second = SecondStageClassifier(
+        checkpoint=str(tmp_path / "first.ckpt"), many=8, few=4, sam=Plain,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+    )  # fmt: skip
+    fit(second)
+    after, before = state(second), state(first)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
