@@ -57,6 +57,7 @@ DECIDED = [
     ("data/digits_lt", "loss/balanced_softmax", "calibration/prior", "decision/coverage"),
     *(("data/anomaly_table", "detector/devnet", f"decision/{name}") for name in ("recall", "false_alarms", "costs")),
     ("data/anomaly_table", "detector/devnet", "calibration/isotonic", "decision/coverage"),
+    ("data/digits_lt", "decision/drift"),
 ]
 """These fit when a training ends, which a run of two batches leaves out."""
 SECOND_STAGES = ["crt", "lws", "tau_norm", "weight_balancing_2", "weight_balancing_2_imagenet"]
@@ -128,7 +129,7 @@ def test_decisions_and_calibration_are_fitted(pieces, monkeypatch, tmp_path, cap
     (checkpoint,) = tmp_path.glob("logs/*/*/version_0/checkpoints/last.ckpt")
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]
     wanted = merged(*pieces)
-    for name, key in (("calibration", "Calibration"), ("decisions", "Decisions")):
+    for name, key in (("calibration", "Calibration"), ("decisions", "Decisions"), ("drift", "Drift")):
         assert (name in wanted) == bool(saved.get(key, {}).get("fitted")), capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,9 +16,9 @@ import yaml
 from imbsam.report.method import Method, method_of
 from imbsam.report.task import CLASSIFIER, Task, task_of
 
-# settings that do not make a run another experiment: seeds, paths, logging
+# settings that do not make a run another experiment: seeds, paths, logging, what predict is compared with
 NOT_SETTINGS = re.compile(
-    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|_.*"
+    r"seed_everything|seed|root|config|ckpt_path|weights_only|checkpoint\..*|predictions\..*|drift\..*|_.*"
     r"|trainer\.(logger.*|enable_.*|log_every_n_steps|default_root_dir)|device|processes"
 )
 
@@ -66,6 +67,7 @@ class Run:
         calibration: the rows of ``calibration.csv``.
         calibrated: the rows of ``calibrated.csv``, after calibration.
         sharpness: the rows of ``sharpness.csv``.
+        facts: the content of ``facts.json``.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class Run:
     calibration: list[Row] = field(default_factory=list)
     calibrated: list[Row] = field(default_factory=list)
     sharpness: list[Row] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -190,6 +193,7 @@ def read_run(folder: Path) -> Run:
         task=task,
         data=_data(config.get("data")),
         date=datetime.date.fromtimestamp(log.stat().st_mtime).isoformat(),
+        facts=_read_json(folder / "facts.json"),
         **{
             name: read_csv(folder / file, needed) if (folder / file).exists() else []
             for name, (file, needed) in EVALUATION_FILES.items()
@@ -244,6 +248,19 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
         elif key != "init_args" or value:  # a class without arguments stays its name
             flat.update(flatten(value, name if key == "init_args" else f"{name}.{key}".strip(".")))
     return flat
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object; empty where there is no such file, as in runs of before there was one."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnreadableRunError(f"its {path.name} cannot be read: half-written?") from error
+    if not isinstance(content, dict):
+        raise UnreadableRunError(f"its {path.name} is no object: half-written?")
+    return content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

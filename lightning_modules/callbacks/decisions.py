@@ -142,6 +142,27 @@ class Decisions(FittedCallback):
                 table.add_row(*row)
             Console().print(table)
 
+    def facts(self) -> dict[str, Any] | None:
+        """What was fitted and, after a test, what it did, as plain data for a model card; None without a fit.
+
+        ``kind``, ``settings``, ``confidence``; ``thresholds`` with ``class``, ``wanted``, ``goal``, ``alarm_from``, and
+        the ``positives`` and ``negatives`` that each was chosen on; ``results``: what, promised, test.
+        """
+        if self.fitted is None:
+            return None
+        names = self.fitted["names"]
+        thresholds = [
+            {
+                "class": names[c],
+                "alarm_from": t["value"],
+                **{k: t[k] for k in ("wanted", "goal", "positives", "negatives")},
+            }
+            for c, t in self.fitted.get("thresholds", {}).items()
+        ]
+        results = [dict(zip(("what", "promised", "test"), row, strict=True)) for row in self._realised]
+        own = {name: self.fitted[name] for name in ("kind", "confidence", "settings")}
+        return {**own, "thresholds": thresholds, "results": results}
+
     def columns(self, predictions: Tensor, probabilities: Tensor) -> dict[str, Sequence[Any]]:
         """The columns of the predictions' file, by their names.
 

@@ -21,6 +21,8 @@ class FittedCallback(Callback, ABC):
 
     name: str
     """In messages and on the command line."""
+    title: str = ""
+    """In messages, where the name alone would mislead."""
 
     def __init__(self) -> None:
         self.fitted: dict[str, Any] | None = None
@@ -82,15 +84,16 @@ class FittedCallback(Callback, ABC):
             try:
                 callback.fit_to(trainer, pl_module, predictions, labels)
             except SettingError as error:  # not raised: the training's checkpoint is still to be written
-                rank_zero_warn(f"no {callback.name}: {error}")
+                rank_zero_warn(f"no {callback.title or callback.name}: {error}")
 
     def fit_to(self, trainer: Trainer, module: Any, predictions: Tensor, labels: Tensor) -> None:
         """:meth:`fit`, and keep what was found."""
         self.fitted = self.fit(trainer, module, predictions, labels)
         self.fitted["settings"] = self.settings
+        self.fitted["validation_counts"] = labels.bincount(minlength=len(module.class_counts)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The fit, and what is to be fitted."""
+        """The fit, with the validation samples of each class, and what is to be fitted."""
         return {"fitted": self.fitted, "settings": self.settings} if self.settings or self.fitted else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,8 +139,8 @@ class FittedCallback(Callback, ABC):
             return
         if self.fitted is None and self._trained_with:
             rank_zero_warn(
-                f"no {self.name}: this checkpoint was written before the training ended, when it is fitted; last.ckpt "
-                "has it"
+                f"no {self.title or self.name}: this checkpoint was written before the training ended, when it is "
+                "fitted; last.ckpt has it"
             )
         elif self.settings and (self.fitted is None or self.fitted["settings"] != self.settings):
             name, value = next(iter(self.settings.items()))

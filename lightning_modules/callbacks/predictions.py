@@ -16,6 +16,7 @@ from torch import Tensor
 from imbsam import SettingError
 from lightning_modules.callbacks.calibration import calibration_of
 from lightning_modules.callbacks.decisions import decisions_of
+from lightning_modules.callbacks.drift import drift_of
 
 
 class PredictionsCSV(BasePredictionWriter):
@@ -25,7 +26,8 @@ class PredictionsCSV(BasePredictionWriter):
     image files are; otherwise ``row``, its number in the data, from 1. A class named path has the column "class path".
     Probabilities are calibrated, and decisions written beside them, where the checkpoint has a fit of
     :class:`~lightning_modules.callbacks.calibration.Calibration` or
-    :class:`~lightning_modules.callbacks.decisions.Decisions`.
+    :class:`~lightning_modules.callbacks.decisions.Decisions`; where it has a reference of
+    :class:`~lightning_modules.callbacks.drift.Drift`, the predictions are compared with it.
 
     Args:
         path: the file; default ``predictions.csv`` in the prediction's folder.
@@ -91,6 +93,8 @@ class PredictionsCSV(BasePredictionWriter):
             writer.writerow(header)
             writer.writerows(rows)
         Console().print(f"predictions: {path}", soft_wrap=True, highlight=False)
+        if (drift := drift_of(trainer)) is not None:
+            drift.report(found, path)
 
 
 def _in_order(predictions: Tensor, names: list[str], indices: list[int]) -> tuple[Tensor, list[str]]:

@@ -18,6 +18,7 @@ from imbsam import SettingError
 from imbsam.report.runs import flatten
 from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
+from lightning_modules.callbacks.drift import Drift
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.predictions import PredictionsCSV
 from lightning_modules.cli.decide import take_over_settings
@@ -56,11 +57,12 @@ class ImbSAMCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **dict.fromkeys(ours, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make the checkpoint, the predictions, calibration and decisions, and the seeds configurable."""
+        """Make the checkpoint, the predictions, calibration, decisions, drift and the seeds configurable."""
         parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionsCSV, "predictions")
         parser.add_lightning_class_args(Calibration, "calibration")  # before what decides by it
         parser.add_lightning_class_args(Decisions, "decisions")
+        parser.add_lightning_class_args(Drift, "drift")
         parser.add_argument(FLAG, type=int, nargs="+", help="Train once for each seed, of the run and of the data.")
 
     def setup_parser(self, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""`imbsam decide`: calibration and decisions of a finished run, fitted again without training."""
+"""`imbsam decide`: calibration, decisions and drift of a finished run, fitted again without training."""
 
 import inspect
 import itertools
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from imbsam import SettingError
 from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.decisions import Decisions
+from lightning_modules.callbacks.drift import Drift
 from lightning_modules.callbacks.fitted_callback import FittedCallback, fitted_callbacks
 from lightning_modules.resuming.checkpoint_files import AtomicCheckpointIO
 from lightning_modules.validation_part import validation_predictions
@@ -19,13 +20,14 @@ from lightning_modules.validation_part import validation_predictions
 CHOICES: dict[type[FittedCallback], tuple[str, ...]] = {
     Calibration: ("method",),
     Decisions: ("recall", "precision", "false_alarms", "costs", "coverage"),
+    Drift: ("alpha",),
 }
 """Settings that say what is to be fitted. Where one is given, the checkpoint's settings of that callback are not used;
 the others (a prior, a confidence) change the checkpoint's."""
 
 
 class FitAgain(Callback):
-    """Fits the Trainer's calibration and decisions when a validation ends."""
+    """Fits the Trainer's calibration, decisions and drift when a validation ends."""
 
     def __init__(self) -> None:
         self.done = False
@@ -45,10 +47,10 @@ class FitAgain(Callback):
 
 
 def take_over_settings(settings: Any, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Complete the settings of calibration and decisions by those of a checkpoint.
+    """Complete the settings of calibration, decisions and drift by those of a checkpoint.
 
     Args:
-        settings: the parsed settings, with ``calibration`` and ``decisions``; changed in place.
+        settings: the parsed settings, with ``calibration``, ``decisions`` and ``drift``; changed in place.
         checkpoint: the checkpoint.
         path: its file, for the message.
 
@@ -68,7 +70,7 @@ def take_over_settings(settings: Any, checkpoint: Mapping[str, Any], path: Path)
     if nothing:
         raise SettingError(
             f"ckpt_path is {path}: it has neither calibration nor decisions: say what to fit, with "
-            "--decisions.recall, precision, false_alarms, costs or coverage, or with --calibration.method"
+            "--decisions.recall, precision, false_alarms, costs or coverage, --calibration.method or --drift.alpha"
         )
 
 
@@ -112,7 +114,7 @@ def new_file(asked: str | None, checkpoint: Path) -> Path:
 
 
 def write_fits(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint with the Trainer's calibration and decisions in place of its own."""
+    """Write a checkpoint with the Trainer's calibration, decisions and drift in place of its own."""
     fits = {callback.state_key: callback.state_dict() for callback in fitted_callbacks(trainer)}
     callbacks = {**checkpoint.get("callbacks", {}), **fits}
     AtomicCheckpointIO().save_checkpoint({**checkpoint, "callbacks": callbacks}, path)

@@ -19,6 +19,7 @@ from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.callbacks.refused_run import DiscardRefusedRun
 from lightning_modules.callbacks.result_tables import AccuracyTable, AnomalyTable
+from lightning_modules.callbacks.run_facts import RunFacts
 from lightning_modules.callbacks.weights_and_biases import WandbResults
 from lightning_modules.cli.command_line import ImbSAMCLI, say
 from lightning_modules.cli.errors import user_message
@@ -87,6 +88,7 @@ def run() -> None:
                     AccuracyTable(),
                     AnomalyTable(),
                     EvaluationFiles(),
+                    RunFacts(),
                     PlainWeights(),
                     EpochTimer(),
                     WandbResults(),
