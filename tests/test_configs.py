@@ -18,7 +18,20 @@ from lightning_modules.factories import restore
 from tests.pieces import CONFIGS, configs, merged
 
 REPOSITORY = CONFIGS.parent
-KINDS = ("data", "size", "detector", "ratio", "method", "loss", "stage", "tune", "head", "calibration", "decision")
+KINDS = (
+    "backbone",
+    "data",
+    "size",
+    "detector",
+    "ratio",
+    "method",
+    "loss",
+    "stage",
+    "tune",
+    "head",
+    "calibration",
+    "decision",
+)
 PIECES = sorted(f"{path.parent.name}/{path.stem}" for kind in KINDS for path in (CONFIGS / kind).glob("*.yaml"))
 RUNS = [
     ("data/digits_lt", "method/sgd"),
@@ -45,7 +58,8 @@ RUNS = [
         for name in ("full", "head_only", "last_blocks", "norm")
     ),
     ("data/image_folder", "tune/lora", "head/class_means"),
-    ("data/image_folder", "tune/adaptformer", "head/text_features"),
+    ("data/image_folder", "backbone/clip_vit_b16", "tune/adaptformer", "head/text_features", "loss/balanced_softmax"),
+    ("data/image_folder", "backbone/pretrained_resnet50", "tune/last_blocks"),
     *(
         ("data/anomaly_table", f"detector/{name}")
         for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
@@ -102,6 +116,7 @@ def data_arguments(pieces, request):
     elif "head/text_features" in pieces:
         network = ["--model.backbone=OpenCLIP", f"--model.backbone.name={request.getfixturevalue('tiny_clip')}"]
         network += ['--model.backbone.settings={"force_image_size": 32}']
+    network += ["--model.backbone_weights=null"]  # random ones
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
 
 

@@ -58,6 +58,11 @@ class ClassMeans(HeadInit):
 
     def directions(self, model: Any) -> Tensor:
         """One pass over the training samples."""
+        if model.multi_label:
+            raise SettingError(
+                "head_init is ClassMeans, and samples of MultiLabelClassifier have any number of classes, so that the "
+                "means of classes that occur together are alike: leave it out"
+            )
         loader = getattr(model.data, "train_eval_dataloader", None)
         if loader is None:
             raise SettingError(

@@ -198,6 +198,21 @@ def test_class_means_are_those_of_the_training_features(vit_file):
     assert_close(module.backbone.head.weight.detach(), F.normalize(means, dim=1))
 
 
+def test_class_means_of_a_batch_norm_network_that_is_trained_whole_use_its_running_statistics(resnet_file):
+    module = model(resnet_file, partial(CifarResNet20, width=4), head_init=ClassMeans(), lr=0.0)
+    fit(module)  # at a learning rate of 0
+    data, network = TinyImages(), partial(CifarResNet20, width=4)(9)
+    network.load_state_dict(torch.load(resnet_file, weights_only=True))
+    network.fc = torch.nn.Identity()
+    data.setup()
+    images, labels = next(iter(data.train_eval_dataloader()))
+    with torch.no_grad():
+        features = network.eval()(images)
+    means = torch.stack([features[labels == c].mean(dim=0) for c in range(3)])
+    assert_close(module.backbone.fc.weight.detach(), F.normalize(means, dim=1), rtol=1e-4, atol=1e-5)
+    assert module.backbone.training  # as before
+
+
 def test_class_means_are_set_once_and_not_when_a_run_resumes(vit_file, tmp_path):
     settings = {"head_init": ClassMeans(), "tune": HeadOnly()}
     first = model(vit_file, **settings)

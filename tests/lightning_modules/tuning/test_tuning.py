@@ -15,7 +15,10 @@ from lightning_modules.tuning.kinds import count_by_kind
 from tests.pretrained import HF_VIT, TIMM_VIT, randomize
 
 NETWORKS = {"timm": TIMM_VIT, "transformers": HuggingFace("vit", HF_VIT), "resnet": partial(CifarResNet20, width=4)}
-TUNES = [All(), HeadOnly(), Norm(), Bias(), LastBlocks(n=1), LoRA(rank=2), AdaptFormer(bottleneck=4)]
+TUNES = [
+    *(All(), HeadOnly(), Norm(), Bias(), LastBlocks(n=1), LoRA(rank=2), AdaptFormer(bottleneck=4)),
+    AdaptFormer(bottleneck=4, scale=1.0, learn_scale=True),
+]
 
 
 def trained(network):
@@ -91,6 +94,20 @@ def test_adaptformer_is_the_papers_formula():
     normed = block.norm2(attended)
     bottleneck = (normed @ down.weight.T + down.bias).relu() @ up.weight.T + up.bias
     assert_close(block(x), attended + block.mlp.mlp(normed) + 0.3 * bottleneck)
+
+
+def test_adaptformer_as_in_lifts_code():
+    """The bottleneck goes by the number of classes and blocks, and the scale is trained from 1."""
+    tune = AdaptFormer(bottleneck=None, scale=1.0, learn_scale=True)
+    network = TIMM_VIT(num_classes=37)
+    tune.apply(network)
+    assert network.blocks[0].mlp.adapter[0].out_features == 8  # 37 / (2 * 2 blocks) is 9.25
+    assert {n for n in trained(network) if n.endswith("scale")} == {f"blocks.{i}.mlp.adapter.3.scale" for i in (0, 1)}
+    x, mlp = torch.randn(5, 16), network.blocks[0].mlp
+    nn.init.normal_(mlp.adapter[2].weight)
+    once = mlp(x) - mlp.mlp(x)
+    mlp.adapter[3].scale.data.fill_(-0.5)
+    assert_close(mlp(x) - mlp.mlp(x), -0.5 * once)
 
 
 def test_dora_by_pefts_own_setting():
