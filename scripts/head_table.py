@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -34,9 +35,13 @@ from lightning_modules.cosine_to_end import CosineToEnd
 NETWORK = "tf_efficientnet_lite0"
 EPOCHS, BATCH, ETA, VAL_SHARE = 20, 256, 20, 0.2
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
-RHOS = (0.05, 0.1, 0.2, 0.5, 1.0)
-LOSSES = {"cross-entropy": CrossEntropy, "logit adjustment": partial(LogitAdjusted, tau=1.0)}
-METHODS = {
+RHOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+LOSSES: dict[str, Any] = {
+    "cross-entropy": CrossEntropy,
+    "logit adjustment": partial(LogitAdjusted, tau=1.0),
+    "logit adjustment, tau 1.5": partial(LogitAdjusted, tau=1.5),
+}
+METHODS: dict[str, Any] = {
     "SGD": Plain,
     "SGD, tail loss doubled": partial(Plain, eta=ETA, tail_weight=2.0),
     "SAM": SAM,

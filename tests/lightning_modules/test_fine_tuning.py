@@ -225,7 +225,7 @@ def test_class_means_are_set_once_and_not_when_a_run_resumes(vit_file, tmp_path)
 def test_the_data_take_the_models_preprocessing_and_the_checkpoint_keeps_it(tmp_path, caplog):
     folder = hf_vit_folder(tmp_path / "vit")
     module = model(folder, HuggingFace(str(folder)), tune=HeadOnly(), sam=Plain)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(module, data=(data := TinyImages(std=[0.25] * 3)))
     assert "images: 16 pixels, mean (0.4, 0.4, 0.4), std (0.25, 0.25, 0.25)" in caplog.text
     assert "except data.std, which is set" in caplog.text

@@ -36,7 +36,7 @@ def test_image_files_take_the_models(folder, before_setup, caplog):
     data = ImageFolderLTDataModule(folder, augment="none", batch_size=12, num_workers=0, mean=[0.5] * 3)
     if not before_setup:
         batches(data)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         data.use_preprocessing(**MODEL)
     assert (
         "images: 20 pixels, mean (0.5, 0.5, 0.5), std (0.4, 0.5, 0.6): as the pretrained model had them" in caplog.text
@@ -50,7 +50,7 @@ def test_image_files_take_the_models(folder, before_setup, caplog):
 
 
 def test_image_files_without_a_model_are_as_before(folder, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         data = ImageFolderLTDataModule(folder)
     assert data.image_size == 224
     assert data.mean == (0.485, 0.456, 0.406)

@@ -220,7 +220,7 @@ def test_auto_takes_a_tenth_of_the_free_memory(choice, free, place, monkeypatch,
     data = DigitsLTDataModule(images_on_device=choice, val_share=0.2)
     data.setup()
     assert data._size() == BYTES
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         assert data._choose(torch.device("cuda")).type == place
     told = [record.getMessage() for record in caplog.records if "The images take" in record.getMessage()]
     assert len(told) == (choice == "auto" and place == "cpu")

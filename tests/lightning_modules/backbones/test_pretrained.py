@@ -37,7 +37,7 @@ def test_a_folder_of_transformers_gives_architecture_and_weights(hf_folder, capl
 
     choice = HuggingFace(str(hf_folder))
     same, fewer = choice(num_classes=7), choice(num_classes=3)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         assert load_weights(same, hf_folder, choice) == []
         assert load_weights(fewer, hf_folder, choice) == ["model.classifier.weight", "model.classifier.bias"]
     assert (
@@ -102,7 +102,7 @@ def test_another_size_interpolates_the_positions_with_a_line(library, tiny_clip,
     }[library]
     torch.save(small(num_classes=2).state_dict(), tmp_path / "small.pth")
     network = large(num_classes=2)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         assert load_weights(network, tmp_path / "small.pth", large) == []
     assert "interpolated from 17 positions to 65" in caplog.text
     assert network(images(32)).shape == (2, 2)
