@@ -200,7 +200,10 @@ def tables(fits: Results) -> str:
 
 
 def _tested(fits: Results, loss: str, method: str) -> Results:
-    return {f: r for f, r in fits.items() if (f.part, f.loss, f.method) == ("test", loss, method)}
+    """Those of the learning rate and rho chosen last: a longer grid may choose others."""
+    found = {f: r for f, r in fits.items() if (f.part, f.loss, f.method) == ("test", loss, method)}
+    last = next(reversed(found), None)
+    return {f: r for f, r in found.items() if last is not None and (f.lr, f.rho) == (last.lr, last.rho)}
 
 
 def _cell(values: Sequence[float]) -> str:
