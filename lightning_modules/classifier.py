@@ -283,6 +283,7 @@ class LongTailedClassifier(FineTunedModule):
 
     def on_validation_start(self) -> None:
         """Refuse features of another network."""
+        super().on_validation_start()
         if not self.fitting:
             self._check_features()
 

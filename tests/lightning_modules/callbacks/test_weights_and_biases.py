@@ -66,7 +66,7 @@ def test_the_run_folder_is_as_without_wandb(logs):
     for seed, run in enumerate(runs):
         assert {path.name for path in run.iterdir()} == {
             *("checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"),
-            *("per_class.csv", "confusion.csv", "calibration.csv"),
+            *("per_class.csv", "confusion.csv", "calibration.csv", "facts.json"),
         }
         assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == seed
         logged = csv_rows(run / "metrics.csv")
