@@ -21,7 +21,7 @@ def test_commands(block, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     blocks = [
         block for block in blocks if "calibration_table.py" not in block
-    ]  # of CIFAR-100, which takes many minutes
+    ]  # that of CIFAR-100: minutes
     assert len(blocks) == 6
     for line in blocks[block].replace("\\\n", " ").strip().splitlines():
         args = shlex.split(line)
