@@ -19,9 +19,7 @@ def test_commands(block, tmp_path, monkeypatch, capsys):
     """Those of the first block follow each other: predict finds the checkpoint that fit wrote."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    blocks = [
-        block for block in blocks if "calibration_table.py" not in block
-    ]  # that of CIFAR-100: minutes
+    blocks = [block for block in blocks if "calibration_table.py" not in block]  # that of CIFAR-100: minutes
     assert len(blocks) == 6
     for line in blocks[block].replace("\\\n", " ").strip().splitlines():
         args = shlex.split(line)
