@@ -368,17 +368,25 @@ def _comparable(
 
 
 def _overall(values: dict[Any, Any], variants: list[tuple[str, str]], metric: str, title: str) -> str:
-    """Means over data sets, wins and losses, and whether the labelled anomalies were learned."""
+    """Means over data sets, wins and losses, and whether the labelled anomalies were learned.
+
+    In brackets each p as the false discovery rate over all comparisons of the table (Benjamini and Hochberg, 1995).
+    """
+    from scipy.stats import false_discovery_control
+
     lines = [
         f"### {title}",
         "",
         "| detector | sampling | data sets x seeds | rho SAM / ImbSAM | SGD | SAM | ImbSAM "
-        "| ImbSAM against SGD: wins / losses / ties, p | against SAM: wins / losses / ties, p "
+        "| ImbSAM against SGD: wins / losses / ties, p (corrected) | against SAM: wins / losses / ties, p (corrected) "
         "| % of labelled training anomalies above the unlabelled median | fits with constant scores |",
         "| --- " * 11 + "|",
     ]
-    for detector, sampling, cells, common in _comparable(values, variants):
-        means = [_by_data_set(cell, common, metric) for cell in cells]
+    rows = list(_comparable(values, variants))
+    means_of_rows = [[_by_data_set(cell, common, metric) for cell in cells] for _, _, cells, common in rows]
+    p_values = [_p_value(imbsam, other) for *others, imbsam in means_of_rows for other in others]
+    corrected = iter(false_discovery_control(p_values))
+    for (detector, sampling, cells, common), means in zip(rows, means_of_rows, strict=True):
         rho = [next(iter(cell.values()))["rho"] for cell in cells[1:]]
         learned = [mean(float(cell[key]["learned"]) for key in common) for cell in cells]
         constant = [sum(row["constant"] == "1" for row in (cell[key] for key in common)) for cell in cells]
@@ -387,7 +395,8 @@ def _overall(values: dict[Any, Any], variants: list[tuple[str, str]], metric: st
         lines.append(
             f"| {detector} | {name} | {len(means[0])} x {seeds} | {rho[0]} / {rho[1]} | "
             + " | ".join(f"{mean(m.values()):.1f}" for m in means)
-            + f" | {_compare(means[2], means[0])} | {_compare(means[2], means[1])} | "
+            + "".join(f" | {_compare(means[2], other)} ({next(corrected):.3f})" for other in means[:2])
+            + " | "
             + " / ".join(f"{100 * share:.0f}" for share in learned)
             + " | "
             + " / ".join(f"{count}" for count in constant)
@@ -407,13 +416,18 @@ def _by_data_set(
 
 
 def _compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
-    """Wins, losses and ties (less than 0.05 points apart) over data sets, and the Wilcoxon signed-rank test's p."""
+    """Wins, losses and ties (less than 0.05 points apart) over data sets, and p."""
+    differences = [ours[data] - theirs[data] for data in ours]
+    wins, losses = sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences)
+    return f"{wins} / {losses} / {len(differences) - wins - losses}, {_p_value(ours, theirs):.3f}"
+
+
+def _p_value(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """The Wilcoxon signed-rank test's, over data sets."""
     from scipy.stats import wilcoxon
 
     differences = [ours[data] - theirs[data] for data in ours]
-    wins, losses = sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences)
-    p = wilcoxon(differences).pvalue if any(differences) else 1.0
-    return f"{wins} / {losses} / {len(differences) - wins - losses}, {p:.3f}"
+    return float(wilcoxon(differences).pvalue) if any(differences) else 1.0
 
 
 def _overfitting(values: dict[Any, Any], variants: list[tuple[str, str]]) -> str:
