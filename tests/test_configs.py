@@ -60,6 +60,7 @@ RUNS = [
     ("data/image_folder", "tune/lora", "head/class_means"),
     ("data/image_folder", "backbone/clip_vit_b16", "tune/adaptformer", "head/text_features", "loss/balanced_softmax"),
     ("data/image_folder", "backbone/pretrained_resnet50", "tune/last_blocks"),
+    ("data/cifar100_lt", "backbone/pretrained_efficientnet_lite0"),
     *(
         ("data/anomaly_table", f"detector/{name}")
         for name in ("devnet", "deep_sad", "prenet", "feawad", "classifier", "boosting")
