@@ -12,6 +12,7 @@ everything is trained on all training data and tested. Results go to results/fin
 import argparse
 import csv
 import logging
+import math
 import re
 import time
 import warnings
@@ -30,6 +31,7 @@ from imbsam import SAM, ImbSAM, Plain
 from imbsam.losses import CrossEntropy, LogitAdjusted
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import Timm
+from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.cosine_to_end import CosineToEnd
 
 NETWORK = "tf_efficientnet_lite0"
@@ -48,7 +50,7 @@ METHODS: dict[str, Any] = {
     "ImbSAM": partial(ImbSAM, eta=ETA),
 }
 PERTURBED = ("SAM", "ImbSAM")
-MEASURES = ("many", "medium", "few", "all", "lowest_recall", "harmonic_mean")
+MEASURES = ("many", "medium", "few", "all", "lowest_recall", "harmonic_mean", "macro_f1", "top5_all", "ece_all")
 COLUMNS = ("part", "seed", "loss", "method", "lr", "rho")
 RESULTS = (*MEASURES, "train_loss", "seconds")
 FILE = Path("results/fine_tuning/heads.csv")
@@ -97,6 +99,7 @@ def train(fit: Fit, weights: str, features: Path) -> dict[str, float]:
         max_epochs=EPOCHS,
         check_val_every_n_epoch=EPOCHS,
         num_sanity_val_steps=0,
+        callbacks=[EvaluationFiles()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -108,7 +111,8 @@ def train(fit: Fit, weights: str, features: Path) -> dict[str, float]:
     if fit.part == "test":
         trainer.test(model, datamodule=data, verbose=False)
     values = trainer.callback_metrics
-    return found | {name: float(values[f"{fit.part}/{name}"]) for name in MEASURES}
+    # no calibration error of a validation part
+    return found | {name: float(values.get(f"{fit.part}/{name}", math.nan)) for name in MEASURES}
 
 
 class Fits:
@@ -180,8 +184,8 @@ def append(path: Path, fit: Fit, results: Mapping[str, float]) -> None:
 
 def tables(fits: Results) -> str:
     """The results on the test part, and the paired differences to plain training with the same loss, in Markdown."""
-    lines = [_line(["loss", "method", "lr", "rho", *MEASURES, "CPU s"]), _line([":--"] * 2 + ["--:"] * 9)]
-    differences = ["", _line(["loss", "minus SGD", *MEASURES]), _line([":--"] * 2 + ["--:"] * 6)]
+    lines = [_line(["loss", "method", "lr", "rho", *MEASURES, "CPU s"]), _line([":--"] * 2 + ["--:"] * (3 + len(MEASURES)))]
+    differences = ["", _line(["loss", "minus SGD", *MEASURES]), _line([":--"] * 2 + ["--:"] * len(MEASURES))]
     for loss in LOSSES:
         rows = {method: _tested(fits, loss, method) for method in METHODS}
         for method, found in rows.items():

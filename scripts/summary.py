@@ -1,0 +1,190 @@
+"""What ImbSAM adds to plain training and to simpler ways: the first table and figure of docs/results.md.
+
+python scripts/summary.py add "digits" logs/digits_lt    # take finished runs into results/classification.csv
+python scripts/summary.py                                # print the table, draw docs/summary.png
+
+Each line of COMPARISONS is ImbSAM's test accuracy minus that of another method with the same loss, data and seed: mean
+and standard error over the seeds.
+"""
+
+import argparse
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from accuracy_against_cost import mean_and_error, name
+from head_table import FILE as HEADS
+from head_table import read
+
+from imbsam.report.runs import Run, read_runs
+from imbsam.report.style import colour
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+FILE = Path("results/classification.csv")
+FIGURE = Path("docs/summary.png")
+MEASURES = ("few", "all")
+
+Accuracies = dict[tuple[str, str, int], dict[str, float]]
+"""(data, method, seed) to the accuracies of its MEASURES in %."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+        title: what it says.
+        data: the runs' data, as they were added.
+        imbsam: the method of ImbSAM's runs.
+        others: the methods it is compared with, in the order of AGAINST.
+    """
+
+    title: str
+    data: str
+    imbsam: str
+    others: tuple[str, str, str]
+
+
+AGAINST = ("plain training", "tail loss doubled", "SAM")
+HEAD_METHODS = ("SGD", "SGD, tail loss doubled", "SAM")
+COMPARISONS = (
+    Comparison("digits, from scratch", "digits", "ImbSAM, rho 0.1", ("SGD", "SGD, tail loss doubled", "SAM, rho 0.1")),
+    Comparison("pretrained features, cross-entropy", "cached features, cross-entropy", "ImbSAM", HEAD_METHODS),
+    Comparison("pretrained features, logit adjustment", "cached features, logit adjustment", "ImbSAM", HEAD_METHODS),
+    Comparison(
+        "pretrained features, logit adjustment, tau 1.5",
+        "cached features, logit adjustment, tau 1.5",
+        "ImbSAM",
+        HEAD_METHODS,
+    ),
+)
+
+
+def method_of(run: Run) -> str:
+    """The method, with what differs from the defaults."""
+    words = [name(run)]
+    if run.settings.get("sam.context_rows", "auto") == "batch":
+        words.append("published gradient")
+    if run.settings.get("sam.tail_weight", 1.0) != 1.0:
+        words.append("tail loss doubled")
+    return ", ".join(words)
+
+
+def add(path: Path, data: str, folders: list[Path]) -> None:
+    """Take the runs in these folders into the file, in place of the ones of the same data."""
+    runs, skipped = read_runs(folders)
+    for folder, reason in skipped.items():
+        print(f"{folder} is left out: {reason}")
+    kept = {key: values for key, values in accuracies(path).items() if key[0] != data}
+    for run in runs:
+        (seed,) = set(run.seeds)
+        kept[data, method_of(run), seed] = {key: 100 * run.final[f"test/{key}"] for key in MEASURES}
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("data", "method", "seed", *MEASURES))
+        writer.writerows(
+            (*key, *(f"{values[measure]:.4g}" for measure in MEASURES)) for key, values in sorted(kept.items())
+        )
+
+
+def accuracies(path: Path) -> Accuracies:
+    """What the file has."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            (row["data"], row["method"], int(row["seed"])): {key: float(row[key]) for key in MEASURES}
+            for row in csv.DictReader(file)
+        }
+
+
+def heads(path: Path) -> Accuracies:
+    """Those of the classifiers on cached features."""
+    return {
+        (f"cached features, {fit.loss}", fit.method, fit.seed): {key: 100 * results[key] for key in MEASURES}
+        for fit, results in read(path).items()  # of several choices of rho, the last one counts
+        if fit.part == "test"
+    }
+
+
+def difference(found: Accuracies, data: str, first: str, second: str, measure: str) -> tuple[float, float, int] | None:
+    """Mean, standard error and number of the paired differences; None without a pair."""
+    seeds = sorted({seed for of, method, seed in found if (of, method) == (data, first)})
+    pairs = [
+        (found[data, first, seed][measure] - found[data, second, seed][measure]) / 100
+        for seed in seeds
+        if (data, second, seed) in found
+    ]
+    return (*mean_and_error(pairs), len(pairs)) if pairs else None
+
+
+def table(found: Accuracies) -> str:
+    """The differences, in Markdown."""
+    columns = [f"{measure}, over {against}" for measure in MEASURES for against in AGAINST]
+    lines = [f"| ImbSAM on | {' | '.join(columns)} | seeds |", "| :-- " + "| --: " * (len(columns) + 1) + "|"]
+    for line in COMPARISONS:
+        cells, seeds = [], 0
+        for measure in MEASURES:
+            for other in line.others:
+                values = difference(found, line.data, line.imbsam, other, measure)
+                cells.append(f"{values[0]:+.1f} ± {values[1]:.1f}" if values else "")
+                seeds = max(seeds, values[2] if values else 0)
+        lines.append(f"| {line.title} | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def draw(found: Accuracies, path: Path) -> None:
+    """The differences as points with their standard errors, a panel for each measure."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 1.5 + 0.4 * len(COMPARISONS)), sharey=True)
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for i, against in enumerate(AGAINST):
+            places, means, errors = [], [], []
+            for row, line in enumerate(COMPARISONS):
+                if values := difference(found, line.data, line.imbsam, line.others[i], measure):
+                    places.append(row + 0.22 * (i - 1))
+                    means.append(values[0])
+                    errors.append(values[1])
+            axis.errorbar(
+                means, places, xerr=errors, fmt="osD"[i], color=colour(i), markersize=5, label=f"over {against}"
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(
+            f"accuracy of {measure} classes" if measure == "all" else "accuracy of few-shot classes", size=10
+        )
+        axis.set_xlabel("points gained by ImbSAM")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(COMPARISONS)), [line.title for line in COMPARISONS])
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(AGAINST), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=FILE, help="the runs' accuracies")
+    parser.add_argument("--heads", type=Path, default=HEADS, help="the accuracies of scripts/head_table.py")
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    commands = parser.add_subparsers(dest="command")
+    adding = commands.add_parser("add", help="take runs into the file, in place of those of the same data")
+    adding.add_argument("data", help="what to call their data")
+    adding.add_argument("folders", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "add":
+        add(arguments.file, arguments.data, arguments.folders)
+        return
+    found = accuracies(arguments.file) | heads(arguments.heads)
+    print(table(found))
+    draw(found, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
