@@ -184,7 +184,10 @@ def append(path: Path, fit: Fit, results: Mapping[str, float]) -> None:
 
 def tables(fits: Results) -> str:
     """The results on the test part, and the paired differences to plain training with the same loss, in Markdown."""
-    lines = [_line(["loss", "method", "lr", "rho", *MEASURES, "CPU s"]), _line([":--"] * 2 + ["--:"] * (3 + len(MEASURES)))]
+    lines = [
+        _line(["loss", "method", "lr", "rho", *MEASURES, "CPU s"]),
+        _line([":--"] * 2 + ["--:"] * (3 + len(MEASURES))),
+    ]
     differences = ["", _line(["loss", "minus SGD", *MEASURES]), _line([":--"] * 2 + ["--:"] * len(MEASURES))]
     for loss in LOSSES:
         rows = {method: _tested(fits, loss, method) for method in METHODS}
