@@ -165,7 +165,8 @@ class AnomalyDetector(SharpnessAwareModule):
         """One backward pass, one optimizer step."""
         x, labels = batch
         if self.detector.uses_gradient:
-            loss = self.backward_passes(self, self.detector.losses, [(x, labels)], [_in_tail(labels)])
+            tail = _in_tail(self.targets_on_host(labels))
+            loss = self.backward_passes(self, self.detector.losses, [(x, labels)], [tail])
         else:
             self.detector.advance()
             loss = self.detector.losses(x, labels).mean()

@@ -91,6 +91,7 @@ class SharpnessAwareModule(LightningModule):
         self._cosine_follows_run = False
         self._loss_scale = 0.0
         self._half: torch.dtype | None = None
+        self._host_targets: Tensor | None = None
 
     @property
     def method(self) -> str:
@@ -124,6 +125,18 @@ class SharpnessAwareModule(LightningModule):
     @abstractmethod
     def make_sam(self) -> None:
         """Create :attr:`sam` for a fit, before anything is printed or written: a wrong setting ends the run."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep a training batch's targets on the host: the engine picks the sharp samples there, without a sync."""
+        if self.trainer.training:
+            self._host_targets = batch[1].cpu()
+        return batch
+
+    def targets_on_host(self, targets: Tensor) -> Tensor:
+        """The targets of the present training batch as the loader gave them; `targets` if they have changed since."""
+        kept, self._host_targets = self._host_targets, None
+        # a DataModule's own on_before_batch_transfer replaces ours, and its other hooks may mix the targets
+        return targets if kept is None or kept.shape != targets.shape else kept
 
     def configure_callbacks(self) -> list[Callback]:
         """Build the layers before any callback's ``setup``, which comes before the module's."""

@@ -108,7 +108,6 @@ class LongTailedClassifier(FineTunedModule):
         self.group_counts: Tensor | None = None
         # Lightning's own means are not in its checkpoints; without "disable" each update would wait for the GPU
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
-        self._host_targets: Tensor | None = None
         self._tail: Tensor
         self._micro_batches: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
         self._weights_of_checkpoint: tuple[Tensor | None, Tensor | None] | None = None
@@ -234,13 +233,10 @@ class LongTailedClassifier(FineTunedModule):
         return not self._micro_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the targets, and keep them on the host: the engine picks the sharp samples there, without a sync."""
-        if self.trainer.predicting:
-            return batch
-        self._host_targets = targets = batch[1].cpu()
-        if self.class_counts is not None and targets.dim() == 1:
-            check_labels(targets.tolist(), len(self.class_counts))
-        return batch
+        """Check the targets."""
+        if not self.trainer.predicting and self.class_counts is not None and batch[1].dim() == 1:
+            check_labels(batch[1].tolist(), len(self.class_counts))
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Collect `accumulate_grad_batches` batches, then one backward pass over them and one optimizer step.
@@ -249,10 +245,7 @@ class LongTailedClassifier(FineTunedModule):
             The loss, detached; None while batches are collected.
         """
         images, targets = batch
-        # a DataModule's own on_before_batch_transfer replaces ours, and its other hooks may mix the targets
-        on_host, self._host_targets = self._host_targets, None
-        if on_host is None or on_host.shape != targets.shape:
-            on_host = targets
+        on_host = self.targets_on_host(targets)
         if self.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging updates BatchNorm's statistics
             with torch.no_grad():
                 self.train_loss.update(self.loss(self(images), targets))

@@ -22,6 +22,7 @@ from lightning_modules import AnomalyDetector, LongTailedClassifier, SecondStage
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.callbacks.schedules import DeferredReweighting, RhoSchedule
+from lightning_modules.detectors import FEAWAD, DeepSAD, DevNet, PReNet, WeightedClassifier
 from tests.no_synchronisation import NoSynchronisation
 from tests.training import quiet_trainer, sgd
 
@@ -298,6 +299,39 @@ def test_a_training_step_never_waits_for_the_gpu(steps, capture, mixup):
 
     module = classifier(Watched, capture=capture, gradient_clip_val=1.0, accumulate_grad_batches=2)
     fit(module, DigitsLTDataModule(mixup=mixup), max_epochs=1, log_every_n_steps=1)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("detector", [DevNet, DeepSAD, PReNet, FEAWAD, WeightedClassifier])
+def test_a_detectors_training_step_never_waits_for_the_gpu(steps, detector, capture):
+    sampling = {PReNet: "pairs", DevNet: "balanced", FEAWAD: "balanced"}.get(detector, "natural")
+    of_loader, of_engine = [], []
+
+    class Watched(AnomalyDetector):
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            if self.trainer.training:
+                of_loader.append(batch[1].clone())
+            return batch[0].clone(), batch[1].clone()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            passes = self.backward_passes
+
+            def watched(module: Any, losses_of: Any, batches: Any, targets: Any) -> Tensor:
+                of_engine.extend(targets)
+                return passes(module, losses_of, batches, targets)
+
+            self.backward_passes = watched  # type: ignore[assignment]
+            batch[1].zero_()  # what a GPU would have
+            with NoSynchronisation():
+                loss = super().training_step(batch, batch_idx)
+            self.backward_passes = passes
+            return loss
+
+    data = AnomalyDataModule(batch_size=64, batches_per_epoch=4, val_share=0.3, sampling=sampling)
+    fit(Watched(detector, sam=partial(ImbSAM, rho=0.5), optimizer=sgd, capture=capture), data, max_epochs=1)
+    tail = [labels.amax(dim=1) if labels.dim() == 2 else labels for labels in of_loader]
+    assert len(tail) == 4
+    assert all(map(torch.equal, of_engine, tail))
 
 
 def test_the_mean_loss_counts_samples_and_not_steps():
