@@ -49,16 +49,26 @@ class Comparison:
 
 
 AGAINST = ("plain training", "tail loss doubled", "SAM")
-HEAD_METHODS = ("SGD", "SGD, tail loss doubled", "SAM")
+DOUBLED = "tail loss doubled"
+FROM_SCRATCH = ("SGD", f"SGD, {DOUBLED}")
+HEADS_METHODS = ("SGD", f"SGD, {DOUBLED}", "SAM")
 COMPARISONS = (
-    Comparison("digits, from scratch", "digits", "ImbSAM, rho 0.1", ("SGD", "SGD, tail loss doubled", "SAM, rho 0.1")),
-    Comparison("pretrained features, cross-entropy", "cached features, cross-entropy", "ImbSAM", HEAD_METHODS),
-    Comparison("pretrained features, logit adjustment", "cached features, logit adjustment", "ImbSAM", HEAD_METHODS),
-    Comparison(
-        "pretrained features, logit adjustment, tau 1.5",
-        "cached features, logit adjustment, tau 1.5",
-        "ImbSAM",
-        HEAD_METHODS,
+    *(
+        Comparison(f"digits, rho {rho}", "digits", f"ImbSAM, rho {rho}", (*FROM_SCRATCH, f"SAM, rho {rho}"))
+        for rho in ("0.05", "0.1")
+    ),
+    *(
+        Comparison(
+            f"CIFAR-100-LT, small network, rho {rho}",
+            "CIFAR-100-LT, small network",
+            f"ImbSAM, rho {rho}, {DOUBLED}",
+            (*FROM_SCRATCH, f"SAM, rho 0.05, {DOUBLED}"),
+        )
+        for rho in ("0.05", "0.1")
+    ),
+    *(
+        Comparison(f"pretrained features, {loss}", f"cached features, {loss}", "ImbSAM", HEADS_METHODS)
+        for loss in ("cross-entropy", "logit adjustment", "logit adjustment, tau 1.5")
     ),
 )
 
