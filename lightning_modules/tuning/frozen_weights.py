@@ -11,6 +11,8 @@ from imbsam.errors import SettingError
 
 KEY = "frozen_weights"
 """In a checkpoint: the digest of the weights that it leaves out."""
+STATES = {"state_dict", "current_model_state"}
+"""In a checkpoint: the weights; with Lightning's WeightAveraging, their average and then the weights themselves."""
 
 
 def digest(network: nn.Module, names: Sequence[str]) -> str:
@@ -32,7 +34,8 @@ def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> N
         found: their digest.
     """
     left_out = {f"backbone.{name}" for name in names}
-    checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n not in left_out}
+    for key in STATES & checkpoint.keys():
+        checkpoint[key] = {n: t for n, t in checkpoint[key].items() if n not in left_out}
     checkpoint[KEY] = found
 
 
@@ -54,4 +57,5 @@ def put_back(checkpoint: dict[str, Any], network: nn.Module, names: Sequence[str
             "the ones that it was trained with"
         )
     state: dict[str, Tensor] = network.state_dict()
-    checkpoint["state_dict"] = {**checkpoint["state_dict"], **{f"backbone.{n}": state[n] for n in names}}
+    for key in STATES & checkpoint.keys():
+        checkpoint[key] = {**checkpoint[key], **{f"backbone.{n}": state[n] for n in names}}

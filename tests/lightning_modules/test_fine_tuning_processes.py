@@ -1,5 +1,7 @@
 """Fine-tuning by the command on two processes: frozen parts, what one process would give, and interruption."""
 
+import json
+
 import pytest
 import torch
 
@@ -24,10 +26,15 @@ ARGS = [
     "--ckpt_path=last",
 ]
 NETWORKS = {
-    "head": ["--model.backbone=SmallCNN", "--model.backbone.width=8", "--model.backbone.norm=batch"]
-    + ["--model.tune=HeadOnly", "--model.tune.save_frozen=false"],
-    "lora": ["--model.backbone=Timm", "--model.backbone.name=vit_tiny_patch16_224"]
-    + [f"--model.backbone.settings={VIT}".replace("'", '"'), "--model.tune=LoRA", "--model.tune.rank=2"],
+    "head": [
+        *("--model.backbone=SmallCNN", "--model.backbone.width=8", "--model.backbone.norm=batch"),
+        *("--model.tune=HeadOnly", "--model.tune.save_frozen=false"),
+    ],
+    "lora": [
+        *("--model.backbone=Timm", "--model.backbone.name=vit_tiny_patch16_224"),
+        f"--model.backbone.settings={json.dumps(VIT)}",
+        *("--model.tune=LoRA", "--model.tune.rank=2"),
+    ],
 }
 ALARM = 240
 
