@@ -132,7 +132,7 @@ def test_the_log_and_the_files_of_a_test(data, tmp_path, capsys):
         (
             {"head_init": ClassMeans()},
             [],
-            "^head_init is ClassMeans, and samples of MultiLabelClassifier have any number",
+            "^head_init is ClassMeans, and samples of MultiLabelClassifier have any",
         ),
         ({}, [Calibration("temperature")], "^calibration is set, and it is for samples of one class each"),
     ],
