@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -32,6 +33,9 @@ class _BuildModel(Callback):
         assert isinstance(pl_module, SharpnessAwareModule)
         pl_module.learn_from_data(stage)
         pl_module.configure_model()
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            # Lightning does it after it has loaded a checkpoint, whose weights would then be rounded to float32
+            trainer.precision_plugin.convert_module(pl_module)
         pl_module.make_sam()
         pl_module.backward_passes = BackwardPasses(pl_module.capture)
 

@@ -165,7 +165,7 @@ class FineTunedModule(SharpnessAwareModule):
         if tune is not None and not tune.save_frozen:
             if self._left_out is None:  # they never change
                 names = tune.frozen_tensors(self.backbone)
-                self._left_out = names, frozen_weights.digest(self.backbone, names)
+                self._left_out = names, frozen_weights.frozen_digest(self.backbone, names)
             frozen_weights.leave_out(checkpoint, *self._left_out)
 
     def load_pretrained(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
-"""Files with weights: read without running code in them, and compared with a network."""
+"""Files with weights: read without running code in them, and compared with a network; weights by their digest."""
 
+import hashlib
 import pickle
 import re
 import warnings
@@ -30,6 +31,20 @@ def mismatch(weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         ],
     }
     return ", ".join(f"{len(names)} {what} ({first_few(names, 3)})" for what, names in wrong.items() if names)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names, hexadecimal.
+
+    Example:
+        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"b": torch.zeros(2)})
+        True
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def read_file(

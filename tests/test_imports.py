@@ -30,9 +30,9 @@ LIGHTNING_FOLDERS = {
     "resuming": {"resuming", "weight_files"},
     "backbones": {"backbones", "weight_files"},
     "detectors": {"detectors"},
-    "tuning": {"tuning", "backbones"},
+    "tuning": {"tuning", "backbones", "weight_files"},
     "export": {"export", "callbacks"},
-    "features": {"features"},
+    "features": {"features", "weight_files"},
     "callbacks": {"callbacks", "backbones", "tuning", "epoch_log", "group_sharpness", "validation_part"},
 }
 """The folders of lightning_modules/ that do not know models and command line, and what each may import."""

@@ -51,16 +51,20 @@ class FittedCallback(Callback, ABC):
         """Refuse before the training what cannot work after it."""
         if not self.settings:
             return
-        if getattr(pl_module, "multi_label", False):
-            raise SettingError(
-                f"{self.name} is set, and it is for samples of one class each, not for {type(pl_module).__name__}: "
-                "leave it out"
-            )
+        self.check_model(pl_module)
         if validation_loader(trainer) is None:
             raise SettingError(
                 f"data.val_share is 0, and {self.name} is fitted on the validation part: set it, say to 0.2"
             )
         self.check(trainer, pl_module)
+
+    def check_model(self, module: Any) -> None:
+        """Refuse a model of several labels a sample, before anything is predicted."""
+        if getattr(module, "multi_label", False):
+            raise SettingError(
+                f"{self.name} is set, and it is for samples of one class each, not for {type(module).__name__}: "
+                "leave it out"
+            )
 
     @abstractmethod
     def check(self, trainer: Trainer, module: Any) -> None:

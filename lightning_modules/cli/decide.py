@@ -35,6 +35,7 @@ class FitAgain(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be fitted, before anything is predicted."""
         for callback in fitted_callbacks(trainer):
+            callback.check_model(pl_module)
             callback.check(trainer, pl_module)
 
     @torch.inference_mode(False)  # vector scaling needs gradients

@@ -117,6 +117,11 @@ class CommandTrainer(Trainer):
         self._refuse_processes("sharpness")
         _refuse_features(datamodule, "are measured with")
         checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+        if "class_names" not in checkpoint:
+            raise SettingError(
+                f"ckpt_path is {ckpt_path}, whose model is {type(model).__name__}: sharpness is measured by groups of "
+                "classes, for a LongTailedClassifier or a second stage; use imbsam.sharpness on losses of your own"
+            )
         _check_data(datamodule, checkpoint.get("datamodule_hyper_parameters", {}))
         datamodule.prepare_data()
         datamodule.setup("test")

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.features.files import Features, read_features, write_features
 from imbsam.errors import SettingError
-from lightning_modules.features.weights import digest, weights_digest
+from lightning_modules.features.weights import weights_digest
+from lightning_modules.weight_files import digest
 
 AS_USED = ("root", "num_workers", "batch_size", "eval_batch_size", "predict", "sampling", "mixup", "cutmix")
 """Settings of the data that features without augmentation do not depend on: where they are, and how they are drawn."""

@@ -1,26 +1,11 @@
 """Which weights features were computed by."""
 
-import hashlib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imbsam.errors import SettingError
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, hexadecimal.
-
-    Example:
-        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"b": torch.zeros(2)})
-        True
-    """
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+from lightning_modules.weight_files import digest
 
 
 def weights_digest(network: nn.Module, head: str) -> str:

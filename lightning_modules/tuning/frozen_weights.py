@@ -1,6 +1,5 @@
 """Checkpoints without the frozen weights: taking these out, and putting them back from the pretrained network."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,19 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from lightning_modules.weight_files import digest
 
 KEY = "frozen_weights"
 """In a checkpoint: the digest of the weights that it leaves out."""
+STATES = {"state_dict", "current_model_state"}
+"""In a checkpoint: the weights; with Lightning's WeightAveraging, their average and then the weights themselves."""
 
 
-def digest(network: nn.Module, names: Sequence[str]) -> str:
+def frozen_digest(network: nn.Module, names: Sequence[str]) -> str:
     """A SHA-256 of some tensors of a network, in bfloat16: it is the same for frozen weights in either precision."""
-    sha, state = hashlib.sha256(), network.state_dict()
-    for name in sorted(names):
-        tensor = state[name].detach().cpu()
-        tensor = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        sha.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    state = {name: tensor for name, tensor in network.state_dict().items() if name in names}
+    return digest({n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in state.items()})
 
 
 def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> None:
@@ -32,7 +30,8 @@ def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> N
         found: their digest.
     """
     left_out = {f"backbone.{name}" for name in names}
-    checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n not in left_out}
+    for key in STATES & checkpoint.keys():
+        checkpoint[key] = {n: t for n, t in checkpoint[key].items() if n not in left_out}
     checkpoint[KEY] = found
 
 
@@ -48,10 +47,11 @@ def put_back(checkpoint: dict[str, Any], network: nn.Module, names: Sequence[str
     Raises:
         SettingError: they are not those of the training.
     """
-    if digest(network, names) != checkpoint[KEY]:
+    if frozen_digest(network, names) != checkpoint[KEY]:
         raise SettingError(
             f"ckpt_path is a checkpoint without the frozen weights, and those of backbone_weights, {source}, are not "
             "the ones that it was trained with"
         )
     state: dict[str, Tensor] = network.state_dict()
-    checkpoint["state_dict"] = {**checkpoint["state_dict"], **{f"backbone.{n}": state[n] for n in names}}
+    for key in STATES & checkpoint.keys():
+        checkpoint[key] = {**checkpoint[key], **{f"backbone.{n}": state[n] for n in names}}

@@ -25,7 +25,7 @@ class LoRA(Tuning):
         alpha: the factor is alpha / rank.
         dropout: on x, in [0, 1).
         targets: names of the layers, or their ends, such as qkv; by default every ``nn.Linear`` in the blocks except
-            those inside ``nn.MultiheadAttention``, which does not call them.
+            those inside ``nn.MultiheadAttention``, which does not call them (torchvision's ViT, OpenCLIP).
         peft: further settings of ``peft.LoraConfig``, such as ``use_dora`` (DoRA) or ``use_rslora``.
         **settings: those of :class:`Tuning`.
 
@@ -64,9 +64,26 @@ class LoRA(Tuning):
             raise SettingError(
                 f"tune is LoRA with targets {self.targets}: {' '.join(str(error).split())[:300]}"
             ) from error
+        _check_attention(network)
         kept = set(map(id, before.values()))
         for parameter in network.parameters():
             parameter.requires_grad_(id(parameter) not in kept)
+
+
+def _check_attention(network: nn.Module) -> None:
+    """Refuse LoRA in ``nn.MultiheadAttention``.
+
+    It reads the weight of its output layer without calling the layer, so that LoRA there does nothing. If the attention
+    itself is a target, peft adds to the frozen weights and subtracts again in every forward, which leaves roundings.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            wrapped = name.endswith(".base_layer")
+            if wrapped or any("lora_" in inside for inside, _ in module.named_parameters()):
+                raise SettingError(
+                    f"model.tune.targets chooses {name.removesuffix('.base_layer')} or a layer in it: LoRA does not "
+                    "work in nn.MultiheadAttention; choose layers of the MLPs, or a Timm or HuggingFace backbone"
+                )
 
 
 def _linear_layers(network: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from imbsam import GSAM, SAM, ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
 from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace
 from lightning_modules.callbacks.network_summary import NetworkSummary
+from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.factories import restore
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from lightning_modules.tuning import AdaptFormer, All, HeadOnly, LastBlocks, LoRA, Norm
@@ -114,6 +116,36 @@ def test_a_checkpoint_of_the_trained_part_is_small_and_tests_alike(vit_file, tmp
     again = model(vit_file, tune=LoRA(rank=2, save_frozen=False))
     found = torch.cat(quiet_trainer().predict(again, TinyImages(), ckpt_path=tmp_path / "small.ckpt"))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("average", [partial(EMAWeightAveraging, decay=0.5), WeightAveraging], ids=["ema", "mean"])
+def test_averages_of_the_trained_part_alone_resume_and_predict(average, vit_file, tmp_path):
+    """As with the frozen weights in the checkpoint, which then holds neither them nor their average."""
+
+    def run(name, save_frozen, *callbacks, **settings):
+        module = model(vit_file, tune=AdaptFormer(bottleneck=4, save_frozen=save_frozen))
+        keep = ResumableCheckpoint(every_seconds=0, dirpath=tmp_path / name)
+        callbacks = [average(), PlainWeights(), keep, *callbacks]
+        trainer = fit(
+            module, enable_checkpointing=True, callbacks=callbacks, max_epochs=3, default_root_dir=tmp_path, **settings
+        )
+        return module, trainer.test(module, TinyImages(), verbose=False)[0]
+
+    whole, wanted = run("whole", True)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("small", False, KillAt(1, 1))
+    again, found = run("small", False, ckpt_path=tmp_path / "small/last.ckpt")
+    assert found == wanted
+    assert all(torch.equal(tensor, state(again)[key]) for key, tensor in state(whole).items())
+    saved = torch.load(tmp_path / "small/last.ckpt", weights_only=True)
+    trained = {f"backbone.{name}" for name, p in whole.backbone.named_parameters() if p.requires_grad}
+    for weights in (saved["state_dict"], saved["current_model_state"]):
+        assert {name for name in weights if name.startswith("backbone.")} == trained
+    other = model(vit_file, tune=AdaptFormer(bottleneck=4, save_frozen=False))
+    trainer, evaluated = quiet_trainer(callbacks=[PlainWeights()]), {"ckpt_path": tmp_path / "small/last.ckpt"}
+    assert trainer.test(other, TinyImages(), **evaluated, verbose=False)[0] == wanted
+    predicted = torch.cat(quiet_trainer().predict(other, TinyImages(), **evaluated))
+    assert torch.equal(predicted, torch.cat(quiet_trainer().predict(whole, TinyImages())))  # the average
 
 
 def test_other_frozen_weights_and_none_are_refused(vit_file, tmp_path):

@@ -28,6 +28,7 @@ from lightning_modules.callbacks.calibration import Calibration
 from lightning_modules.callbacks.epochs_on_test_set import EpochsOnTestSet
 from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.callbacks.result_tables import AccuracyTable
+from lightning_modules.tuning.head_init import ClassMeans
 from tests.pieces import configs
 from tests.training import csv_rows, quiet_trainer
 
@@ -128,6 +129,11 @@ def test_the_log_and_the_files_of_a_test(data, tmp_path, capsys):
         ({"sam": CCSAM}, [], "^sam is CCSAM, which has a perturbation for each group of classes"),
         ({"loss": LDAM}, [], "^loss is LDAM, for samples of one class each: choose BinaryCrossEntropy"),
         ({}, [EpochsOnTestSet()], "^model is MultiLabelClassifier, which has no accuracy of class groups"),
+        (
+            {"head_init": ClassMeans()},
+            [],
+            "^head_init is ClassMeans, and samples of MultiLabelClassifier have any",
+        ),
         ({}, [Calibration("temperature")], "^calibration is set, and it is for samples of one class each"),
     ],
 )

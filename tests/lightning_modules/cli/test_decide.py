@@ -20,6 +20,7 @@ CLASSIFIER = [
     "--calibration.method=temperature",
     '--decisions.recall={"7": 0.5}',
 ]
+MULTI_LABEL = [*configs("data/digits_multilabel", "method/sgd"), "--trainer.max_steps=1", "--data.val_share=0.2"]
 WEIGHTED = [
     "--data.sampling=class_balanced",
     "--trainer.callbacks+=DeferredReweighting",
@@ -37,6 +38,7 @@ def runs(tmp_path_factory):
         "classifier": CLASSIFIER,
         "weighted": [*CLASSIFIER, *WEIGHTED],
         "unvalidated": [*DETECTOR, "--data.val_share=0"],
+        "multi-label": MULTI_LABEL,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -145,6 +147,9 @@ def test_a_checkpoint_of_before_the_end_gets_a_fit(imbsam, run, name):
         ("classifier", ["--decisions.recall={cat: 0.9}"], "there is no class cat: choose of 0, 1"),
         ("plain", ["--decisions.costs=[[0, 1], [20, 0]]"], "needs probabilities, which a detector has none of"),
         ("plain", ["--decisions.recall=2"], "recall is 2"),
+        ("multi-label", ["--calibration.method=temperature"], "not for MultiLabelClassifier: leave it out"),
+        ("multi-label", ["--decisions.coverage=0.9"], "decisions is set, and it is for samples of one class each"),
+        ("multi-label", ["--drift.alpha=0.05"], "drift is set, and it is for samples of one class each"),
         ("plain", ["--decisions.recall=0.9", "--output=checkpoints/last.ckpt"], "there is such a file, and decide"),
     ],
 )
@@ -156,6 +161,20 @@ def test_what_cannot_be_decided_is_one_line_and_writes_nothing(name, settings, m
     assert len(errors) == 1
     assert message in errors[0]
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "message"),
+    [
+        ("sharpness", "plain", "whose model is AnomalyDetector: sharpness is measured by groups of classes"),
+        ("sharpness", "multi-label", "model is MultiLabelClassifier: sharpness is measured by groups of samples"),
+        ("features", "plain", "model is AnomalyDetector: features are computed by a LongTailedClassifier"),
+    ],
+)
+def test_other_commands_refuse_the_model_in_one_line(command, name, message, imbsam, run):
+    code, _, err = imbsam(command, "--ckpt_path", run(name), "--trainer.enable_progress_bar=false")
+    assert code == 2, err
+    assert message in err.splitlines()[-1]
 
 
 def test_a_goal_that_cannot_be_met_names_the_best(imbsam, run):

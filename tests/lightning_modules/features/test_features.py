@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 
 from datamodules import DigitsLTDataModule, FeaturesDataModule
@@ -12,6 +13,7 @@ from imbsam import ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.trainer import CommandTrainer
+from lightning_modules.tuning.head_init import ClassMeans
 from tests.pieces import configs
 from tests.training import csv_rows, quiet_trainer, sgd
 
@@ -157,6 +159,19 @@ def test_copies_are_of_their_samples_and_augmented(tmp_path, network, capsys):
         assert copies.shape == (336, 3, 16)
         differ = [~np.isclose(copies[:, i], copies[:, j], atol=1e-5).all(axis=1) for i, j in ((0, 1), (1, 2))]
         assert all(share.mean() > 0.5 if augment else share.mean() == 0 for share in differ)
+
+
+def test_class_means_start_a_head_on_features(tmp_path, network):
+    """Those of the samples without augmentation, though the file has copies; at a learning rate of 0."""
+    path = features(tmp_path, network, copies=1)
+    settings = {"backbone_weights": str(network), "head_init": ClassMeans(), "sam": Plain}
+    settings["optimizer"] = lambda params: torch.optim.SGD(params, lr=0.0)
+    model = fitted(LongTailedClassifier(partial(SmallCNN, width=8), **settings), FeaturesDataModule(path))
+    with np.load(path) as file:
+        first, labels = torch.from_numpy(file["train_features"][:, 0]), torch.from_numpy(file["train_labels"])
+    means = torch.stack([first[labels == label].mean(dim=0) for label in range(10)])
+    torch.testing.assert_close(model.backbone.fc.weight.detach(), F.normalize(means, dim=1))
+    assert not model.backbone.fc.bias.any()
 
 
 def test_features_of_other_weights_and_views_are_one_line(imbsam, network, tmp_path):

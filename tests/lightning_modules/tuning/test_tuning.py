@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torchvision.models import VisionTransformer
 
 from imbsam import SettingError
 from lightning_modules.backbones import CifarResNet20, HuggingFace, SmallCNN, Timm, Torchvision
@@ -110,6 +111,23 @@ def test_adaptformer_as_in_lifts_code():
     assert_close(mlp(x) - mlp.mlp(x), -0.5 * once)
 
 
+def torch_vit(num_classes):
+    """With nn.MultiheadAttention."""
+    return VisionTransformer(16, 4, 2, 2, 32, 64, num_classes=num_classes)
+
+
+def test_lora_beside_torchs_attention_adapts_the_mlps():
+    torch.manual_seed(0)
+    network = torch_vit(3)
+    nn.init.normal_(network.heads.head.weight)
+    LoRA(rank=2).apply(network)
+    first = "encoder.layers.encoder_layer_0."
+    added = {n: p for n, p in network.named_parameters() if "lora_" in n}
+    assert {n.partition(".lora_")[0].removeprefix(first) for n in added if n.startswith(first)} == {"mlp.0", "mlp.3"}
+    network(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in added.items() if "lora_B" in n)  # A's is 0 at B = 0
+
+
 def test_dora_by_pefts_own_setting():
     assert any("magnitude" in n for n in trained(build("timm", LoRA(rank=2, peft={"use_dora": True}))))
 
@@ -118,6 +136,12 @@ def test_dora_by_pefts_own_setting():
     ("network", "tune", "says"),
     [
         (CifarResNet20, LoRA(), "tune is LoRA, and the blocks of CifarResNet20 have no linear layer"),
+        (
+            torch_vit,
+            LoRA(targets=["out_proj"]),
+            "chooses .*encoder_layer_0.self_attention or a layer in it",
+        ),
+        (torch_vit, LoRA(targets=["self_attention"]), "not work in nn.MultiheadAttention; choose layers of the MLPs"),
         (TIMM_VIT, LoRA(targets=["query"]), r"tune is LoRA with targets \['query'\]: .*query"),
         (TIMM_VIT, LoRA(peft={"use_doora": True}), "use_doora"),
         (CifarResNet20, AdaptFormer(), "CifarResNet20 has no blocks with an mlp"),
