@@ -1,6 +1,7 @@
 """Is the loader fast enough? Times CIFAR-100-LT batches, made at once and one by one, and training steps, in one run.
 
     python benchmarks/loader_speed.py --root data
+    python benchmarks/loader_speed.py --files      # JPEG files, decoded in every epoch, and once
 
 It prints a Markdown table, as in `docs/data.md`. All rows use the same batch size, the main process (`num_workers` 0)
 and the same number of threads, so the ratio to the steps of ResNet-20 tells how much of a step's time the loader takes.
@@ -8,17 +9,21 @@ The images loaded one by one have the same augmentation, from torchvision.
 """
 
 import argparse
+import tempfile
 import time
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from datamodules import CIFAR100LTDataModule
+from datamodules import CIFAR100LTDataModule, ImageFolderLTDataModule
 from datamodules.image_arrays.dataset import ImageArrays
 from datamodules.sampling import TrainLoader, train_loader
 from lightning_modules.backbones import CifarResNet20
@@ -63,13 +68,39 @@ def training_speed(data: CIFAR100LTDataModule, steps: int) -> float:
     return sum(len(labels) for _, labels in batches[2:]) / (time.perf_counter() - start)
 
 
+def files_speed(batch_size: int, epochs: int) -> None:
+    """Print the table for a folder of 256 JPEGs of 300 by 400 pixels, pieces of a photograph, for a network at 224."""
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(256):
+            path = Path(folder, "ab"[i % 2], f"{i}.jpg")
+            path.parent.mkdir(exist_ok=True)
+            photograph.crop((i % 200, i % 100, i % 200 + 400, i % 100 + 300)).save(path)
+        speeds = []
+        for on_device in (False, True):
+            data = ImageFolderLTDataModule(
+                folder, test_share=0.1, batch_size=batch_size, num_workers=0, images_on_device=on_device
+            )
+            data.prepare_data()
+            data.setup("fit")
+            speeds.append(loader_speed(data.train_dataloader(), epochs))
+    print(f"| batch {batch_size}, {torch.get_num_threads()} thread(s), CPU | images/s | ratio |")
+    print("| --- | --- | --- |")
+    for name, speed in zip(("decoded from the files", "decoded beforehand"), speeds, strict=True):
+        print(f"| {name} | {speed:,.0f} | {speed / speeds[0]:.2g} |")
+
+
 def main() -> None:
     """Measure both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder with cifar-100-python")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the loader alone")
     parser.add_argument("--steps", type=int, default=20, help="training steps")
+    parser.add_argument("--files", action="store_true", help="time a folder of JPEGs instead")
     arguments = parser.parse_args()
+    if arguments.files:
+        files_speed(64, arguments.epochs)
+        return
     data = CIFAR100LTDataModule(arguments.root)
     data.prepare_data()
     data.setup("fit")

@@ -236,7 +236,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
             SettingError: Progressively balanced sampling without a trainer that has ``max_epochs``.
         """
         train, order = self._loaded(self._train), None
-        collate = self.train_collate
+        collate = getattr(train, "collate", self.train_collate)  # images on a device bring their own
         if self.sampling != "instance_balanced":
             order = ClassSampling(self._train_labels, self.sampling, getattr(self.trainer, "max_epochs", None))
         if self.mixup or self.cutmix:
@@ -261,4 +261,5 @@ class LongTailedDataModule(RecordedDataModule, ABC):
 
     def _eval_loader(self, dataset: Dataset[Any] | None) -> EvalLoader:
         dataset = self._loaded(dataset)
-        return eval_loader(dataset, self.eval_batch_size, self.eval_collate, self.num_workers, **ranks(self.trainer))
+        collate = getattr(dataset, "collate", self.eval_collate)
+        return eval_loader(dataset, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))

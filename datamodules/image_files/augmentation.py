@@ -47,6 +47,7 @@ class ImageTransform:
     def set_input(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set what the network takes; the arguments are those of the class."""
         check_whole_numbers(image_size=image_size)
+        self.image_size = image_size
         if self.augment == "none":
             steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
         else:
@@ -60,6 +61,12 @@ class ImageTransform:
             steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
         steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         self.steps = v2.Compose(steps)
+
+    def needs_host(self) -> str:
+        """The setting that runs on PIL images alone, or nothing: crops and flips run on tensors too, on any device."""
+        if self.augment in ("randaugment", "autoaugment"):
+            return f"data.augment={self.augment}"
+        return f"data.color_jitter={self.color_jitter:g}" if self.color_jitter and self.augment != "none" else ""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an RGB image of any size into float32 (3, S, S)."""

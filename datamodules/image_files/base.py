@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.base.long_tail import Profile
-from datamodules.base.long_tailed import LongTailedDataModule
+from datamodules.base.on_device import HOST, ImagesOnDeviceDataModule
 from datamodules.base.pixels import PixelInput
 from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_files.augmentation import Augment, ImageTransform
 from datamodules.image_files.dataset import CorruptImages, ImageFiles, ReadableImages
+from datamodules.image_files.decoded import DecodedImages, decoded_bytes
 from datamodules.image_files.disk import check_files
 from datamodules.image_files.images_to_predict import images_to_predict
 from datamodules.image_files.lists import ImageSplits, ListedImages, check_classes
@@ -24,8 +26,11 @@ from datamodules.sampling.loaders import EvalLoader, eval_loader
 from datamodules.sampling.samplers import ranks
 
 
-class ImageFilesDataModule(LongTailedDataModule):
+class ImageFilesDataModule(ImagesOnDeviceDataModule):
     """Images in files, decoded by worker processes; a subclass says which files there are (:meth:`read_splits`).
+
+    If all images fit on the GPU (``images_on_device``), they are decoded once, before the first epoch, and cropped
+    there; ``predict`` reads files all the same.
 
     Batches are images, float32 (B, 3, S, S), and labels, int64 (B,); those of ``predict`` have a list of B paths too.
 
@@ -46,7 +51,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         num_workers: Loader processes, or null for one a core, at most 8; with 0 the images are decoded in the main
             process.
         profile: ``none`` keeps every training image; ``exponential`` or ``step`` subsamples them to ``ratio``.
-        **settings: The settings of :class:`~datamodules.LongTailedDataModule`.
+        **settings: The settings of :class:`~datamodules.base.on_device.ImagesOnDeviceDataModule`.
 
     Attributes:
         advice: Where to get the files.
@@ -94,6 +99,7 @@ class ImageFilesDataModule(LongTailedDataModule):
         self.eval_collate = ReadableImages(self.image_size)
         self._checked = False
         self._reported: dict[str, int] = {}
+        self._decoded: dict[tuple[int, torch.device], DecodedImages] = {}
 
     @abstractmethod
     def read_splits(self) -> ImageSplits:
@@ -158,6 +164,26 @@ class ImageFilesDataModule(LongTailedDataModule):
         selected: ImageFiles = dataset.select(indices)
         return replace(selected, transform=self.train_transform, replace_damaged=True) if training else selected
 
+    def move(self, part: Any, device: torch.device) -> Any:
+        """The files, or with ``images_on_device`` their images on the device, decoded at the first call."""
+        if self.images_on_device is not True and device == HOST:
+            return part
+        key = id(part), device
+        if key not in self._decoded:
+            self._decoded[key] = DecodedImages.of(part, device, self.num_workers)
+        return self._decoded[key]
+
+    def image_bytes(self) -> int:
+        """Bytes of all images when decoded, estimated."""
+        parts = (self._train, self._val, self._test)
+        return sum(decoded_bytes(part) for part in parts if isinstance(part, ImageFiles))
+
+    def needs_host(self) -> str:
+        """The name of an augmentation that cannot run on a GPU, or nothing."""
+        if self.train_collate is not None:
+            return getattr(self.train_collate, "__name__", type(self.train_collate).__name__)
+        return self.train_transform.needs_host()
+
     @property
     def pixels(self) -> PixelInput:
         """The normalization, and how an image is resized."""
@@ -168,12 +194,14 @@ class ImageFilesDataModule(LongTailedDataModule):
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
         plain = replace(self._loaded(self._train), transform=self.eval_transform)
-        return eval_loader(plain, self.eval_batch_size, self.eval_collate, self.num_workers)
+        collate = getattr(plain, "collate", self.eval_collate)
+        return eval_loader(plain, self.eval_batch_size, collate, self.num_workers)
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict``, or the test images again, with their paths."""
         if self.predict is None:
-            images = replace(self._loaded(self._test), with_paths=True)
+            files = super(ImagesOnDeviceDataModule, self)._loaded(self._test)  # which have the paths
+            images = replace(files, with_paths=True)
         else:
             root, listed = images_to_predict(self.predict, self.path_column)
             images = replace(self._files(listed), root=root, with_paths=True)

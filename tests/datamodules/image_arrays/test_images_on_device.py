@@ -219,7 +219,7 @@ def test_auto_takes_a_tenth_of_the_free_memory(choice, free, place, monkeypatch,
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
     data = DigitsLTDataModule(images_on_device=choice, val_share=0.2)
     data.setup()
-    assert data._size() == BYTES
+    assert data.image_bytes() == BYTES
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         assert data._choose(torch.device("cuda")).type == place
     told = [record.getMessage() for record in caplog.records if "The images take" in record.getMessage()]
