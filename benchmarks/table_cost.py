@@ -76,7 +76,7 @@ def bare_loop(detector: Callable[..., Detector], data: AnomalyDataModule, method
 
     for x, y, tail in itertools.cycle(batches):
         if method == "SGD":
-            model.losses(x, y).mean().backward()
+            torch.autograd.backward(model.losses(x, y).mean())
         else:
             sam.backward(functools.partial(losses, x, y), tail)
         optimizer.step()

@@ -171,8 +171,8 @@ def _backward_of(module: "SharpnessAwareModule") -> Callable[..., Any]:
     hooks = ("on_before_backward", "on_after_backward")
     passes = ("pre_backward", "backward", "post_backward")
     bare = (
-        isinstance(trainer.profiler, PassThroughProfiler)
-        and _has_methods_of(LightningModule, module, "manual_backward", "backward", *hooks)
+        _has_methods_of(LightningModule, module, "manual_backward", "backward", *hooks)
+        and isinstance(trainer.profiler, PassThroughProfiler)
         and _has_methods_of(Strategy, trainer.strategy, *passes)
         and _has_methods_of(Precision, trainer.precision_plugin, *passes)
         and all(_has_methods_of(Callback, callback, *hooks) for callback in trainer.callbacks)
