@@ -1,6 +1,7 @@
 """A batch and what the host decides before its first pass: weights, rows, and where g_s(w) comes from."""
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Plan:
             raise SettingError("the batch is empty: skip it")
         rows = self._extra_pass_rows(c)
         source = self._source(c, len(rows), own=sharpness_weight is not None)
-        others = torch.from_numpy(np.flatnonzero(~_is_sharp(c))) if source is SharpGradient.FIRST_PASS else None
+        others = torch.from_numpy(np.flatnonzero(c.numpy() == 0)) if source is SharpGradient.FIRST_PASS else None
         return Batch(losses, a, c, rows, source, others)
 
     def ascents(self, batches: "list[Batch]") -> "list[tuple[float, list[Batch]]]":
@@ -116,17 +117,18 @@ class Plan:
             rows = extra_pass_rows(sharp, size, max(context, not sharp))
         if len(rows) == size:
             rows.sort()  # the batch in its own order, so that the graph of the first forward can give g_s(w) too
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return torch.from_numpy(np.array(rows, dtype=np.int64))
 
     def _source(self, c: Tensor, rows: int, own: bool) -> SharpGradient:
         if rows == 0:
             return SharpGradient.NONE
-        every_row, whole = bool((c.numpy() == 1).all()), rows == len(c)
+        ones = np.count_nonzero(c.numpy() == 1)
+        every_row, whole = ones == c.numel(), rows == len(c)
         if self.in_step:  # the rows differ from rank to rank, the passes must not
             every_row, whole = not own and bool((self.sharpness_weight.numpy() == 1).all()), self.context_rows is None
         if every_row:
             return SharpGradient.EVERY_ROW
-        if self.splits and c.dim() == 1 and bool(np.isin(c.numpy(), (0, 1)).all()):
+        if self.splits and c.dim() == 1 and ones == np.count_nonzero(c.numpy()):
             return SharpGradient.FIRST_PASS
         return SharpGradient.SAME_GRAPH if whole else self._own_forward
 
@@ -180,34 +182,31 @@ class Batch:
 
     def all(self, losses: Tensor) -> Tensor:
         """Sum of a_i l_i over the rows of the first pass."""
-        if self.a is None:
-            return losses.sum()
-        return _weighted_sum(losses, self.a if self.others is None else self.a[self.others])
+        return _weighted_sum(losses, self.a if self.a is None or self.others is None else self.a[self.others])
 
     def rest(self, losses: Tensor) -> Tensor:
         """Sum of a_i (1 - c_i) l_i."""
-        return _weighted_sum(*self._counted(losses, 1 - self.c))
+        return _counted_sum(losses, *self._counted(1 - self.c))
 
     def sharp(self, losses: Tensor) -> Tensor:
         """Sum of a_i c_i l_i; `losses` may be those of `rows` only."""
-        rows = self.rows if len(losses) < self.size else None
-        return _weighted_sum(*self._counted(losses, self.c, rows))
+        return _counted_sum(losses, *(self._sharp_of_rows if len(losses) < self.size else self._counted(self.c)))
 
-    def _counted(self, losses: Tensor, factor: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The losses whose factor is not 0, and their weights a_i times factor; of all rows, or of those in `losses`.
+    @functools.cached_property
+    def _sharp_of_rows(self) -> tuple[Any, Tensor | None]:
+        return self._counted(self.c, self.rows)  # for the pass at w and the one at w + e
 
-        It selects rather than multiplying by 0: the other losses may be infinite, and 0 * inf is nan.
+    def _counted(self, factor: Tensor, rows: Tensor | None = None) -> tuple[Any, Tensor | None]:
+        """The indices of the losses whose factor is not 0, and their weights a_i times factor; None if all are 1.
+
+        Of the losses of all rows, or of those of `rows`, flattened.
         """
         factors, weights = factor.numpy(), (factor if self.a is None else self.a * factor).numpy()
         if rows is not None:
             factors, weights = factors[rows.numpy()], weights[rows.numpy()]
-        counted, losses = np.flatnonzero(factors), losses.flatten()
-        if len(counted) < len(losses):
-            if len(counted) and counted[-1] != len(counted) - 1:
-                losses = losses[to_device(torch.from_numpy(counted), losses.device)]
-            else:  # one loss a row, of which the sharp ones come first
-                losses = losses[: len(counted)]
-        return losses, torch.from_numpy(weights.reshape(-1)[counted])
+        counted = np.flatnonzero(factors)
+        weights = weights.reshape(-1)[counted]
+        return counted, torch.from_numpy(weights) if np.count_nonzero(weights != 1) else None
 
 
 def _is_sharp(c: Tensor) -> Any:
@@ -215,7 +214,23 @@ def _is_sharp(c: Tensor) -> Any:
     return c.numpy().any(axis=1) if c.dim() == 2 else c.numpy() != 0
 
 
-def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+def _counted_sum(losses: Tensor, counted: Any, weights: Tensor | None) -> Tensor:
+    """Weighted sum of some of the losses.
+
+    It selects rather than multiplying by 0: the other losses may be infinite, and 0 * inf is nan.
+    """
+    losses = losses.flatten()
+    if len(counted) < len(losses):
+        if len(counted) and counted[-1] != len(counted) - 1:
+            losses = losses[to_device(torch.from_numpy(counted), losses.device)]
+        else:  # one loss a row, of which the sharp ones come first
+            losses = losses[: len(counted)]
+    return _weighted_sum(losses, weights)
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return losses.sum()
     return (losses * to_device(weights.to(losses.dtype), losses.device)).sum()
 
 

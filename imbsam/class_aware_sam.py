@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 
 from imbsam.backward_pass import BackwardPass
@@ -242,7 +243,7 @@ class ClassAwareSAM(Scheduled, Capturable):
         return reduction_over(group, params, self.perturbation, plan.perturbs, perturbed)
 
     def _plan(self, modules: Sequence[nn.Module], *, own: bool, group: Any) -> Plan:
-        perturbs = self.rho > 0 and (own or bool(self.sharpness_weight.numpy().any()))
+        perturbs = self.rho > 0 and (own or bool(np.count_nonzero(self.sharpness_weight.numpy())))
         context_rows, apart = context_of(self.context_rows, modules, perturbs)
         waits = forward_communicates(modules)
         apart = apart and not waits

@@ -76,7 +76,8 @@ def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) ->
     fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
     if fill == 0:
         return list(sharp)
-    others = sorted(set(range(batch_size)).difference(sharp))
+    is_sharp = set(sharp)
+    others = [row for row in range(batch_size) if row not in is_sharp]
     return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
 
 

@@ -78,9 +78,9 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(local, 2, dtype=dtype)
     parts: dict[Any, list[Tensor]] = {}
     for t, norm in zip(tensors, norms, strict=True):
-        parts.setdefault(_mesh(t), []).append(norm.to(norms[0].device))
-    squares = [_over_shards(torch.stack(part).square().sum(), mesh) for mesh, part in parts.items()]
-    return torch.stack(squares).sum().sqrt()
+        parts.setdefault(_mesh(t), []).append(norm if norm.device == norms[0].device else norm.to(norms[0].device))
+    whole = [_over_shards(torch.linalg.vector_norm(torch.stack(part)), mesh) for mesh, part in parts.items()]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 
 def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Tensor]:
@@ -112,13 +112,13 @@ def _mesh(tensor: Any) -> tuple[Any, Any] | None:
     return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "placements") else None
 
 
-def _over_shards(square: Tensor, mesh: Any) -> Tensor:
-    """The sum over the shards of a DTensor's mesh and placements, in one all-reduce."""
+def _over_shards(norm: Tensor, mesh: Any) -> Tensor:
+    """The norm over the shards of a DTensor's mesh and placements, in one all-reduce."""
     if mesh is None:
-        return square
+        return norm
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     device_mesh, placements = mesh
     summed = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-    total: Tensor = DTensor.from_local(square, device_mesh, summed).full_tensor()
-    return total
+    total: Tensor = DTensor.from_local(norm.square(), device_mesh, summed).full_tensor()
+    return total.sqrt()

@@ -75,8 +75,10 @@ class Step:
         loss, g_rest, g_s, buffers = self._first_passes()
         if self._reduction.waits or any(batch.takes_extra_passes for batch in self._batches):
             buffers, generators = buffers or self._buffers.now(), self._generators.now()
+            drawn: RandomState | None = generators  # nothing has been drawn since
             for rho, parts in self._ascents:
-                self._own_forwards(parts, g_rest, g_s)
+                self._own_forwards(parts, g_rest, g_s, drawn)
+                drawn = None
                 g_s = self._reduction.mean_g_s(g_s)
                 with self._ascended(g_s, rho):
                     for part in parts:  # grad L(w) = g_rest(w) + g_s(w + e)
@@ -147,11 +149,16 @@ class Step:
         self._check_reached(g_rest, g_s)
         return loss, g_rest, g_s, buffers
 
-    def _own_forwards(self, parts: Sequence[Batch], g_rest: Gradients, g_s: Gradients) -> None:
-        """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s, where it is not there yet."""
+    def _own_forwards(
+        self, parts: Sequence[Batch], g_rest: Gradients, g_s: Gradients, drawn: RandomState | None
+    ) -> None:
+        """g_s(w) by a forward on the sharp rows and their context; g_rest = g_all - g_s, where it is not there yet.
+
+        `drawn` is the state of the generators now, if known.
+        """
         for part in parts:
             if part.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION):
-                part.generators = self._generators.now()
+                part.generators, drawn = drawn or self._generators.now(), None
                 subtracted = part.source is SharpGradient.OWN_FORWARD
                 along = None if subtracted else self._along_only
                 increment = self._gradient(self._sharp_objective(part), inputs=along)

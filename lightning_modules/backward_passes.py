@@ -4,6 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -94,7 +98,7 @@ class BackwardPasses:
         if perturbed is not None:
             losses_of = perturbed.watch(losses_of)
         losses = [lambda rows, batch=batch: losses_of(*(t[rows] for t in batch)) for batch in batches]
-        loss = module.sam.backward(list(zip(losses, targets, strict=True)), backward=module.manual_backward)
+        loss = module.sam.backward(list(zip(losses, targets, strict=True)), backward=_backward_of(module))
         if perturbed is not None:
             module.log("train/perturbed_fraction", perturbed.fraction)
         return loss
@@ -156,6 +160,29 @@ class BackwardPasses:
         rank_zero_warn(f"model.capture is auto, and this run trains eagerly: {reason}")
         self._captures = False
         self.release()
+
+
+def _backward_of(module: "SharpnessAwareModule") -> Callable[..., Any]:
+    """`manual_backward`, or `Tensor.backward` where that is all it does: no hook, no scaler, no profiler.
+
+    To find that no callback has a hook, `manual_backward` takes as long as the backward pass of a small net.
+    """
+    trainer: Any = module.trainer
+    hooks = ("on_before_backward", "on_after_backward")
+    passes = ("pre_backward", "backward", "post_backward")
+    bare = (
+        _has_methods_of(LightningModule, module, "manual_backward", "backward", *hooks)
+        and isinstance(trainer.profiler, PassThroughProfiler)
+        and _has_methods_of(Strategy, trainer.strategy, *passes)
+        and _has_methods_of(Precision, trainer.precision_plugin, *passes)
+        and all(_has_methods_of(Callback, callback, *hooks) for callback in trainer.callbacks)
+    )
+    return Tensor.backward if bare else module.manual_backward
+
+
+def _has_methods_of(base: type, owner: Any, *names: str) -> bool:
+    """Whether these methods are the base class's, neither overridden nor replaced."""
+    return all(getattr(getattr(owner, name), "__func__", None) is getattr(base, name) for name in names)
 
 
 def _check(module: "SharpnessAwareModule") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -345,3 +345,43 @@ def test_the_mean_loss_counts_samples_and_not_steps():
     losses = Losses()
     found = fit(classifier(), DigitsLTDataModule(batch_size=200), callbacks=[losses], max_epochs=1)
     assert float(found["train/loss_epoch"]) == pytest.approx(losses.total / losses.samples, rel=1e-6)
+
+
+class Listens(LongTailedClassifier):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        COUNTED["backward"] += 1
+        super().backward(loss, *args, **kwargs)
+
+
+class ListeningCallback(Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        COUNTED["callback"] += 1
+
+
+COUNTED: Counter[str] = Counter()
+LISTENERS: dict[str, dict[str, Any]] = {
+    "no one": {},
+    "module": {"cls": Listens},
+    "callback": {"callbacks": [ListeningCallback()]},
+    "scaler": {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]},
+    "profiler": {"profiler": "simple"},
+}
+
+
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_lightning_runs_the_backward_passes_where_something_listens(monkeypatch, listener):
+    """Its own part of one takes as long as the backward pass of a small net, and is left out where it does nothing."""
+    COUNTED.clear()
+    run = dict(LISTENERS[listener])
+    module = classifier(sam=SAM, **{"cls": run.pop("cls")} if "cls" in run else {})
+    manual_backward = type(module).manual_backward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        COUNTED["Lightning"] += 1
+        manual_backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LightningModule, "manual_backward", counted)
+    fit(module, max_epochs=1, limit_train_batches=2, limit_val_batches=0, **run)
+    passes = 0 if listener == "no one" else 4  # two steps of SAM
+    assert COUNTED["Lightning"] == passes
+    assert sum(COUNTED.values()) == (2 * passes if listener in ("module", "callback") else passes)
