@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 
 from imbsam import CCSAM, GSAM, SAM, ImbSAM, SettingError
