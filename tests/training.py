@@ -7,6 +7,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+RANKS = [
+    "fit",
+    "--config=configs/data/digits_lt.yaml",
+    "--trainer.accelerator=cpu",
+    "--trainer.strategy=ddp",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=2",
+    "--model.lr_scheduler.init_args.T_max=2",
+    "--checkpoint.every_seconds=0",
+    "--ckpt_path=last",
+]
+"""Arguments of a short run of the command on any number of processes; it resumes where there is a checkpoint."""
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 
 

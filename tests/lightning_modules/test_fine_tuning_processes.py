@@ -7,24 +7,12 @@ import torch
 
 from lightning_modules.backbones import SmallCNN, Timm
 from tests.pretrained import randomize
-from tests.training import csv_rows
+from tests.training import RANKS, csv_rows
 
 pytestmark = pytest.mark.processes
 
 VIT = {"img_size": 8, "in_chans": 1, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}
-ARGS = [
-    "fit",
-    "--config=configs/data/digits_lt.yaml",
-    "--trainer.accelerator=cpu",
-    "--trainer.strategy=ddp",
-    "--trainer.max_epochs=2",
-    "--trainer.log_every_n_steps=2",
-    "--model.lr_scheduler.init_args.T_max=2",
-    "--model.sam.rho=0.5",
-    "--data.eval_batch_size=45",
-    "--checkpoint.every_seconds=0",
-    "--ckpt_path=last",
-]
+ARGS = [*RANKS, "--model.sam.rho=0.5", "--data.eval_batch_size=45"]
 NETWORKS = {
     "head": [
         *("--model.backbone=SmallCNN", "--model.backbone.width=8", "--model.backbone.norm=batch"),

@@ -9,23 +9,11 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsLTDataModule
-from tests.training import csv_rows
+from tests.training import RANKS, csv_rows
 
 pytestmark = pytest.mark.processes
 
-ARGS = [
-    "fit",
-    "--config=configs/data/digits_lt.yaml",
-    "--trainer.accelerator=cpu",
-    "--trainer.strategy=ddp",
-    "--trainer.max_epochs=2",
-    "--trainer.log_every_n_steps=2",
-    "--trainer.callbacks+=test_processes.LookOnRank0",
-    "--model.lr_scheduler.init_args.T_max=2",
-    "--data.val_share=0.2",
-    "--checkpoint.every_seconds=0",
-    "--ckpt_path=last",
-]
+ARGS = [*RANKS, "--trainer.callbacks+=test_processes.LookOnRank0", "--data.val_share=0.2"]
 
 
 class LookOnRank0(Callback):
