@@ -17,8 +17,9 @@ STATES = {"state_dict", "current_model_state"}
 
 def frozen_digest(network: nn.Module, names: Sequence[str]) -> str:
     """A SHA-256 of some tensors of a network, in bfloat16: it is the same for frozen weights in either precision."""
-    state = {name: tensor for name, tensor in network.state_dict().items() if name in names}
-    return digest({n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in state.items()})
+    state = network.state_dict()
+    tensors = {name: state[name].cpu() for name in names}
+    return digest({n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in tensors.items()})
 
 
 def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> None:
