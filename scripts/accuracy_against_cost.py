@@ -55,8 +55,8 @@ def name(run: Run) -> str:
     perturb = run.settings.get("sam.perturb", "all")
     if perturb != "all":
         words.append(f"{perturb} alone")
-    if run.settings.get("sam.first_pass", "whole") == "split":
-        words.append("split")
+    if run.settings.get("sam.first_pass") == "whole":
+        words.append("whole first pass")
     every, start = schedule(run).get("every_n_steps", 1), schedule(run).get("start_epoch", 0)
     if every > 1:
         words.append(f"every {every} steps")
@@ -71,7 +71,7 @@ def key_of(run: Run) -> str:
     settings = run.settings
     if settings["sam"] == PLAIN:
         return PLAIN
-    return f"{settings['sam']} {settings.get('sam.perturb', 'all')} {settings.get('sam.first_pass', 'whole')}"
+    return f"{settings['sam']} {settings.get('sam.perturb', 'all')} {settings.get('sam.first_pass', 'split')}"
 
 
 def perturbed_share(run: Run) -> float:
@@ -91,6 +91,9 @@ def step_costs(
     net = SmallCNN(len(counts), width=width)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     engines = {key: make(net, counts) for key, make in methods.items()}
+    for engine in engines.values():
+        if getattr(engine, "first_pass", "whole") is None:
+            engine.first_pass = "split"  # as in the LightningModules
     seconds: dict[str, list[float]] = {key: [] for key in engines}
     samples = dict.fromkeys(engines, 0)
     for round_ in range(-5, rounds):

@@ -4,11 +4,13 @@ python scripts/summary.py add "digits" logs/digits_lt    # take finished runs in
 python scripts/summary.py                                # print the table, draw docs/summary.png
 
 Each line of COMPARISONS is ImbSAM's test accuracy minus that of another method with the same loss, data and seed: mean
-and standard error over the seeds.
+and standard error over the seeds. A star marks a difference that remains at a false discovery rate of 5 % (Benjamini
+and Hochberg 1995) over all cells of the table, its p-value being that of Student's paired t-test.
 """
 
 import argparse
 import csv
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import matplotlib as mpl
 from accuracy_against_cost import mean_and_error, name
 from head_table import FILE as HEADS
 from head_table import read
+from scipy.stats import false_discovery_control, ttest_1samp
 
 from imbsam.report.runs import Run, read_runs
 from imbsam.report.style import colour
@@ -26,6 +29,7 @@ import matplotlib.pyplot as plt
 FILE = Path("results/classification.csv")
 FIGURE = Path("docs/summary.png")
 MEASURES = ("few", "all")
+FALSE_DISCOVERY_RATE = 0.05
 
 Accuracies = dict[tuple[str, str, int], dict[str, float]]
 """(data, method, seed) to the accuracies of its MEASURES in %."""
@@ -121,29 +125,53 @@ def heads(path: Path) -> Accuracies:
     }
 
 
-def difference(found: Accuracies, data: str, first: str, second: str, measure: str) -> tuple[float, float, int] | None:
-    """Mean, standard error and number of the paired differences; None without a pair."""
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods, paired by seed.
+
+    Attributes:
+        mean: in points.
+        error: the standard error of the mean.
+        p_value: of Student's t-test of no difference; 1 where it is not defined.
+        seeds: the number of pairs.
+    """
+
+    mean: float
+    error: float
+    p_value: float
+    seeds: int
+
+
+def difference(found: Accuracies, data: str, first: str, second: str, measure: str) -> Difference | None:
+    """Of the runs of two methods that share data and seed; None without a pair."""
     seeds = sorted({seed for of, method, seed in found if (of, method) == (data, first)})
     pairs = [
         (found[data, first, seed][measure] - found[data, second, seed][measure]) / 100
         for seed in seeds
         if (data, second, seed) in found
     ]
-    return (*mean_and_error(pairs), len(pairs)) if pairs else None
+    if not pairs:
+        return None
+    varies = len(pairs) > 1 and statistics.stdev(pairs) > 0
+    return Difference(*mean_and_error(pairs), float(ttest_1samp(pairs, 0).pvalue) if varies else 1.0, len(pairs))
 
 
 def table(found: Accuracies) -> str:
     """The differences, in Markdown."""
-    columns = [f"{measure}, over {against}" for measure in MEASURES for against in AGAINST]
-    lines = [f"| ImbSAM on | {' | '.join(columns)} | seeds |", "| :-- " + "| --: " * (len(columns) + 1) + "|"]
-    for line in COMPARISONS:
-        cells, seeds = [], 0
-        for measure in MEASURES:
-            for other in line.others:
-                values = difference(found, line.data, line.imbsam, other, measure)
-                cells.append(f"{values[0]:+.1f} ± {values[1]:.1f}" if values else "")
-                seeds = max(seeds, values[2] if values else 0)
-        lines.append(f"| {line.title} | {' | '.join(cells)} | {seeds} |")
+    columns = [(measure, i) for measure in MEASURES for i in range(len(AGAINST))]
+    rows = [
+        [difference(found, line.data, line.imbsam, line.others[i], measure) for measure, i in columns]
+        for line in COMPARISONS
+    ]
+    corrected = iter(false_discovery_control([cell.p_value for row in rows for cell in row if cell]))
+    titles = " | ".join(f"{measure}, over {AGAINST[i]}" for measure, i in columns)
+    lines = [f"| ImbSAM on | {titles} | seeds |", "| :-- " + "| --: " * (len(columns) + 1) + "|"]
+    for line, row in zip(COMPARISONS, rows, strict=True):
+        words = []
+        for cell in row:
+            star = " *" if cell and next(corrected) <= FALSE_DISCOVERY_RATE else ""
+            words.append(f"{cell.mean:+.1f} ± {cell.error:.1f}{star}" if cell else "")
+        lines.append(f"| {line.title} | {' | '.join(words)} | {max(cell.seeds if cell else 0 for cell in row)} |")
     return "\n".join(lines)
 
 
@@ -156,8 +184,8 @@ def draw(found: Accuracies, path: Path) -> None:
             for row, line in enumerate(COMPARISONS):
                 if values := difference(found, line.data, line.imbsam, line.others[i], measure):
                     places.append(row + 0.22 * (i - 1))
-                    means.append(values[0])
-                    errors.append(values[1])
+                    means.append(values.mean)
+                    errors.append(values.error)
             axis.errorbar(
                 means, places, xerr=errors, fmt="osD"[i], color=colour(i), markersize=5, label=f"over {against}"
             )

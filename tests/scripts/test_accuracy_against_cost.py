@@ -1,4 +1,4 @@
-"""scripts/accuracy_against_cost.py on the logs of six runs."""
+"""scripts/accuracy_against_cost.py on the logs of eight runs."""
 
 import sys
 from pathlib import Path
@@ -29,11 +29,13 @@ def backbone():
 
 
 def test_table_and_figure(tmp_path, monkeypatch, capsys):
-    norm = {"class_path": "imbsam.ImbSAM", "init_args": {"rho": 1.0, "perturb": "norm", "first_pass": "whole"}}
+    norm = {"class_path": "imbsam.ImbSAM", "init_args": {"rho": 1.0, "perturb": "norm"}}
+    whole = {"class_path": "imbsam.ImbSAM", "init_args": {**norm["init_args"], "first_pass": "whole"}}
     schedule = {"class_path": "RhoSchedule", "init_args": {"start_epoch": 5, "every_n_steps": 2}}
     for seed, plain in enumerate((0.5, 0.6)):
         log(tmp_path / "sgd", {"class_path": "imbsam.Plain", "init_args": {"eta": 20}}, seed, plain)
         log(tmp_path / "imbsam", norm, seed, plain + 0.1)
+        log(tmp_path / "imbsam", whole, seed, plain + 0.1)
         log(tmp_path / "imbsam", norm, seed, plain + 0.05, [schedule])
     figure = tmp_path / "figure.png"
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "--out", str(figure), "--rounds", "5"])
@@ -41,12 +43,14 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
     plain = cells["SGD"]
-    whole = cells["ImbSAM, rho 1, norm alone"]
+    dense = cells["ImbSAM, rho 1, norm alone"]
+    whole = cells["ImbSAM, rho 1, norm alone, whole first pass"]
     sparse = cells["ImbSAM, rho 1, norm alone, every 2 steps, last 50 % of the epochs"]
     assert plain == ["1.00", "1.00", "35.0 ± 5.0", "55.0 ± 5.0", "", "2"]
-    assert whole[2:] == ["45.0 ± 5.0", "65.0 ± 5.0", "+10.0 ± 0.0", "2"]
+    assert dense[2:] == whole[2:] == ["45.0 ± 5.0", "65.0 ± 5.0", "+10.0 ± 0.0", "2"]
     assert sparse[4:] == ["+5.0 ± 0.0", "2"]
+    assert float(dense[0]) < float(whole[0])  # the modules split the first pass: 1 + t in place of 1 + 2t
     # perturbed at every second step of the second half
-    for of_sparse, of_whole in zip(sparse[:2], whole[:2], strict=True):
-        assert float(of_sparse) == pytest.approx(1 + (float(of_whole) - 1) / 4, abs=0.01)
+    for of_sparse, of_dense in zip(sparse[:2], dense[:2], strict=True):
+        assert float(of_sparse) == pytest.approx(1 + (float(of_dense) - 1) / 4, abs=0.01)
     assert figure.stat().st_size > 5000

@@ -60,6 +60,28 @@ def test_differences_are_paired_by_seed_and_a_second_add_replaces_the_first(tmp_
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_star_marks_what_remains_of_all_comparisons(monkeypatch):
+    gains = {"sure": (2.0, 2.1, 1.9), "likely": (1.0, 1.5, 2.0), "unsure": (-1.0, 1.0, 0.5)}
+    found = {}
+    for data, values in gains.items():
+        for seed, gain in enumerate(values):
+            found[data, "SGD", seed] = {"few": 10.0, "all": 50.0}
+            found[data, "ImbSAM", seed] = {"few": 10.0, "all": 50.0 + gain}
+
+    def stars(*data):
+        comparisons = [summary.Comparison(title, title, "ImbSAM", ("SGD", "", "")) for title in data]
+        monkeypatch.setattr(summary, "COMPARISONS", comparisons)
+        return ["*" in line for line in summary.table(found).splitlines()[2:]]
+
+    p_values = {title: summary.difference(found, title, "ImbSAM", "SGD", "all").p_value for title in gains}
+    assert p_values == pytest.approx({"sure": 0.0008, "likely": 0.0351, "unsure": 0.8075}, abs=1e-4)
+    assert summary.difference(found, "sure", "ImbSAM", "SGD", "few").p_value == 1  # no difference at all
+    assert stars("sure") == [True]
+    # the equal accuracies of the few-shot classes are comparisons as well: 0.0351 x 2 is too much
+    assert stars("likely") == [False]
+    assert stars("sure", "likely", "unsure") == [True, False, False]
+
+
 @pytest.mark.parametrize("comparison", summary.COMPARISONS, ids=lambda comparison: comparison.title)
 def test_the_committed_results_have_every_comparison(comparison):
     found = summary.accuracies(ROOT / summary.FILE) | summary.heads(ROOT / summary.HEADS)
