@@ -49,7 +49,7 @@ docs: install  ## build the documentation, docs/_build/html/index.html; a broken
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-picture: install  ## draw the README's picture: five seeds each of SGD and ImbSAM on long-tailed digits, 5 minutes
+picture: install  ## draw the picture of docs/report.md: five seeds each of SGD and ImbSAM on long-tailed digits, 5 minutes
 	for method in sgd imbsam; do \
 		$(BIN)/imbsam fit --config configs/data/digits_lt.yaml --config configs/method/$$method.yaml --seeds 0 1 2 3 4 \
 			--trainer.logger.init_args.save_dir=logs/picture || exit 1; \
