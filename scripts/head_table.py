@@ -20,9 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
@@ -215,12 +216,14 @@ def _tested(fits: Results, loss: str, method: str) -> Results:
 
 def _cell(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""  # of NaN too, unlike statistics.stdev
+    return f"{mean(values):.1f}{deviation}"
 
 
 def _error(values: Sequence[float]) -> str:
     """Mean and standard error of paired differences."""
-    return f"{mean(values):+.2f}" + (f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else "")
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{mean(values):+.2f}{error}"
 
 
 def _line(cells: Sequence[str]) -> str:
