@@ -3,9 +3,9 @@
 python scripts/head_table.py WEIGHTS FEATURES [FEATURES ...]   # train what is missing, then print the table
 python scripts/head_table.py --table                           # print the table of the finished fits
 
-WEIGHTS are those of timm's tf_efficientnet_lite0, FEATURES the files of `imbsam features`
-for it, one for each seed of the data. The learning rate of each loss is chosen for plain training, then rho of each
-method and loss, both by the mean over the seeds of the accuracy over all classes on a fifth of the training data. Then
+WEIGHTS are those of timm's tf_efficientnet_lite0, FEATURES the files of `imbsam features` for it, one for each seed of
+the data. The learning rate of each loss is chosen for plain training, then rho or the tail's loss weight of each method
+and loss, both by the mean over the seeds of the accuracy over all classes on a fifth of the training data. Then
 everything is trained on all training data and tested. Results go to results/fine_tuning/heads.csv, one row per fit.
 """
 
@@ -38,7 +38,8 @@ from lightning_modules.cosine_to_end import CosineToEnd
 NETWORK = "tf_efficientnet_lite0"
 EPOCHS, BATCH, ETA, VAL_SHARE = 20, 256, 20, 0.2
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
-RHOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+RHOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+TAIL_WEIGHTS = (5.0, 10.0, 20.0, 50.0)
 LOSSES: dict[str, Any] = {
     "cross-entropy": CrossEntropy,
     "logit adjustment": partial(LogitAdjusted, tau=1.0),
@@ -47,12 +48,15 @@ LOSSES: dict[str, Any] = {
 METHODS: dict[str, Any] = {
     "SGD": Plain,
     "SGD, tail loss doubled": partial(Plain, eta=ETA, tail_weight=2.0),
+    "SGD, tail loss weighted": partial(Plain, eta=ETA),
     "SAM": SAM,
     "ImbSAM": partial(ImbSAM, eta=ETA),
 }
-PERTURBED = ("SAM", "ImbSAM")
+TUNED = {"SGD, tail loss weighted": "tail_weight", "SAM": "rho", "ImbSAM": "rho"}
+"""The setting of a method that is chosen on the validation parts."""
+
 MEASURES = ("many", "medium", "few", "all", "lowest_recall", "harmonic_mean", "macro_f1", "top5_all", "ece_all")
-COLUMNS = ("part", "seed", "loss", "method", "lr", "rho")
+COLUMNS = ("part", "seed", "loss", "method", "lr", "chosen")
 RESULTS = (*MEASURES, "train_loss", "seconds")
 FILE = Path("results/fine_tuning/heads.csv")
 
@@ -67,7 +71,7 @@ class Fit:
         loss: a name in LOSSES.
         method: a name in METHODS.
         lr: the learning rate.
-        rho: the radius, 0 where nothing is perturbed.
+        chosen: the method's setting in TUNED, 0 where it has none.
     """
 
     part: str
@@ -75,7 +79,7 @@ class Fit:
     loss: str
     method: str
     lr: float
-    rho: float
+    chosen: float
 
 
 Results = Mapping[Fit, Mapping[str, float]]
@@ -91,7 +95,7 @@ def train(fit: Fit, weights: str, features: Path) -> dict[str, float]:
         Timm(NETWORK),
         backbone_weights=weights,
         loss=LOSSES[fit.loss],
-        sam=partial(method, rho=fit.rho) if fit.rho else method,
+        sam=partial(method, **{TUNED[fit.method]: fit.chosen}) if fit.chosen else method,
         optimizer=partial(torch.optim.SGD, lr=fit.lr, momentum=0.9),
         lr_scheduler=CosineToEnd,  # type: ignore[arg-type]
     )
@@ -144,18 +148,19 @@ class Fits:
         return max(choices, key=lambda fits: mean(self.done[fit]["all"] for fit in fits))[0]
 
     def run(self) -> None:
-        """Choose learning rates and rho on the validation parts, then train on everything and test."""
+        """Choose learning rates, rho and tail weights on the validation parts, then train on everything and test."""
         seeds = range(len(self.features))
         chosen = []
         for loss in LOSSES:
             rates = [[Fit("val", seed, loss, "SGD", lr, 0.0) for seed in seeds] for lr in LEARNING_RATES]
             lr = self.best(rates).lr
             for method in METHODS:
-                rho = 0.0
-                if method in PERTURBED:
-                    rhos = [[Fit("val", seed, loss, method, lr, rho) for seed in seeds] for rho in RHOS]
-                    rho = self.best(rhos).rho
-                chosen += [Fit("test", seed, loss, method, lr, rho) for seed in seeds]
+                value = 0.0
+                if method in TUNED:
+                    grid = RHOS if TUNED[method] == "rho" else TAIL_WEIGHTS
+                    values = [[Fit("val", seed, loss, method, lr, value) for seed in seeds] for value in grid]
+                    value = self.best(values).chosen
+                chosen += [Fit("test", seed, loss, method, lr, value) for seed in seeds]
         self.of(chosen)
 
 
@@ -165,7 +170,7 @@ def read(path: Path) -> dict[Fit, dict[str, float]]:
         return {}
     with path.open(newline="") as file:
         return {
-            Fit(row["part"], int(row["seed"]), row["loss"], row["method"], float(row["lr"]), float(row["rho"])): {
+            Fit(row["part"], int(row["seed"]), row["loss"], row["method"], float(row["lr"]), float(row["chosen"])): {
                 name: float(row[name]) for name in RESULTS
             }
             for row in csv.DictReader(file)
@@ -186,7 +191,7 @@ def append(path: Path, fit: Fit, results: Mapping[str, float]) -> None:
 def tables(fits: Results) -> str:
     """The results on the test part, and the paired differences to plain training with the same loss, in Markdown."""
     lines = [
-        _line(["loss", "method", "lr", "rho", *MEASURES, "CPU s"]),
+        _line(["loss", "method", "lr", "rho, weight", *MEASURES, "CPU s"]),
         _line([":--"] * 2 + ["--:"] * (3 + len(MEASURES))),
     ]
     differences = ["", _line(["loss", "minus SGD", *MEASURES]), _line([":--"] * 2 + ["--:"] * len(MEASURES))]
@@ -199,7 +204,9 @@ def tables(fits: Results) -> str:
             by_seed = {fit.seed: results for fit, results in found.items()}
             cells = [_cell([100 * results[name] for results in by_seed.values()]) for name in MEASURES]
             seconds = f"{mean(results['seconds'] for results in by_seed.values()):.0f}"
-            lines.append(_line([loss, method, f"{first.lr:g}", f"{first.rho:g}" if first.rho else "", *cells, seconds]))
+            lines.append(
+                _line([loss, method, f"{first.lr:g}", f"{first.chosen:g}" if first.chosen else "", *cells, seconds])
+            )
             plain = {fit.seed: results for fit, results in rows["SGD"].items()}
             if method != "SGD" and (seeds := sorted(by_seed.keys() & plain.keys())):
                 pairs = [[100 * (by_seed[s][name] - plain[s][name]) for s in seeds] for name in MEASURES]
@@ -208,10 +215,10 @@ def tables(fits: Results) -> str:
 
 
 def _tested(fits: Results, loss: str, method: str) -> Results:
-    """Those of the learning rate and rho chosen last: a longer grid may choose others."""
+    """Those of the settings chosen last: a longer grid may choose others."""
     found = {f: r for f, r in fits.items() if (f.part, f.loss, f.method) == ("test", loss, method)}
     last = next(reversed(found), None)
-    return {f: r for f, r in found.items() if last is not None and (f.lr, f.rho) == (last.lr, last.rho)}
+    return {f: r for f, r in found.items() if last is not None and (f.lr, f.chosen) == (last.lr, last.chosen)}
 
 
 def _cell(values: Sequence[float]) -> str:

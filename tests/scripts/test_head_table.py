@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import head_table
 from head_table import Fit
 
-CROSS_ENTROPY = "cross-entropy"
+CROSS_ENTROPY, WEIGHTED = "cross-entropy", "SGD, tail loss weighted"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,9 @@ def test_choices_on_validation_then_the_test_and_a_second_call_trains_nothing(we
         "EPOCHS": 2,
         "LEARNING_RATES": (0.01, 0.1),
         "RHOS": (0.05, 1.0),
+        "TAIL_WEIGHTS": (2.0, 5.0),
         "LOSSES": {CROSS_ENTROPY: head_table.LOSSES[CROSS_ENTROPY]},
-        "METHODS": {name: head_table.METHODS[name] for name in ("SGD", "ImbSAM")},
+        "METHODS": {name: head_table.METHODS[name] for name in ("SGD", WEIGHTED, "ImbSAM")},
     }.items():
         monkeypatch.setattr(head_table, name, value)
     table = tmp_path / "results/heads.csv"
@@ -46,7 +47,7 @@ def test_choices_on_validation_then_the_test_and_a_second_call_trains_nothing(we
     head_table.main()
     printed = capsys.readouterr().out
     fits = head_table.read(table)
-    assert len(fits) == 2 * (2 + 2 + 2)  # seeds x (learning rates, radii, the two methods tested)
+    assert len(fits) == 2 * (2 + 2 + 2 + 3)  # seeds x (learning rates, radii, weights, the three methods tested)
 
     def chosen(method, field):
         """The choice with the highest mean accuracy on the validation parts."""
@@ -56,11 +57,11 @@ def test_choices_on_validation_then_the_test_and_a_second_call_trains_nothing(we
                 scores.setdefault(getattr(fit, field), []).append(results["all"])
         return max(scores, key=lambda value: sum(scores[value]))
 
-    lr, rho = chosen("SGD", "lr"), chosen("ImbSAM", "rho")
+    lr, weight, rho = chosen("SGD", "lr"), chosen(WEIGHTED, "chosen"), chosen("ImbSAM", "chosen")
     tested = [fit for fit in fits if fit.part == "test"]
     assert tested == [
-        Fit("test", seed, CROSS_ENTROPY, method, lr, radius)
-        for method, radius in (("SGD", 0.0), ("ImbSAM", rho))
+        Fit("test", seed, CROSS_ENTROPY, method, lr, value)
+        for method, value in (("SGD", 0.0), (WEIGHTED, weight), ("ImbSAM", rho))
         for seed in (0, 1)
     ]
 

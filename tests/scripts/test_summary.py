@@ -55,8 +55,9 @@ def test_differences_are_paired_by_seed_and_a_second_add_replaces_the_first(tmp_
     with file.open(newline="") as lines:
         assert [row["data"] for row in csv.DictReader(lines)] == ["mine"] * 6 + ["others"] * 4
     printed = run().splitlines()
-    # few: 10 and 20 points over plain training, 0 and 10 over the doubled loss; all: half of it; SAM was not run
-    assert printed[-1] == "| my title | +15.0 ± 5.0 | +5.0 ± 5.0 |  | +7.5 ± 2.5 | +2.5 ± 2.5 |  | 2 |"
+    # few: 10 and 20 points over plain training, 0 and 10 over the doubled loss; all: half of it; SAM was not run.
+    # The standard error is 5, and Student's t with one degree of freedom 12.7.
+    assert printed[-1] == "| my title | +15.0 ± 63.5 | +5.0 ± 63.5 |  | +7.5 ± 31.8 | +2.5 ± 31.8 |  | 2 |"
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,6 +77,8 @@ def test_a_star_marks_what_remains_of_all_comparisons(monkeypatch):
     p_values = {title: summary.difference(found, title, "ImbSAM", "SGD", "all").p_value for title in gains}
     assert p_values == pytest.approx({"sure": 0.0008, "likely": 0.0351, "unsure": 0.8075}, abs=1e-4)
     assert summary.difference(found, "sure", "ImbSAM", "SGD", "few").p_value == 1  # no difference at all
+    one = {key: values for key, values in found.items() if key[2] == 0}
+    assert summary.difference(one, "sure", "ImbSAM", "SGD", "all").p_value == 1
     assert stars("sure") == [True]
     # the equal accuracies of the few-shot classes are comparisons as well: 0.0351 x 2 is too much
     assert stars("likely") == [False]
