@@ -124,5 +124,3 @@ def markdown(size: str, mode: str, rows: Sequence[Row]) -> list[str]:
 
 def _first_of_each_process(rows: Sequence[Row]) -> list[Row]:
     return [row for i, row in enumerate(rows) if i == 0 or "failed" in rows[i - 1]]
-
-

@@ -48,7 +48,7 @@ class _CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return self._checkpointed(*args, **kwargs)
         if torch.cuda.is_current_stream_capturing():
             if self._draws:
