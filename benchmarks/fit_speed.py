@@ -4,6 +4,8 @@
     python benchmarks/fit_speed.py --tiny          # milliseconds that Lightning adds to a step of a linear layer
     python benchmarks/fit_speed.py --help-start    # `imbsam --help` and importing LightningCLI, in new processes
 
+For a GPU there is `fit_step_time.py`.
+
 Both train ResNet-20 with ImbSAM and the same loader, network, engine and optimizer. They take turns: after every few
 batches a callback stops the Trainer's clock, lets the bare loop do as many, and starts it again, so that a busy machine
 slows both equally. The Trainer has the callbacks, checkpoints and logger that `imbsam fit` gives it, and its time

@@ -1,26 +1,17 @@
-"""The cost of a training step on a GPU: eager, captured, compiled and both; the part of `step_cost.py` that needs one.
-
-    python benchmarks/step_cost.py --modes eager captured --sizes "ResNet-34 at 32, 64" --rounds 30 --json gpu.json
+"""The cost of a training step on a GPU: eager, captured, compiled and both; `gpu_step_table.py` makes the table of it.
 
 bfloat16 autocast, channels-last for the convolutional networks, fused SGD with momentum; images are on the GPU, labels
 on the host. Labels are drawn with CIFAR-100-LT's class counts at ratio 100, eta is 20, and a batch without a tail
 sample gets one, so that every step of ImbSAM perturbs. Every method trains its own network, alone on the GPU: it sees
 all batches once, which compiles and captures, and then again, timed.
-
-Columns:
-    ms          median time of a step, including the optimizer's
-    / SGD       multiple of SGD in the same mode
-    / eager SGD multiple of eager SGD
-    first pass  seconds for seeing the batches the first time, including compilation, warm-up and capture
-    memory      peak memory of the caching allocator, in MB
 """
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +30,7 @@ COUNTS = imbalanced_class_counts(500, 100, 100, "exponential")
 
 @dataclass(frozen=True)
 class Size:
-    """A network, its images and a batch."""
+    """A network, its images and a batch; it is sent to other processes."""
 
     model: Callable[[], nn.Module]
     pixels: int
@@ -58,9 +49,9 @@ def _resnet50() -> nn.Module:
 
 
 SIZES = {
-    "ResNet-34 at 32, 64": Size(lambda: CifarResNet34(num_classes=100), 32, 64),
-    "ResNet-34 at 32, 128": Size(lambda: CifarResNet34(num_classes=100), 32, 128),
-    "ResNet-34 at 32, 256": Size(lambda: CifarResNet34(num_classes=100), 32, 256),
+    "ResNet-34 at 32, 64": Size(partial(CifarResNet34, num_classes=100), 32, 64),
+    "ResNet-34 at 32, 128": Size(partial(CifarResNet34, num_classes=100), 32, 128),
+    "ResNet-34 at 32, 256": Size(partial(CifarResNet34, num_classes=100), 32, 256),
     "ResNet-50 at 224, 256": Size(_resnet50, 224, 256),
     "ViT-B/16 at 224, 128": Size(_vit, 224, 128, channels_last=False),
 }
@@ -146,36 +137,3 @@ def measure(method: str, mode: str, size: Size, rounds: int, device: torch.devic
         "first_s": first,
         "memory_mb": torch.cuda.max_memory_reserved() / 1e6 if cuda else 0.0,
     }
-
-
-def table(sizes: Sequence[str], modes: Sequence[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measure and print one Markdown table per size; a mode that fails is a line with the reason."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU: the passes are called, not captured"
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        print(f"\n**{size}, {name}, torch {torch.__version__}, {rounds} rounds**\n")
-        print("| mode | method | ms (quartiles) | / SGD | / eager SGD | first pass | memory |")
-        print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-        sgd: dict[str, float] = {}
-        for mode in modes:
-            for method in METHODS:
-                try:
-                    found = measure(method, mode, SIZES[size], rounds, device)
-                except Exception as error:  # the other rows are worth having
-                    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-                    print(f"| {mode} | {method} | {type(error).__name__}: {reason} | | | | |", flush=True)
-                    continue
-                finally:
-                    gc.collect()
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-                rows.append({"size": size, "device": name, "mode": mode, "method": method, **found})
-                if method == "SGD":
-                    sgd[mode] = found["ms"]
-                own, eager = (f"{found['ms'] / sgd[m]:.2f}" if m in sgd else "" for m in (mode, "eager"))
-                print(
-                    f"| {mode} | {method} | {found['ms']:.2f} ({found['low']:.2f} to {found['high']:.2f}) | {own} | "
-                    f"{eager} | {found['first_s']:.1f} s | {found['memory_mb']:,.0f} MB |",
-                    flush=True,
-                )
-    return rows

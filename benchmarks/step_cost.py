@@ -4,7 +4,7 @@
     python benchmarks/step_cost.py --short            # about a minute; `make bench`
     python benchmarks/step_cost.py --models resnet32_batchnorm --batches 128 256 --etas 20 --json cost.json
 
-On a GPU it prints the table of `gpu_step_cost.py` instead (`--sizes`, `--modes`, `--rounds`, `--json`), unless
+On a GPU it prints the table of `gpu_step_table.py` instead (`--sizes`, `--modes`, `--rounds`, `--json`), unless
 CUDA_VISIBLE_DEVICES is empty.
 
 The methods take turns on the same batch, step by step, so that a busy machine slows all of them equally; a ratio is a
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_step_cost
+import gpu_step_table
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -316,7 +317,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=gpu_step_cost.MODES, default=gpu_step_cost.MODES, help="on a GPU")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
-        rows = gpu_step_cost.table(arguments.sizes, arguments.modes, arguments.rounds, torch.device("cuda", 0))
+        sizes = {name: gpu_step_cost.SIZES[name] for name in arguments.sizes}
+        rows = gpu_step_table.table(sizes, arguments.modes, arguments.rounds, torch.device("cuda", 0))
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1))
         return

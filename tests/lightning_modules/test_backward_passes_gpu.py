@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from datamodules import DigitsLTDataModule
+from datamodules import AnomalyDataModule, DigitsLTDataModule
 from imbsam import SAM, FocalSAM, ImbSAM, Plain, SettingError
-from lightning_modules import LongTailedClassifier
-from lightning_modules.backbones import SmallCNN
+from lightning_modules import AnomalyDetector, LongTailedClassifier
+from lightning_modules.backbones import SmallCNN, Timm
 from tests.lightning_modules.resuming import test_resume
 from tests.pieces import configs
+from tests.pretrained import TIMM_VIT, TinyImages
 from tests.training import csv_rows, quiet_trainer, sgd
 
 pytestmark = [
@@ -46,7 +49,17 @@ def classifier(cls: type[LongTailedClassifier] = LongTailedClassifier, **setting
     return cls(**{**defaults, "sam": partial(ImbSAM, rho=0.5, context_rows="batch"), "few": 10, **settings})
 
 
-def fit(module: LongTailedClassifier, data: Any = None, **settings: Any) -> LongTailedClassifier:
+class Greedy(SmallCNN):
+    """Wants more memory than any GPU has while it is captured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(2**50, dtype=torch.uint8, device=x.device)
+        logits: Tensor = super().forward(x)
+        return logits
+
+
+def fit(module: Any, data: Any = None, **settings: Any) -> Any:
     trainer = quiet_trainer(**{"accelerator": "gpu", "max_epochs": 3, **settings})
     trainer.fit(module, datamodule=data or DigitsLTDataModule())
     return module
@@ -70,6 +83,73 @@ def test_a_captured_training_is_the_eager_one(method):
     eager, captured = (
         fit(classifier(capture=capture, **settings), data(), precision="64-true") for capture in (False, True)
     )
+    torch.testing.assert_close(captured.state_dict(), eager.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_pruned_network_is_captured_anew():
+    """After each epoch ModelPruning puts a mask on the weights, by a hook."""
+    found = []
+    for capture in (False, True):
+        pruning = ModelPruning("l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis=False)
+        found.append(fit(classifier(capture=capture), precision="64-true", callbacks=[pruning]))
+    eager, captured = found
+    torch.testing.assert_close(captured.state_dict(), eager.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_captured_detector_is_the_eager_one():
+    found = []
+    for capture in (False, True):
+        seed_everything(0)
+        data = AnomalyDataModule(batch_size=64, batches_per_epoch=4, val_share=0.3)
+        module = AnomalyDetector(sam=partial(ImbSAM, rho=0.5), capture=capture)
+        found.append(fit(module, data, precision="64-true"))
+    eager, captured = found
+    torch.testing.assert_close(captured.state_dict(), eager.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+def test_float16_skips_the_same_steps_and_learns_the_same():
+    """The scale begins too high, so the first steps overflow. What is compared is the way that the weights took."""
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.weights = weights(pl_module)
+
+    def weights(module: LongTailedClassifier) -> Tensor:
+        return torch.cat([p.detach().flatten().cpu() for p in module.backbone.parameters()])
+
+    ways, scales = [], []
+    for capture in (False, True):
+        scaler, start = torch.amp.GradScaler("cuda", init_scale=2.0**30), Start()
+        module = classifier(capture=capture, optimizer=partial(torch.optim.SGD, lr=0.01))
+        fit(module, plugins=[MixedPrecision("16-mixed", "cuda", scaler=scaler)], callbacks=[start])
+        ways.append(weights(module) - start.weights)
+        scales.append(scaler.get_scale())
+    assert scales[0] == scales[1] < 2.0**30
+    assert torch.nn.functional.cosine_similarity(*ways, dim=0) > 0.99
+
+
+def test_gradient_checkpointing_is_captured_where_no_block_draws():
+    settings: dict[str, Any] = {"many": 8, "few": 4, "sam": partial(ImbSAM, eta=5, rho=0.5)}
+    settings["gradient_checkpointing"] = True
+    eager, captured = (
+        fit(classifier(capture=capture, backbone=TIMM_VIT, **settings), TinyImages(), precision="64-true")
+        for capture in (False, True)
+    )
+    torch.testing.assert_close(captured.state_dict(), eager.state_dict(), rtol=1e-8, atol=1e-10)
+    dropout = Timm(TIMM_VIT.name, {**TIMM_VIT.settings, "proj_drop_rate": 0.3})
+    with pytest.raises(SettingError, match=r"gradient_checkpointing is true, and Block draws random numbers .* false$"):
+        fit(classifier(capture=True, backbone=dropout, **settings), TinyImages())
+
+
+def test_auto_trains_eagerly_where_the_memory_does_not_suffice_for_graphs():
+    settings = {"backbone": partial(Greedy, width=4)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        captured = fit(classifier(capture="auto", **settings), precision="64-true")
+    said = [str(w.message) for w in caught if "capture is auto" in str(w.message)]
+    assert len(said) == 1
+    assert "this run trains eagerly: the GPU is out of memory" in said[0]
+    eager = fit(classifier(**settings), precision="64-true")
     torch.testing.assert_close(captured.state_dict(), eager.state_dict(), rtol=1e-8, atol=1e-10)
 
 

@@ -137,7 +137,7 @@ def test_autocast_and_grad_scaler(dtype, enclosing):
             sam.module.zero_grad()
 
 
-def test_no_host_synchronisation_and_one_graph_launch_a_step():
+def test_no_host_synchronisation_and_no_eager_pass_in_a_replayed_step():
     own, _ = pair("imbsam 4", lambda: Convolutions(nn.BatchNorm2d, dropout=0.1), torch.float32)
     data = [(x.cpu().pin_memory(), y) for x, y in batches(3, 3, 8, 8, dtype=torch.float32)]
     step = own.capture(losses_of(own.module), data[0])
