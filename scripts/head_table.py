@@ -39,7 +39,7 @@ NETWORK = "tf_efficientnet_lite0"
 EPOCHS, BATCH, ETA, VAL_SHARE = 20, 256, 20, 0.2
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
 RHOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-TAIL_WEIGHTS = (5.0, 10.0, 20.0, 50.0)
+TAIL_WEIGHTS = (2.0, 5.0, 10.0, 20.0, 50.0)
 LOSSES: dict[str, Any] = {
     "cross-entropy": CrossEntropy,
     "logit adjustment": partial(LogitAdjusted, tau=1.0),
