@@ -159,9 +159,14 @@ class StaticPasses:
         if self.branch is None or fork is None:
             yield
             return
-        with torch.cuda.stream(self.branch):
-            self.branch.wait_event(fork)
-            yield
+        try:
+            with torch.cuda.stream(self.branch):
+                self.branch.wait_event(fork)
+                yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # in a capture that has failed; what failed says why
+                torch.cuda.current_stream().wait_stream(self.branch)
+            raise
         torch.cuda.current_stream().wait_stream(self.branch)
 
     def _ascended_gradient(self, g_rest: Gradients, g_s: Gradients) -> Gradients:

@@ -203,5 +203,6 @@ class StaticStep:
                 results=self._results,
                 split=split,
             )
+            self._buffers.detach_computed()
             self._recordings[shape] = self._graphs.record(passes)
         return self._recordings[shape]
