@@ -1,7 +1,8 @@
 """A step of the engine as CUDA graphs: captured once for each shape of its passes, replayed from then on."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -12,6 +13,7 @@ from imbsam.capture.checks import (
     Captured,
     Losses,
     check_batches,
+    check_compiled,
     check_method,
     check_module,
     check_one_loss_a_row,
@@ -71,7 +73,9 @@ class CapturedStep:
             try:
                 check_method(sam)
                 check_module(sam, modules, self._params)
-                self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
+                check_compiled(modules, losses_of)
+                with _enough_memory():
+                    self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
             except CaptureError as error:
                 self._fall_back_or_raise(error)
 
@@ -113,7 +117,8 @@ class CapturedStep:
             self._eager_outputs = None
             try:
                 check_one_loss_a_row(decided)
-                return self._static.run(modules, plan, micro, decided)
+                with _enough_memory():
+                    return self._static.run(modules, plan, micro, decided)
             except CaptureError as error:
                 self._fall_back_or_raise(error)
         return self._eager(micro, targets, sharpness_weight)
@@ -165,6 +170,15 @@ class CapturedStep:
 
     def _scaled_backward(self, loss: Tensor, **options: Any) -> None:
         self._scaler.scale(loss).backward(**options)
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises CaptureError where the GPU is out of memory, which an eager step may have: its passes share theirs."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CaptureError("the GPU is out of memory, of which graphs take more than an eager step") from error
 
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:

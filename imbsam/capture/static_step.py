@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.batch import Batch, Plan, SharpGradient
-from imbsam.capture.checks import check_module
+from imbsam.capture.checks import check_compiled, check_module
 from imbsam.capture.graphs import Graphs, Recording
 from imbsam.capture.scratch_buffers import ScratchBuffers
 from imbsam.capture.static_passes import StaticPasses
@@ -190,6 +190,7 @@ class StaticStep:
         shape = micro, source, rows, split, adaptive, autocast, tuple(m.training for m in modules)
         if shape not in self._recordings:
             check_module(self._sam, modules, self._params)
+            check_compiled(modules, self._losses_of)
             passes = StaticPasses(
                 self._params,
                 self._losses_of,
