@@ -178,7 +178,7 @@ class CudaGraphs:
 def _no_synchronisation() -> Iterator[None]:
     """The last warm-up: what waits for the GPU fails here, before a capture has begun.
 
-    A capture that fails leaves the memory pool unusable in torch before 2.12.
+    In older torch a capture that fails does not end its use of the memory pool. The mode is the whole process's.
 
     Raises:
         CaptureError: for a synchronisation.

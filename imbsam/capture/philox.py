@@ -5,7 +5,6 @@ from typing import Protocol
 import torch
 from torch.torch_version import TorchVersion
 
-
 _REGISTERS = TorchVersion(torch.__version__) < "2.14.0a0"
 """Whether a graph must be told what generator states it draws from; later ones see it, and warn at every call."""
 

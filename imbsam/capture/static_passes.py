@@ -67,7 +67,12 @@ class StaticPasses:
         self._results = results
         self._starts: list[tuple[Start, Moment]] = []
         self._after: Moment | None = None
-        self.programs = [self._at_w, self._at_w_plus_e] if split and self.perturbs else [self._whole]
+        self._split = split
+
+    @property
+    def programs(self) -> list[Callable[[], None]]:
+        """What to run, or to capture, in this order."""
+        return [self._at_w, self._at_w_plus_e] if self._split and self.perturbs else [self._whole]
 
     @property
     def perturbs(self) -> bool:

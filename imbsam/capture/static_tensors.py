@@ -110,7 +110,12 @@ class Results:
 
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """Sum of w_i l_i. A loss of weight 0 has the gradient 0, also an infinite one: as if its row were taken out."""
+    """Sum of w_i l_i.
+
+    A loss of weight 0 has the gradient 0, also an infinite one. What follows is not quite as if its row were taken out:
+    where the loss's own derivative is infinite (log or square root at 0), 0 times that is nan, as in the eager engine's
+    passes, whose context rows have that gradient too.
+    """
     return (losses * weights.to(losses.dtype)).sum()
 
 

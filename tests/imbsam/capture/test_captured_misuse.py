@@ -137,7 +137,7 @@ def test_graphs_of_torch_compile_are_refused_by_name(how):
     for mode in ("reduce-overhead", "max-autotune"):
         with pytest.raises(
             SettingError,
-            match='torch.compile makes CUDA graphs of its own .mode="reduce-overhead" or "max-autotune".: compile '
+            match=r'torch.compile makes CUDA graphs of its own .mode="reduce-overhead" or "max-autotune".: compile '
             "without that mode inside a captured step",
         ) as caught:
             compiled_step(how, mode)
