@@ -1,8 +1,7 @@
 """A step of the engine as CUDA graphs: captured once for each shape of its passes, replayed from then on."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -74,9 +73,8 @@ class CapturedStep:
                 check_method(sam)
                 check_module(sam, modules, self._params)
                 check_compiled(modules, losses_of)
-                with _enough_memory():
-                    self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
-            except CaptureError as error:
+                self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
+            except (CaptureError, torch.OutOfMemoryError) as error:
                 self._fall_back_or_raise(error)
 
     def __call__(self, *batch: Any, targets: Any = None, sharpness_weight: Any = None) -> Tensor:
@@ -117,9 +115,8 @@ class CapturedStep:
             self._eager_outputs = None
             try:
                 check_one_loss_a_row(decided)
-                with _enough_memory():
-                    return self._static.run(modules, plan, micro, decided)
-            except CaptureError as error:
+                return self._static.run(modules, plan, micro, decided)
+            except (CaptureError, torch.OutOfMemoryError) as error:
                 self._fall_back_or_raise(error)
         return self._eager(micro, targets, sharpness_weight)
 
@@ -130,8 +127,12 @@ class CapturedStep:
             return self._static.outputs[: self._micro_batches]
         return [kept.outputs for kept in self._eager_outputs or []]
 
-    def _fall_back_or_raise(self, error: CaptureError) -> None:
+    def _fall_back_or_raise(self, error: CaptureError | torch.OutOfMemoryError) -> None:
         """A capture that failed ends in one line, or with "auto" in eager steps from there on."""
+        if isinstance(error, torch.OutOfMemoryError):  # the passes of an eager step share their memory
+            reason = CaptureError("the GPU is out of memory, of which graphs take more than an eager step")
+            reason.__cause__ = error
+            error = reason
         if not self._fall_back:
             raise SettingError(
                 f"capture is True, and the step cannot be captured: {error}; set capture=False, or capture="
@@ -170,15 +171,6 @@ class CapturedStep:
 
     def _scaled_backward(self, loss: Tensor, **options: Any) -> None:
         self._scaler.scale(loss).backward(**options)
-
-
-@contextlib.contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Raises CaptureError where the GPU is out of memory, which an eager step may have: its passes share theirs."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise CaptureError("the GPU is out of memory, of which graphs take more than an eager step") from error
 
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:
