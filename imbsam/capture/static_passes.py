@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imbsam.backward_pass import BackwardPass
 from imbsam.batch import SharpGradient
 from imbsam.capture.philox import Generators, Moment
 from imbsam.capture.scratch_buffers import ScratchBuffers, Start
@@ -25,9 +26,10 @@ class StaticPasses:
         slots: the micro-batches.
         source: where g_s(w) comes from, for all of them alike.
         rows: number of rows of an extra pass.
+        perturbed: whether each parameter is perturbed; e is 0 for the others.
         rho: length of e, a float64 scalar.
-        scale: of the loss, a GradScaler's; None for none.
         adaptive: ASAM's e.
+        backward_pass: runs the backward passes.
         buffers: the module's.
         results: where loss and gradients go.
         split: into what runs before and after the all-reduce of g_s(w).
@@ -41,9 +43,10 @@ class StaticPasses:
         source: SharpGradient,
         rows: int,
         *,
+        perturbed: Sequence[bool],
         rho: Tensor,
-        scale: Tensor | None,
         adaptive: bool,
+        backward_pass: BackwardPass,
         buffers: ScratchBuffers,
         results: Results,
         split: bool,
@@ -61,9 +64,12 @@ class StaticPasses:
         self._slots = slots
         self._total = sum(slot.size for slot in slots)
         self._rows = rows
+        self._perturbed = perturbed
+        self._along_only = None if all(perturbed) else [p for p, one in zip(params, perturbed, strict=True) if one]
         self._rho = rho
-        self._scale = scale
         self._adaptive = adaptive
+        self._gradient = backward_pass.gradient
+        self._retained_gradient = backward_pass.retained_gradient
         self._results = results
         self._starts: list[tuple[Start, Moment]] = []
         self._after: Moment | None = None
@@ -82,7 +88,12 @@ class StaticPasses:
     @property
     def can_branch(self) -> bool:
         """Whether g_s(w) takes a pass that depends on no other: several micro-batches follow one another."""
-        return self.source is SharpGradient.OWN_FORWARD and len(self._slots) == 1
+        return self._own_pass and len(self._slots) == 1
+
+    @property
+    def _own_pass(self) -> bool:
+        """Whether g_s(w) has a forward of its own."""
+        return self.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION)
 
     def _whole(self) -> None:
         g_rest, g_s = self._gradients_at_w()
@@ -92,14 +103,15 @@ class StaticPasses:
 
     def _at_w(self) -> None:
         g_rest, g_s = self._gradients_at_w()
-        self.g_s_reached = self._results.keep("g_s", g_s)
+        along = (g if one else None for g, one in zip(g_s.tensors, self._perturbed, strict=True))
+        self.g_s_reached = self._results.keep("g_s", Gradients(along))
         self.g_reached = self._results.keep("g", g_rest)
         self._end()
 
     def _at_w_plus_e(self) -> None:
         """Along the mean g_s of all ranks, which the all-reduce has brought into the same tensors."""
         g_rest = self._results.kept("g", self.g_reached)
-        g_s = self._results.kept("g_s", [True] * len(self.params))
+        g_s = self._results.kept("g_s", self._perturbed)
         self.g_reached = self._results.keep("g", self._ascended_gradient(g_rest, g_s))
 
     def _gradients_at_w(self) -> tuple[Gradients, Gradients]:
@@ -112,11 +124,12 @@ class StaticPasses:
             fork.record()
         g_rest, g_s = self._first_passes()
         self._after = self.generators.now()
-        if self.source is SharpGradient.OWN_FORWARD:
+        if self._own_pass:
             for i, slot in enumerate(self._slots):
                 with self._on_branch(fork):
                     found = self._own_forward(i, slot)
-                g_rest -= found
+                if self.source is SharpGradient.OWN_FORWARD:
+                    g_rest -= found
                 g_s += found
         if not self.perturbs:
             self._end()
@@ -135,16 +148,19 @@ class StaticPasses:
             objective = weighted_sum(losses, slot.a) / self._total
             loss = loss + objective.detach()
             if self.source is SharpGradient.EVERY_ROW:
-                g_s = self._gradient(objective, g_s)
+                g_s = self._gradient(objective, g_s, inputs=self._along_only)
                 continue
             if self.source is SharpGradient.SAME_GRAPH:
-                found = self._retained_gradient(weighted_sum(losses, slot.a * slot.c) / self._total)
+                sharp = weighted_sum(losses, slot.a * slot.c) / self._total
+                found = self._retained_gradient(sharp, inputs=self._along_only)
                 if found is not None:
                     g_s += found
                     self.buffers.set_aside()  # activation checkpointing moves them again in the second backward
                     g_rest = self._gradient(weighted_sum(losses, slot.a * (1 - slot.c)) / self._total, g_rest)
                     continue
                 self.source = SharpGradient.OWN_FORWARD
+            if self.source is SharpGradient.DIRECTION:
+                objective = weighted_sum(losses, slot.a * (1 - slot.c)) / self._total
             g_rest = self._gradient(objective, g_rest)
         self._results.keep_loss(loss)
         if all(g is None for g in (*g_rest.tensors, *g_s.tensors)):
@@ -156,7 +172,8 @@ class StaticPasses:
         assert self.generators is not None
         start, _ = self._starts[i]
         self._starts[i] = (start, self.generators.now())
-        return self._sharp_gradient(slot, start)
+        along = self._along_only if self.source is SharpGradient.DIRECTION else None
+        return self._sharp_gradient(slot, start, inputs=along)
 
     @contextlib.contextmanager
     def _on_branch(self, fork: "torch.cuda.Event | None") -> Iterator[None]:
@@ -176,23 +193,31 @@ class StaticPasses:
 
     def _ascended_gradient(self, g_rest: Gradients, g_s: Gradients) -> Gradients:
         """The gradient of L: g_rest(w) + g_s(w + e)."""
-        reached = [(p, g) for p, g in zip(self.params, g_s.tensors, strict=True) if g is not None]
+        self._ascend(g_s)
+        try:
+            for slot, (start, moment) in zip(self._slots, self._starts, strict=True):
+                moment.restore()
+                g_rest = self._sharp_gradient(slot, start, add_to=g_rest)
+        finally:
+            if self.ascent is not None:
+                self.ascent.restore()
+        self._end()
+        return g_rest
+
+    def _ascend(self, g_s: Gradients) -> None:
+        """To w + e, which is w where no parameter that is perturbed has a gradient. Consumes `g_s` for its memory."""
+        self.ascent = None
+        found = zip(self.params, g_s.tensors, self._perturbed, strict=True)
+        reached = [(p, g) for p, g, one in found if one and g is not None]
         g_s.tensors = []
+        if not reached:
+            return
         params, along = zip(*reached, strict=True)
         del reached
         self.ascent = Ascent(params)
         e = perturbation(along, self._rho, weights=params if self._adaptive else None)
         del along
         self.ascent.ascend(e)
-        del e
-        try:
-            for slot, (start, moment) in zip(self._slots, self._starts, strict=True):
-                moment.restore()
-                g_rest = self._sharp_gradient(slot, start, add_to=g_rest)
-        finally:
-            self.ascent.restore()
-        self._end()
-        return g_rest
 
     def _end(self) -> None:
         """Buffers and generators are where one ordinary pass leaves them."""
@@ -200,7 +225,9 @@ class StaticPasses:
         if self.perturbs and self._after is not None:
             self._after.restore()
 
-    def _sharp_gradient(self, slot: Slot, start: Start, add_to: Gradients | None = None) -> Gradients:
+    def _sharp_gradient(
+        self, slot: Slot, start: Start, add_to: Gradients | None = None, inputs: Sequence[Tensor] | None = None
+    ) -> Gradients:
         """g_s of one micro-batch at the weights as they are."""
         start.restore()
         if self._rows == slot.size:
@@ -208,7 +235,7 @@ class StaticPasses:
         else:
             rows = slot.rows(self._rows)
             losses, a, c = self._losses(slot.taken(rows), self._rows), slot.a[rows], slot.c[rows]
-        return self._gradient(weighted_sum(losses, a * c) / self._total, add_to)
+        return self._gradient(weighted_sum(losses, a * c) / self._total, add_to, inputs=inputs)
 
     def _losses(self, inputs: tuple[Tensor, ...], size: int, keep: int | None = None) -> Tensor:
         losses = self._losses_of(*inputs)
@@ -224,27 +251,5 @@ class StaticPasses:
             )
         return losses
 
-    def _gradient(self, loss: Tensor, add_to: Gradients | None = None, **options: Any) -> Gradients:
-        """The gradient of `loss` added to `add_to`, as the backward pass accumulates it; `.grad` is None afterwards."""
-        into = self._no_gradient() if add_to is None else add_to
-        for p, grad in zip(self.params, into.tensors, strict=True):
-            p.grad = grad
-        torch.autograd.backward(loss if self._scale is None else loss * self._scale, **options)
-        gradients = Gradients(p.grad for p in self.params)
-        if any(grad is not None and grad.is_sparse for grad in gradients.tensors):
-            raise SettingError("module has a sparse gradient, which cannot be perturbed: build it with sparse=False")
-        for p in self.params:
-            p.grad = None
-        return gradients
-
-    def _retained_gradient(self, loss: Tensor) -> Gradients | None:
-        """The gradient of `loss` with its graph kept, or None where the graph refuses that (torch.compile)."""
-        try:
-            return self._gradient(loss, retain_graph=True)
-        except RuntimeError as error:
-            if "donated buffer" not in str(error):
-                raise
-            return None
-
     def _no_gradient(self) -> Gradients:
-        return Gradients([None] * len(self.params))
+        return Gradients.none(len(self.params))

@@ -1,5 +1,6 @@
 """One call of a captured step: bring the batch in, run the graphs of its shape, hand the gradient out."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from imbsam.backward_pass import BackwardPass
 from imbsam.batch import Batch, Plan, SharpGradient
 from imbsam.capture.checks import check_compiled, check_module
 from imbsam.capture.graphs import Graphs, Recording
@@ -16,6 +18,7 @@ from imbsam.capture.static_tensors import Results, Slot
 from imbsam.distributed import Reduction, reduction_over
 from imbsam.extra_passes import extra_pass_rows
 from imbsam.gradients import Gradients, clones, copy_
+from imbsam.parameters import perturbed_parameters
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM
@@ -61,6 +64,7 @@ class StaticStep:
         self._rho = torch.zeros((), dtype=torch.float64, device=self._device)
         self._one = torch.ones((), device=self._device)
         self._scale = None if scaler is None else torch.ones((), device=self._device)
+        self._backward_pass = BackwardPass(sam.module, params, functools.partial(_backward, self._scale))
         self._recordings: dict[Shape, Recording] = {}
 
     @property
@@ -109,8 +113,11 @@ class StaticStep:
             source, rows = self._passes_of(plan, decided)
             self._fill(micro, decided, rows)
             with self._sam.no_sync():
-                reduction = reduction_over(self._sam.process_group, self._params, self._sam.perturbation, plan.perturbs)
-                recording = self._recording(modules, len(micro), source, rows, split=type(reduction) is not Reduction)
+                sam = self._sam
+                perturbed = perturbed_parameters(sam.perturb, modules, self._params, sam._num_classes)
+                reduction = reduction_over(sam.process_group, self._params, sam.perturbation, plan.perturbs, perturbed)
+                split = type(reduction) is not Reduction
+                recording = self._recording(modules, len(micro), source, rows, perturbed, split=split)
                 undo_passes = recording.begin()
                 gradients = self._replay(recording, reduction)
                 recording.end()
@@ -167,7 +174,7 @@ class StaticStep:
             return SharpGradient.SAME_GRAPH, size
         sharp = max(np.count_nonzero(batch.c.numpy()) for batch in decided)
         rows = next(n for n in self._sizes if n >= min(size, sharp + plan.context_rows))
-        return (SharpGradient.SAME_GRAPH if rows == size else SharpGradient.OWN_FORWARD), rows
+        return (SharpGradient.SAME_GRAPH if rows == size else plan.own_forward), rows
 
     def _fill(self, micro: Sequence[Any], decided: Sequence[Batch], rows: int) -> None:
         while len(self._slots) < len(micro):
@@ -183,11 +190,19 @@ class StaticStep:
             self._scale.copy_(self._scaler.scale(self._one))
 
     def _recording(
-        self, modules: Sequence[nn.Module], micro: int, source: SharpGradient, rows: int, *, split: bool
+        self,
+        modules: Sequence[nn.Module],
+        micro: int,
+        source: SharpGradient,
+        rows: int,
+        perturbed: Sequence[bool],
+        *,
+        split: bool,
     ) -> Recording:
         device, adaptive = self._device.type, self._sam.adaptive
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        shape = micro, source, rows, split, adaptive, autocast, tuple(m.training for m in modules)
+        training = tuple(m.training for m in modules)
+        shape = micro, source, rows, tuple(perturbed), split, adaptive, autocast, training
         if shape not in self._recordings:
             check_module(self._sam, modules, self._params)
             check_compiled(modules, self._losses_of)
@@ -197,9 +212,10 @@ class StaticStep:
                 self._slots[:micro],
                 source,
                 rows,
+                perturbed=perturbed,
                 rho=self._rho,
-                scale=self._scale,
                 adaptive=adaptive,
+                backward_pass=self._backward_pass,
                 buffers=self._buffers,
                 results=self._results,
                 split=split,
@@ -207,3 +223,7 @@ class StaticStep:
             self._buffers.detach_computed()
             self._recordings[shape] = self._graphs.record(passes)
         return self._recordings[shape]
+
+
+def _backward(scale: Tensor | None, loss: Tensor, **options: Any) -> None:
+    torch.autograd.backward(loss if scale is None else loss * scale, **options)

@@ -28,6 +28,9 @@ ENGINES: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "asam": lambda m: ImbSAM(m, COUNTS, rho=0.3, adaptive=True),
     "per rank": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank"),
     "focal": lambda m: FocalSAM(m, COUNTS, rho=0.3),
+    "norm": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturb="norm"),
+    "sam, classifier": lambda m: SAM(m, COUNTS, rho=0.3, perturb="classifier"),
+    "per rank, classifier": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank", perturb="classifier"),
 }
 
 

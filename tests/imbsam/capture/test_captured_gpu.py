@@ -100,7 +100,7 @@ def test_captured_is_eager_with_every_oddity(method):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(4, n)])
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "asam"])
+@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "asam", "imbsam norm", "imbsam classifier"])
 def test_channels_last_convolutions(method, norm):
     own, eager = pair(method, lambda: Convolutions(norm, dropout=0.2).to(memory_format=torch.channels_last))
     data = [(x.to(memory_format=torch.channels_last), y) for x, y in batches(8, 3, 8, 8)]

@@ -54,10 +54,6 @@ def test_a_method_that_only_chooses_weights_is_captured():
             lambda m, f: captured(CCSAM(m, COUNTS), f, (X, Y)),
             r"cannot be captured: PartitionedSAM has a step of its own \(_plan\); set capture=False",
         ),
-        (
-            lambda m, f: captured(SAM(m, perturb=["0"]), f, (X, Y)),
-            r"cannot be captured: perturb is \['0'\], and a captured step perturbs all parameters; set capture=False",
-        ),
         (lambda m, f: captured(SAM(m), f, (X, Y), pass_sizes=[0]), "pass_sizes is .0.: give whole numbers from 1"),
     ],
 )
