@@ -26,6 +26,7 @@ class StaticPasses:
         slots: the micro-batches.
         source: where g_s(w) comes from, for all of them alike.
         rows: number of rows of an extra pass.
+        first_rows: number of rows of the first pass; fewer than the batch has where it is split.
         perturbed: whether each parameter is perturbed; e is 0 for the others.
         rho: length of e, a float64 scalar.
         adaptive: ASAM's e.
@@ -42,6 +43,7 @@ class StaticPasses:
         slots: Sequence[Slot],
         source: SharpGradient,
         rows: int,
+        first_rows: int,
         *,
         perturbed: Sequence[bool],
         rho: Tensor,
@@ -64,6 +66,7 @@ class StaticPasses:
         self._slots = slots
         self._total = sum(slot.size for slot in slots)
         self._rows = rows
+        self._first_rows = first_rows
         self._perturbed = perturbed
         self._along_only = None if all(perturbed) else [p for p, one in zip(params, perturbed, strict=True) if one]
         self._rho = rho
@@ -93,7 +96,7 @@ class StaticPasses:
     @property
     def _own_pass(self) -> bool:
         """Whether g_s(w) has a forward of its own."""
-        return self.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION)
+        return self.source in (SharpGradient.OWN_FORWARD, SharpGradient.DIRECTION, SharpGradient.FIRST_PASS)
 
     def _whole(self) -> None:
         g_rest, g_s = self._gradients_at_w()
@@ -122,20 +125,27 @@ class StaticPasses:
         if self.branch is not None:
             fork = torch.cuda.Event()  # type: ignore[no-untyped-call]
             fork.record()
-        g_rest, g_s = self._first_passes()
-        self._after = self.generators.now()
+        loss, g_rest, g_s = self._first_passes()
+        split = self.source is SharpGradient.FIRST_PASS
+        if not split:
+            self._after = self.generators.now()
         if self._own_pass:
             for i, slot in enumerate(self._slots):
                 with self._on_branch(fork):
-                    found = self._own_forward(i, slot)
+                    found, sharp = self._own_forward(i, slot)
+                if split:
+                    loss = loss + sharp
                 if self.source is SharpGradient.OWN_FORWARD:
                     g_rest -= found
                 g_s += found
+        if split:
+            self._after = self.generators.now()
+        self._results.keep_loss(loss)
         if not self.perturbs:
             self._end()
         return g_rest, g_s
 
-    def _first_passes(self) -> tuple[Gradients, Gradients]:
+    def _first_passes(self) -> tuple[Tensor, Gradients, Gradients]:
         assert self.generators is not None
         loss = torch.zeros((), device=self.params[0].device)
         g_rest, g_s = self._no_gradient(), self._no_gradient()
@@ -143,6 +153,14 @@ class StaticPasses:
             self.buffers.put_back()
             if self.perturbs:
                 self._starts.append((self.buffers.start(first=i == 0), self.generators.now()))
+            if self.source is SharpGradient.FIRST_PASS:
+                rows = slot.first_rows(self._first_rows)
+                losses, a, c = self._losses_of_rows(slot, rows, keep=i, counted=slot.c[rows] == 0)
+                self.buffers.settle()
+                objective = weighted_sum(losses, a * (1 - c)) / self._total
+                loss = loss + objective.detach()
+                g_rest = self._gradient(objective, g_rest)
+                continue
             losses = self._losses(slot.inputs, slot.size, keep=i)
             self.buffers.settle()
             objective = weighted_sum(losses, slot.a) / self._total
@@ -162,18 +180,18 @@ class StaticPasses:
             if self.source is SharpGradient.DIRECTION:
                 objective = weighted_sum(losses, slot.a * (1 - slot.c)) / self._total
             g_rest = self._gradient(objective, g_rest)
-        self._results.keep_loss(loss)
         if all(g is None for g in (*g_rest.tensors, *g_s.tensors)):
             raise SettingError("no parameter of module got a gradient: losses_of(x, y) must run the module itself")
-        return g_rest, g_s
+        return loss, g_rest, g_s
 
-    def _own_forward(self, i: int, slot: Slot) -> Gradients:
-        """g_s(w) of one micro-batch by a forward on the sharp rows and their context."""
+    def _own_forward(self, i: int, slot: Slot) -> tuple[Gradients, Tensor]:
+        """g_s(w) of one micro-batch by a forward on the sharp rows and their context, and its objective."""
         assert self.generators is not None
         start, _ = self._starts[i]
         self._starts[i] = (start, self.generators.now())
-        along = self._along_only if self.source is SharpGradient.DIRECTION else None
-        return self._sharp_gradient(slot, start, inputs=along)
+        along = None if self.source is SharpGradient.OWN_FORWARD else self._along_only
+        keep = i if self.source is SharpGradient.FIRST_PASS else None
+        return self._sharp_gradient(slot, start, keep=keep, inputs=along)
 
     @contextlib.contextmanager
     def _on_branch(self, fork: "torch.cuda.Event | None") -> Iterator[None]:
@@ -197,7 +215,7 @@ class StaticPasses:
         try:
             for slot, (start, moment) in zip(self._slots, self._starts, strict=True):
                 moment.restore()
-                g_rest = self._sharp_gradient(slot, start, add_to=g_rest)
+                g_rest, _ = self._sharp_gradient(slot, start, add_to=g_rest)
         finally:
             if self.ascent is not None:
                 self.ascent.restore()
@@ -226,23 +244,33 @@ class StaticPasses:
             self._after.restore()
 
     def _sharp_gradient(
-        self, slot: Slot, start: Start, add_to: Gradients | None = None, inputs: Sequence[Tensor] | None = None
-    ) -> Gradients:
-        """g_s of one micro-batch at the weights as they are."""
+        self, slot: Slot, start: Start, add_to: Gradients | None = None, *, keep: int | None = None, **options: Any
+    ) -> tuple[Gradients, Tensor]:
+        """g_s of one micro-batch at the weights as they are, and what it is the gradient of, detached."""
         start.restore()
         if self._rows == slot.size:
             losses, a, c = self._losses(slot.inputs, slot.size), slot.a, slot.c
         else:
             rows = slot.rows(self._rows)
-            losses, a, c = self._losses(slot.taken(rows), self._rows), slot.a[rows], slot.c[rows]
-        return self._gradient(weighted_sum(losses, a * c) / self._total, add_to, inputs=inputs)
+            losses, a, c = self._losses_of_rows(slot, rows, keep=keep, counted=slot.c[rows] > 0)
+        objective = weighted_sum(losses, a * c) / self._total
+        return self._gradient(objective, add_to, **options), objective.detach()
 
-    def _losses(self, inputs: tuple[Tensor, ...], size: int, keep: int | None = None) -> Tensor:
+    def _losses_of_rows(
+        self, slot: Slot, rows: Tensor, *, keep: int | None, counted: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of some rows, their a and c; keeps the outputs of those that are counted."""
+        into = torch.where(counted, rows, slot.size)
+        return self._losses(slot.taken(rows), len(rows), keep=keep, into=into), slot.a[rows], slot.c[rows]
+
+    def _losses(
+        self, inputs: tuple[Tensor, ...], size: int, keep: int | None = None, into: Tensor | None = None
+    ) -> Tensor:
         losses = self._losses_of(*inputs)
         if isinstance(losses, tuple) and len(losses) == 2:
             losses, outputs = losses
             if keep is not None:
-                self._results.keep_outputs(keep, outputs)
+                self._results.keep_outputs(keep, outputs, self._slots[keep].size, into)
         if not isinstance(losses, Tensor) or losses.shape != (size,):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise SettingError(
