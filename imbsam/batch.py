@@ -130,10 +130,11 @@ class Plan:
             return SharpGradient.EVERY_ROW
         if self.splits and c.dim() == 1 and ones == np.count_nonzero(c.numpy()):
             return SharpGradient.FIRST_PASS
-        return SharpGradient.SAME_GRAPH if whole else self._own_forward
+        return SharpGradient.SAME_GRAPH if whole else self.own_forward
 
     @property
-    def _own_forward(self) -> SharpGradient:
+    def own_forward(self) -> SharpGradient:
+        """What a forward on the sharp rows and their context is for."""
         return SharpGradient.DIRECTION if self.along_only else SharpGradient.OWN_FORWARD
 
 

@@ -151,12 +151,7 @@ def check_modules(modules: Sequence[nn.Module], perturbation: str, group: Any) -
         SettingError: for a hook on a parameter's gradient (such as an optimizer in the backward pass), cached
             parametrizations, and, on several processes, what :func:`_check_processes` names.
     """
-    for owner in modules:
-        for name, p in owner._parameters.items():
-            if p is not None and (
-                p._post_accumulate_grad_hooks or p._backward_hooks or "_in_backward_optimizers" in vars(p)
-            ):
-                raise SettingError(_hooked(modules, p, name))
+    check_hooks(modules)
     if parametrize._cache_enabled and any(parametrize.is_parametrized(m) for m in modules):
         raise SettingError(
             "module has parametrizations under parametrize.cached(), which caches the weights at w, so the pass at "
@@ -164,6 +159,16 @@ def check_modules(modules: Sequence[nn.Module], perturbation: str, group: Any) -
         )
     if _several():
         _check_processes(modules, perturbation, group)
+
+
+def check_hooks(modules: Sequence[nn.Module]) -> None:
+    """Refuse a hook on a parameter's gradient, such as an optimizer in the backward pass."""
+    for owner in modules:
+        for name, p in owner._parameters.items():
+            if p is not None and (
+                p._post_accumulate_grad_hooks or p._backward_hooks or "_in_backward_optimizers" in vars(p)
+            ):
+                raise SettingError(_hooked(modules, p, name))
 
 
 def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any) -> None:

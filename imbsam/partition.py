@@ -66,7 +66,7 @@ class PartitionedPlan(Plan):
             rows = self._extra_pass_rows(c)
             if len(rows):
                 # not from the first forward's graph, which is useless for g_2(w) once the weights have been w + e_1
-                part = Batch(batch.losses, batch.a, c, rows, self._own_forward)
+                part = Batch(batch.losses, batch.a, c, rows, self.own_forward)
                 batch.source = SharpGradient.BY_GROUP
                 batch.parts.append(part)
                 parts.append(part)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -131,8 +130,6 @@ class BackwardPasses:
             except ChangedModuleError:  # a callback has frozen, unfrozen or replaced parameters
                 self.release()
                 return run()
-        except torch.OutOfMemoryError as error:
-            self._refuse("the GPU is out of memory, of which graphs take more than an eager step", error)
         except (CaptureError, SettingError) as error:
             reason = error if isinstance(error, CaptureError) else error.__cause__
             if not isinstance(reason, CaptureError):

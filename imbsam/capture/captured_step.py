@@ -12,6 +12,7 @@ from imbsam.capture.checks import (
     Captured,
     Losses,
     check_batches,
+    check_compiled,
     check_method,
     check_module,
     check_one_loss_a_row,
@@ -71,8 +72,9 @@ class CapturedStep:
             try:
                 check_method(sam)
                 check_module(sam, modules, self._params)
+                check_compiled(modules, losses_of)
                 self._static = StaticStep(sam, losses_of, self._example, self._params, graphs, scaler, sizes)
-            except CaptureError as error:
+            except (CaptureError, torch.OutOfMemoryError) as error:
                 self._fall_back_or_raise(error)
 
     def __call__(self, *batch: Any, targets: Any = None, sharpness_weight: Any = None) -> Tensor:
@@ -114,7 +116,7 @@ class CapturedStep:
             try:
                 check_one_loss_a_row(decided)
                 return self._static.run(modules, plan, micro, decided)
-            except CaptureError as error:
+            except (CaptureError, torch.OutOfMemoryError) as error:
                 self._fall_back_or_raise(error)
         return self._eager(micro, targets, sharpness_weight)
 
@@ -125,8 +127,12 @@ class CapturedStep:
             return self._static.outputs[: self._micro_batches]
         return [kept.outputs for kept in self._eager_outputs or []]
 
-    def _fall_back_or_raise(self, error: CaptureError) -> None:
+    def _fall_back_or_raise(self, error: CaptureError | torch.OutOfMemoryError) -> None:
         """A capture that failed ends in one line, or with "auto" in eager steps from there on."""
+        if isinstance(error, torch.OutOfMemoryError):  # the passes of an eager step share their memory
+            reason = CaptureError("the GPU is out of memory, of which graphs take more than an eager step")
+            reason.__cause__ = error
+            error = reason
         if not self._fall_back:
             raise SettingError(
                 f"capture is True, and the step cannot be captured: {error}; set capture=False, or capture="

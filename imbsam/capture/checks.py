@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from imbsam.capture.graphs import CaptureError
-from imbsam.distributed import check_modules, forward_communicates
+from imbsam.distributed import check_hooks, check_modules, forward_communicates
 from imbsam.errors import SettingError
 from imbsam.parameters import trained_parameters
 
@@ -40,8 +40,6 @@ def check_signature(losses_of: Any, example: Any) -> None:
 
 def check_method(sam: "ClassAwareSAM") -> None:
     """Refuse a method whose step is not the one that is captured: some class of it overrides what the engine does."""
-    if sam.perturb != "all":
-        raise CaptureError(f"perturb is {sam.perturb!r}, and a captured step perturbs all parameters")
     for cls in type(sam).__mro__:
         if cls.__name__ == "ClassAwareSAM":
             return
@@ -65,6 +63,18 @@ def check_module(sam: "ClassAwareSAM", modules: Sequence[nn.Module], params: Seq
         raise CaptureError(f"module lies on several devices, {' and '.join(devices)}")
 
 
+def check_compiled(modules: Sequence[nn.Module], losses_of: Any) -> None:
+    """Refuse what ``torch.compile`` replays from CUDA graphs of its own, which cannot be launched inside a capture."""
+    wrapped = [m for m in modules if "_orig_mod" in m._modules]  # what torch.compile(module) returns
+    for compiled in (losses_of, *wrapped, *(m._compiled_call_impl for m in modules)):
+        config = getattr(compiled, "get_compiler_config", lambda: None)()
+        if isinstance(config, dict) and config.get("triton.cudagraphs"):
+            raise CaptureError(
+                'torch.compile makes CUDA graphs of its own (mode="reduce-overhead" or "max-autotune"): compile '
+                "without that mode inside a captured step"
+            )
+
+
 class ChangedModuleError(SettingError):
     """The module is no longer what was captured, and has to be captured again."""
 
@@ -83,7 +93,11 @@ class Captured:
         self._hooks = _hooks(modules)
 
     def check(self, modules: Sequence[nn.Module]) -> None:
-        """Refuse a module that has changed, with :class:`ChangedModuleError`."""
+        """Refuse a module that has changed, with :class:`ChangedModuleError`, and what the engine refuses at any time.
+
+        A hook on a parameter's gradient would not run in a replay.
+        """
+        check_hooks(modules)
         params = trained_parameters(modules)
         if not _same(params, self.params):
             raise ChangedModuleError(

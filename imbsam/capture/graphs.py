@@ -135,11 +135,12 @@ class CudaGraphs:
 
     def _warm_up(self, passes: StaticPasses, draws: Philox) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), uncached_autocast():
-            for _ in range(WARM_UP):
+            for run in range(WARM_UP):
                 draws.begin_warm_up()
-                for program in passes.programs:
-                    draws.next_program()
-                    program()
+                with _no_synchronisation() if run == WARM_UP - 1 else contextlib.nullcontext():
+                    for program in passes.programs:
+                        draws.next_program()
+                        program()
                 draws.end_warm_up()
 
     def _capture(self, program: Callable[[], None], draws: Philox) -> torch.cuda.CUDAGraph:
@@ -149,6 +150,7 @@ class CudaGraphs:
         try:
             with (
                 torch.cuda.device(self._device),
+                torch.cuda.stream(self._stream),  # torch.cuda.graph stays on its stream when a capture fails to end
                 uncached_autocast(),
                 # other threads (a loader's, NCCL's) may do meanwhile what this one must not
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -163,9 +165,56 @@ class CudaGraphs:
             draws.end_capture()
         if failure is None:
             return graph
-        if not isinstance(failure, RuntimeError) or isinstance(failure, torch.OutOfMemoryError):
-            raise failure
-        raise CaptureError(str(failure).strip().splitlines()[0]) from failure
+        graph.reset()  # an error's traceback may hold it
+        try:
+            if not isinstance(failure, RuntimeError) or isinstance(failure, torch.OutOfMemoryError):
+                raise failure
+            raise CaptureError(_in_one_line(failure)) from failure
+        finally:
+            del failure, graph  # or this frame and the error would hold each other, and what the passes have allocated
+
+
+@contextlib.contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """The last warm-up: what waits for the GPU fails here, before a capture has begun.
+
+    In older torch a capture that fails does not end its use of the memory pool. The mode is the whole process's.
+
+    Raises:
+        CaptureError: for a synchronisation.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        raise CaptureError(
+            "the passes wait for the GPU (.item(), float() or a condition on a value, indexing by a mask, a copy to or "
+            "from the CPU)"
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+_STALE_STREAM = (
+    "across the capture boundary",
+    "stale reference to the default stream",
+    "legacy stream depend on a capturing",
+    "dependency created on uncaptured work",
+)
+"""What torch and CUDA say where a parameter's node of an older autograd graph waits on another stream."""
+
+
+def _in_one_line(failure: RuntimeError) -> str:
+    message = str(failure).strip()
+    if any(part in message for part in _STALE_STREAM):
+        return (
+            "an earlier forward's output is still alive (a loss or logits with their autograd graph): delete it, or "
+            "keep it detached; or DistributedDataParallel was not built on a side stream"
+        )
+    return message.splitlines()[0] if message else type(failure).__name__
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

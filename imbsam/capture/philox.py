@@ -3,6 +3,10 @@
 from typing import Protocol
 
 import torch
+from torch.torch_version import TorchVersion
+
+_REGISTERS = TorchVersion(torch.__version__) < "2.14.0a0"
+"""Whether a graph must be told what generator states it draws from; later ones see it, and warn at every call."""
 
 
 class Moment(Protocol):
@@ -59,8 +63,9 @@ class Philox:
         """Before each program of the step is captured, in their order."""
         passes = 1 + len(self._stops[len(self._states)]) if self._end else 1
         states = [self._default.clone_state() for _ in range(passes)]
-        for state in states:
-            graph.register_generator_state(state)
+        if _REGISTERS:
+            for state in states:
+                graph.register_generator_state(state)
         self._states.append(states)
         self._next = 1
         self._capturing = True

@@ -47,6 +47,15 @@ class ScratchBuffers:
             if isinstance(value, Tensor)
         ]
 
+    def detach_computed(self) -> None:
+        """Before a recording: drop the autograd graphs of computed weights, which the next forward computes anew.
+
+        A weight of an earlier eager forward keeps its parameters' gradient nodes on that forward's stream, and a
+        capture that reaches them fails.
+        """
+        self._computed = [(place, name, tensor.detach()) for place, name, tensor in self._computed]
+        self._put_computed_back()
+
     def undo(self) -> None:
         """Back to what :meth:`keep` remembered."""
         self.put_back()
@@ -70,6 +79,9 @@ class ScratchBuffers:
         """Register the module's own tensors again, whose values nothing has touched since :meth:`set_aside`."""
         for owner, name, buffer, _ in self._registered:
             owner._buffers[name] = buffer
+        self._put_computed_back()
+
+    def _put_computed_back(self) -> None:
         for place, name, tensor in self._computed:
             place[name] = tensor
 
@@ -97,6 +109,7 @@ class Start:
     def restore(self) -> None:
         """Register the scratch tensors, with these values."""
         self._buffers.set_aside()
+        self._buffers._put_computed_back()  # those of the pass before hold its graph
         _copy(self._scratch, self._values)
 
 

@@ -1,5 +1,6 @@
 """One call of a captured step: bring the batch in, run the graphs of its shape, hand the gradient out."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from imbsam.backward_pass import BackwardPass
 from imbsam.batch import Batch, Plan, SharpGradient
-from imbsam.capture.checks import check_module
+from imbsam.capture.checks import check_compiled, check_module
 from imbsam.capture.graphs import Graphs, Recording
 from imbsam.capture.scratch_buffers import ScratchBuffers
 from imbsam.capture.static_passes import StaticPasses
@@ -16,12 +18,13 @@ from imbsam.capture.static_tensors import Results, Slot
 from imbsam.distributed import Reduction, reduction_over
 from imbsam.extra_passes import extra_pass_rows
 from imbsam.gradients import Gradients, clones, copy_
+from imbsam.parameters import perturbed_parameters
 
 if TYPE_CHECKING:
     from imbsam.class_aware_sam import ClassAwareSAM
 
 Shape = tuple[Any, ...]
-"""Number of micro-batches, where g_s(w) comes from, rows of an extra pass, and what else a graph holds fast."""
+"""Number of micro-batches, where g_s(w) comes from, rows of the passes, and what else a graph holds fast."""
 
 
 class StaticStep:
@@ -61,12 +64,13 @@ class StaticStep:
         self._rho = torch.zeros((), dtype=torch.float64, device=self._device)
         self._one = torch.ones((), device=self._device)
         self._scale = None if scaler is None else torch.ones((), device=self._device)
+        self._backward_pass = BackwardPass(sam.module, params, functools.partial(_backward, self._scale))
         self._recordings: dict[Shape, Recording] = {}
 
     @property
     def outputs(self) -> list[Tensor]:
         """What `losses_of` returned beside the losses of the first pass, of each micro-batch."""
-        return [self._results.outputs[i] for i in sorted(self._results.outputs)]
+        return self._results.outputs
 
     def run(self, modules: Sequence[nn.Module], plan: Plan, micro: Sequence[Any], decided: Sequence[Batch]) -> Tensor:
         """Add the gradient to `.grad`, or leave everything as it was.
@@ -106,11 +110,14 @@ class StaticStep:
             before = clones(present)
             self._buffers.keep()
             kept = True
-            source, rows = self._passes_of(plan, decided)
-            self._fill(micro, decided, rows)
+            source, rows, first_rows = self._passes_of(plan, decided)
+            self._fill(micro, decided, rows, first_rows)
             with self._sam.no_sync():
-                reduction = reduction_over(self._sam.process_group, self._params, self._sam.perturbation, plan.perturbs)
-                recording = self._recording(modules, len(micro), source, rows, split=type(reduction) is not Reduction)
+                sam = self._sam
+                perturbed = perturbed_parameters(sam.perturb, modules, self._params, sam._num_classes)
+                reduction = reduction_over(sam.process_group, self._params, sam.perturbation, plan.perturbs, perturbed)
+                split = type(reduction) is not Reduction
+                recording = self._recording(modules, len(micro), source, rows, first_rows, perturbed, split=split)
                 undo_passes = recording.begin()
                 gradients = self._replay(recording, reduction)
                 recording.end()
@@ -156,52 +163,82 @@ class StaticStep:
         if into:
             torch._foreach_add_(into, increments)
 
-    def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int]:
-        """Where g_s(w) comes from, and the number of rows of an extra pass; alike for all micro-batches."""
+    def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int, int]:
+        """Where g_s(w) comes from, and the rows of an extra pass and of the first; alike for all micro-batches.
+
+        A split first pass leaves out the sharp rows, as many as the size below theirs: so it has one size for each of
+        theirs, and there are no more graphs than without it.
+        """
         size = decided[0].size
         if all(batch.source is SharpGradient.NONE for batch in decided):
-            return SharpGradient.NONE, 0
+            return SharpGradient.NONE, 0, size
         if all(batch.source is SharpGradient.EVERY_ROW for batch in decided):
-            return SharpGradient.EVERY_ROW, size
+            return SharpGradient.EVERY_ROW, size, size
         if plan.context_rows is None:
-            return SharpGradient.SAME_GRAPH, size
-        sharp = max(np.count_nonzero(batch.c.numpy()) for batch in decided)
-        rows = next(n for n in self._sizes if n >= min(size, sharp + plan.context_rows))
-        return (SharpGradient.SAME_GRAPH if rows == size else SharpGradient.OWN_FORWARD), rows
+            return SharpGradient.SAME_GRAPH, size, size
+        sharp = [np.count_nonzero(batch.c.numpy()) for batch in decided]
+        rows = next(n for n in self._sizes if n >= min(size, max(sharp) + plan.context_rows))
+        if rows == size:
+            return SharpGradient.SAME_GRAPH, size, size
+        left_out = max((n for n in self._sizes if n < min(sharp)), default=0)
+        if left_out and all(batch.source is SharpGradient.FIRST_PASS for batch in decided):
+            return SharpGradient.FIRST_PASS, rows, size - left_out
+        return plan.own_forward, rows, size
 
-    def _fill(self, micro: Sequence[Any], decided: Sequence[Batch], rows: int) -> None:
+    def _fill(self, micro: Sequence[Any], decided: Sequence[Batch], rows: int, first_rows: int) -> None:
         while len(self._slots) < len(micro):
             self._slots.append(Slot(self._example, self._device))
         for slot, inputs, batch in zip(self._slots, micro, decided, strict=False):
             taken: Sequence[int] = range(rows)
-            if rows < batch.size:
-                sharp = np.flatnonzero(batch.c.numpy()).tolist() if rows else []
-                taken = extra_pass_rows(sharp, batch.size, rows - len(sharp)) if rows else []
-            slot.fill(inputs, batch.a, batch.c, taken)
+            first: list[int] = []
+            if 0 < rows < batch.size:
+                sharp = np.flatnonzero(batch.c.numpy()).tolist()
+                taken = extra_pass_rows(sharp, batch.size, rows - len(sharp))
+                if first_rows < batch.size:
+                    others = np.flatnonzero(batch.c.numpy() == 0).tolist()
+                    first = [*others, *sharp[: first_rows - len(others)]]
+            slot.fill(inputs, batch.a, batch.c, taken, first)
         self._rho.fill_(self._sam.rho)
         if self._scale is not None:
             self._scale.copy_(self._scaler.scale(self._one))
 
     def _recording(
-        self, modules: Sequence[nn.Module], micro: int, source: SharpGradient, rows: int, *, split: bool
+        self,
+        modules: Sequence[nn.Module],
+        micro: int,
+        source: SharpGradient,
+        rows: int,
+        first_rows: int,
+        perturbed: Sequence[bool],
+        *,
+        split: bool,
     ) -> Recording:
         device, adaptive = self._device.type, self._sam.adaptive
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        shape = micro, source, rows, split, adaptive, autocast, tuple(m.training for m in modules)
+        training = tuple(m.training for m in modules)
+        shape = micro, source, rows, first_rows, tuple(perturbed), split, adaptive, autocast, training
         if shape not in self._recordings:
             check_module(self._sam, modules, self._params)
+            check_compiled(modules, self._losses_of)
             passes = StaticPasses(
                 self._params,
                 self._losses_of,
                 self._slots[:micro],
                 source,
                 rows,
+                first_rows,
+                perturbed=perturbed,
                 rho=self._rho,
-                scale=self._scale,
                 adaptive=adaptive,
+                backward_pass=self._backward_pass,
                 buffers=self._buffers,
                 results=self._results,
                 split=split,
             )
+            self._buffers.detach_computed()
             self._recordings[shape] = self._graphs.record(passes)
         return self._recordings[shape]
+
+
+def _backward(scale: Tensor | None, loss: Tensor, **options: Any) -> None:
+    torch.autograd.backward(loss if scale is None else loss * scale, **options)

@@ -18,10 +18,17 @@ class Slot:
 
     def __init__(self, example: Sequence[Tensor], device: torch.device) -> None:
         self.inputs = tuple(torch.zeros_like(t, device=device, requires_grad=False) for t in example)
-        self.numbers = torch.zeros(3, len(example[0]), dtype=torch.float64, device=device)
-        """a, c, and the rows of the extra passes; one tensor, so that one copy brings all of them."""
+        self.numbers = torch.zeros(4, len(example[0]), dtype=torch.float64, device=device)
+        """a, c, the rows of the extra passes and of a split first pass; one tensor, which takes one copy."""
 
-    def fill(self, inputs: Sequence[Tensor], a: Tensor | None, c: Tensor, rows: Sequence[int]) -> None:
+    def fill(
+        self,
+        inputs: Sequence[Tensor],
+        a: Tensor | None,
+        c: Tensor,
+        rows: Sequence[int],
+        first_rows: Sequence[int],
+    ) -> None:
         """Bring in a micro-batch, without waiting for the device.
 
         Args:
@@ -29,6 +36,7 @@ class Slot:
             a: loss weight of each row, float64 (B,) on the CPU; None where all are 1.
             c: sharpness weight of each row, float64 (B,) on the CPU.
             rows: rows of the extra passes, the sharp ones first.
+            first_rows: rows of the first pass where that is split, those that are not sharp first.
         """
         for static, t in zip(self.inputs, inputs, strict=True):
             static.copy_(_pinned(t, static.device), non_blocking=True)
@@ -36,6 +44,7 @@ class Slot:
         numbers[0] = 1 if a is None else a
         numbers[1] = c
         numbers[2, : len(rows)] = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        numbers[3, : len(first_rows)] = torch.tensor(first_rows, dtype=torch.float64, device="cpu")
         self.numbers.copy_(_pinned(numbers, self.numbers.device), non_blocking=True)
 
     @property
@@ -57,6 +66,10 @@ class Slot:
         """The first `count` rows of the extra passes, int64."""
         return self.numbers[2, :count].long()
 
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of a split first pass, int64."""
+        return self.numbers[3, :count].long()
+
     def taken(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Those rows of the inputs, in the inputs' memory format."""
         return tuple(_like(t[rows], t) for t in self.inputs)
@@ -72,8 +85,8 @@ class Results:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         self.loss: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}
-        """What `losses_of` returned beside the losses of the first pass, for each micro-batch."""
+        self._outputs: dict[int, Tensor] = {}
+        """Of each micro-batch, (B + 1, ...): the last row takes what does not count."""
         self._tensors: dict[tuple[str, int], Tensor] = {}
 
     def keep_loss(self, loss: Tensor) -> None:
@@ -82,12 +95,28 @@ class Results:
             self.loss = torch.empty_like(loss)
         self.loss.copy_(loss)
 
-    def keep_outputs(self, slot: int, outputs: Tensor) -> None:
-        """Copy the outputs of a micro-batch in."""
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What `losses_of` returned beside the losses of the first pass, of each micro-batch, (B, ...)."""
+        return [self._outputs[slot][:-1] for slot in sorted(self._outputs)]
+
+    def keep_outputs(self, slot: int, outputs: Tensor, size: int, rows: Tensor | None = None) -> None:
+        """Copy the outputs of a micro-batch in.
+
+        Args:
+            slot: its number.
+            outputs: of all its rows, or of some of them.
+            size: number of rows of the micro-batch.
+            rows: which they are, `size` for one that does not count; None for all of them.
+        """
         outputs = outputs.detach()
-        if slot not in self.outputs:
-            self.outputs[slot] = torch.empty_like(outputs)
-        self.outputs[slot].copy_(outputs)
+        if slot not in self._outputs:
+            self._outputs[slot] = outputs.new_zeros((size + 1, *outputs.shape[1:]))
+        kept = self._outputs[slot]
+        if rows is None:
+            kept[:-1].copy_(outputs)
+        else:
+            kept.index_copy_(0, rows, outputs.to(kept.dtype))
 
     def keep(self, kind: str, gradients: Gradients) -> list[bool]:
         """Copy gradients in, and say which parameters have one."""
@@ -110,7 +139,12 @@ class Results:
 
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """Sum of w_i l_i. A loss of weight 0 has the gradient 0, also an infinite one: as if its row were taken out."""
+    """Sum of w_i l_i.
+
+    A loss of weight 0 has the gradient 0, also an infinite one. What follows is not quite as if its row were taken out:
+    where the loss's own derivative is infinite (log or square root at 0), 0 times that is nan, as in the eager engine's
+    passes, whose context rows have that gradient too.
+    """
     return (losses * weights.to(losses.dtype)).sum()
 
 

@@ -87,8 +87,9 @@ CASES: dict[str, dict[str, Any]] = {
     "imbsam, float32": {"precision": "32-true"},
     "imbsam, rows of their own": {
         "backbone": partial(SmallCNN, width=4, norm="group"),
-        "sam": partial(ImbSAM, rho=0.5, first_pass="whole"),  # as the captured step's always is
+        "sam": partial(ImbSAM, rho=0.5, first_pass="whole"),  # a captured step splits it into other numbers of rows
     },
+    "norm alone": {"sam": partial(ImbSAM, rho=0.5, perturb="norm")},
     "focal_sam": {"sam": partial(FocalSAM, rho=0.5)},
     "mixup": {"data": partial(DigitsLTDataModule, mixup=0.5)},
     "labels and probabilities": {"data": Alternating, "forms": 2},
@@ -214,7 +215,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "CC-SAM": ({"sam": CCSAM}, r"PartitionedSAM has a step of its own \(_plan\)"),
     "SSE-SAM": ({"sam": partial(SSESAM, eta=20)}, "has a step of its own"),
     "GSAM": ({"sam": GSAM}, "GSAM has a step of its own"),
-    "perturb": ({"sam": partial(SAM, perturb="norm")}, "perturb is 'norm'"),
     "a hook": ({"cls": Hook}, "Hook has the hook on_after_backward, which a graph does not call"),
     "a callback's": ({"callbacks": [HookOfACallback()]}, "HookOfACallback has the hook on_before_backward"),
     "bf16 weights": ({"precision": "bf16-true"}, "the weights are in torch.bfloat16, and train/perturbed_fraction"),

@@ -75,48 +75,99 @@ class OffsetOnly:
 
 class Stream:
     def __init__(self, device: Any = None) -> None:
-        pass
+        self.joined: list[Stream] = []
 
-    def wait_stream(self, other: Any) -> None:
-        pass
+    def wait_stream(self, other: "Stream") -> None:
+        if GPU.invalidated:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.joined.append(other)
 
     def wait_event(self, event: Any) -> None:
         pass
+
+
+class GPU:
+    """Its state, as torch has it for the thread."""
+
+    stream = Stream()
+    sync_debug_mode = 0
+    capturing = invalidated = False
+    """Whether a capture is underway, and whether something has failed in it."""
+    graphs = 0
+    """How many hold memory."""
 
 
 class Graph:
     """Has the program that ran under the capture, and runs it again with the generator states of its own."""
 
     def __init__(self) -> None:
-        self.states: list[Generator] = []
         self.run: Callable[[], None] | None = None
-
-    def register_generator_state(self, state: Generator) -> None:
-        assert state.state is not DEFAULT.state
-        self.states.append(state)
+        GPU.graphs += 1
 
     def replay(self) -> None:
         assert self.run is not None
         self.run()
 
+    def reset(self) -> None:
+        GPU.graphs -= 1
+
+
+def item() -> None:
+    """What `.item()` does first, which waits for the GPU."""
+    if GPU.sync_debug_mode == 2:
+        raise RuntimeError("called a synchronizing CUDA operation")
+    if GPU.capturing:
+        fail("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+
+def fail(message: str) -> None:
+    GPU.invalidated = GPU.capturing
+    raise RuntimeError(message)
+
+
+@contextlib.contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    before, GPU.stream = GPU.stream, stream
+    try:
+        yield
+    finally:
+        GPU.stream = before
+
+
+class Capture:
+    """As `torch.cuda.graph`: where the capture fails to end, its stream remains the current one."""
+
+    def __init__(self, graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.cuda_graph = graph
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.before, GPU.stream, GPU.capturing = GPU.stream, self.stream, True
+
+    def __exit__(self, *args: object) -> None:
+        failed = GPU.invalidated
+        GPU.capturing = GPU.invalidated = False
+        if failed:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        GPU.stream = self.before
+
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put it in the place of `torch.cuda` for the time of a test."""
 
-    @contextlib.contextmanager
-    def capture(graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local"
-        own = DEFAULT.graphsafe_get_state()
-        assert own.state is graph.states[0].state  # never the default one: a failed capture would spoil it
-        try:
-            yield
-        except BaseException as error:  # a capture that is torn down has an error of its own
-            raise RuntimeError("operation failed due to a previous error during capture") from error
-
-    real = CudaGraphs._capture
+    real, default = CudaGraphs._capture, DEFAULT.state
 
     def remembering(self: CudaGraphs, program: Callable[[], None], draws: Any) -> Graph:
-        graph = real(self, program, draws)
+        def captured() -> None:
+            assert DEFAULT.state is not default  # a failed capture would spoil it
+            try:
+                program()
+            except BaseException:
+                GPU.invalidated = True
+                raise
+
+        graph = real(self, captured, draws)
         states = draws._states[-1]
 
         def run() -> None:
@@ -136,10 +187,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": Stream,
         "Event": lambda: type("Event", (), {"record": lambda self: None})(),
         "CUDAGraph": Graph,
-        "graph": capture,
+        "graph": Capture,
         "graph_pool_handle": object,
-        "current_stream": Stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: GPU.stream,
+        "stream": on,
+        "get_sync_debug_mode": lambda: GPU.sync_debug_mode,
+        "set_sync_debug_mode": lambda mode: setattr(GPU, "sync_debug_mode", {"error": 2}.get(mode, mode)),
         "device": lambda device: contextlib.nullcontext(),
         "default_generators": [DEFAULT],
     }
@@ -148,3 +201,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaGraphs, "_capture", remembering)
     monkeypatch.setattr(imbsam.step, "RandomState", OffsetOnly)
     DEFAULT.manual_seed(7)
+    GPU.stream, GPU.sync_debug_mode = Stream(), 0
+    GPU.capturing, GPU.invalidated, GPU.graphs = False, False, 0

@@ -53,6 +53,8 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "imbsam tail weight": lambda m: ImbSAM(m, COUNTS, context_rows=6, tail_weight=2.0),
     "asam": lambda m: ImbSAM(m, COUNTS, context_rows=4, adaptive=True),
     "focal": lambda m: FocalSAM(m, COUNTS),
+    "imbsam norm": lambda m: ImbSAM(m, COUNTS, context_rows=4, perturb="norm"),
+    "imbsam classifier": lambda m: ImbSAM(m, COUNTS, context_rows=0, perturb="classifier"),
     "head": lambda m: ClassAwareSAM(m, sharpness_weight=[0.0, 0.5, 1.0, 0.0], context_rows=2),
 }
 
@@ -110,3 +112,21 @@ def state(sam: ClassAwareSAM) -> dict[str, Any]:
 
 def assert_same(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def train(sam: ClassAwareSAM, backward: Callable[[Tensor, Tensor], Tensor], steps: int = 7) -> list[Any]:
+    """A training whose rho and class weights change: the loss and the state after each step."""
+    parameters = [p for p in sam.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    torch.manual_seed(1)
+    found = []
+    for i, (x, y) in enumerate(batches(steps)):
+        if not isinstance(sam, Plain):
+            sam.rho = [0.05, 0.5, 0.0, 0.2][i % 4]
+        if i == 3:
+            sam.class_weight = [0.1, 0.5, 2.0, 3.0]
+        loss = backward(x, y)
+        found.append((loss.clone(), state(sam)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found

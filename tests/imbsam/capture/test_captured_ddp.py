@@ -28,6 +28,10 @@ ENGINES: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "asam": lambda m: ImbSAM(m, COUNTS, rho=0.3, adaptive=True),
     "per rank": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank"),
     "focal": lambda m: FocalSAM(m, COUNTS, rho=0.3),
+    "norm": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturb="norm"),
+    "layer norm, norm": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturb="norm"),
+    "sam, classifier": lambda m: SAM(m, COUNTS, rho=0.3, perturb="classifier"),
+    "per rank, classifier": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank", perturb="classifier"),
 }
 
 
@@ -40,9 +44,10 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return x, (torch.arange(rows) * 5 % ROWS < tail).long()
 
 
-def train(rank: int, engine: Callable[[nn.Module], ClassAwareSAM], own: bool) -> list[Any]:
+def train(rank: int, name: str, own: bool) -> list[Any]:
     torch.manual_seed(0)
-    norm = nn.BatchNorm1d(8)
+    engine = ENGINES[name]
+    norm = nn.LayerNorm(8) if name.startswith("layer norm") else nn.BatchNorm1d(8)
     net = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2), nn.Linear(2, 2)).double()
     net.add_module("unused", nn.Identity())
     model = nn.parallel.DistributedDataParallel(net)
@@ -68,7 +73,7 @@ def train(rank: int, engine: Callable[[nn.Module], ClassAwareSAM], own: bool) ->
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {name: [train(rank, engine, own) for own in (True, False)] for name, engine in ENGINES.items()}
+    found = {name: [train(rank, name, own) for own in (True, False)] for name in ENGINES}
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

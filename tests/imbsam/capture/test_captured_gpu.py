@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbsam import SAM, ClassAwareSAM, ImbSAM, SettingError
+from imbsam.batch import SharpGradient
 from tests.imbsam.capture.nets import COUNTS, LABELS, METHODS, Net
 
 pytestmark = [
@@ -100,12 +101,35 @@ def test_captured_is_eager_with_every_oddity(method):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(4, n)])
-@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "asam"])
+@pytest.mark.parametrize("method", ["sam", "imbsam batch", "imbsam 4", "asam", "imbsam norm", "imbsam classifier"])
 def test_channels_last_convolutions(method, norm):
     own, eager = pair(method, lambda: Convolutions(norm, dropout=0.2).to(memory_format=torch.channels_last))
     data = [(x.to(memory_format=torch.channels_last), y) for x, y in batches(8, 3, 8, 8)]
     step = own.capture(losses_of(own.module), data[0], pass_sizes=range(2, BATCH, 2))
     compare(own, eager, data, step, {"rtol": 1e-9, "atol": 1e-12})
+
+
+@pytest.mark.parametrize("perturb", ["all", "norm"])
+def test_split_first_pass(perturb):
+    """The two first passes are branches of one graph; fewer rows than the batch in each."""
+    torch.manual_seed(0)
+    model = Convolutions(lambda n: nn.GroupNorm(4, n)).to("cuda", torch.float64)
+    own, eager = (
+        ImbSAM(m, COUNTS, first_pass="split", perturb=perturb, rho=0.1) for m in (model, copy.deepcopy(model))
+    )
+
+    def losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = own.module(x)
+        return F.cross_entropy(logits, y, reduction="none"), logits
+
+    data = batches(10, 3, 8, 8)
+    step = own.capture(losses, data[0], pass_sizes=range(2, BATCH, 2))
+    compare(own, eager, data, step, {"rtol": 1e-9, "atol": 1e-12})
+    shapes = [(passes.source, passes._first_rows) for passes in (r.passes for r in step._static._recordings.values())]
+    assert (SharpGradient.FIRST_PASS, BATCH - 6) in shapes
+    step(*data[0])
+    with torch.no_grad():
+        torch.testing.assert_close(step.outputs[0], own.module(data[0][0]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

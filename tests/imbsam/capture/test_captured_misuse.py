@@ -7,6 +7,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 from imbsam import CCSAM, GSAM, SAM, ImbSAM, SettingError
+from imbsam.capture.captured_step import CapturedStep
 from tests.imbsam.capture.nets import BATCH, COUNTS, batches, captured, losses_of
 
 
@@ -53,10 +54,6 @@ def test_a_method_that_only_chooses_weights_is_captured():
             lambda m, f: captured(CCSAM(m, COUNTS), f, (X, Y)),
             r"cannot be captured: PartitionedSAM has a step of its own \(_plan\); set capture=False",
         ),
-        (
-            lambda m, f: captured(SAM(m, perturb=["0"]), f, (X, Y)),
-            r"cannot be captured: perturb is \['0'\], and a captured step perturbs all parameters; set capture=False",
-        ),
         (lambda m, f: captured(SAM(m), f, (X, Y), pass_sizes=[0]), "pass_sizes is .0.: give whole numbers from 1"),
     ],
 )
@@ -87,6 +84,60 @@ def prune(model: nn.Module) -> None:
 
 def move(model: nn.Module) -> None:
     model[0].weight.data = model[0].weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda p: p.register_hook(lambda grad: 2 * grad), r"2.bias has a hook on its gradient \(register_hook\)"),
+        (
+            lambda p: p.register_post_accumulate_grad_hook(lambda p: None),
+            r"2.bias has a hook on its accumulated gradient",
+        ),
+    ],
+)
+def test_a_hook_on_a_parameter_is_refused_after_the_capture_too(hook, message):
+    """A replay would not run it."""
+    model = net()
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    step(X, Y)
+    before = [p.grad.clone() for p in model.parameters()]
+    handle = hook(model[2].bias)
+    with pytest.raises(SettingError, match=message) as caught:
+        step(X, Y)
+    assert "\n" not in str(caught.value)
+    handle.remove()
+    step(X, Y)
+    for p, g in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, 2 * g)
+
+
+def compiled_step(how: str, mode: str | None) -> CapturedStep:
+    model = net()
+    losses = losses_of(model)
+    if how == "module":
+        model.compile(mode=mode)
+    elif how == "layer":
+        model[0].compile(mode=mode)
+    elif how == "wrapped":
+        model = torch.compile(model, mode=mode)
+    else:
+        losses = torch.compile(losses, mode=mode)
+    return captured(ImbSAM(model, COUNTS), losses, (X, Y))
+
+
+@pytest.mark.parametrize("how", ["module", "layer", "wrapped", "losses_of"])
+def test_graphs_of_torch_compile_are_refused_by_name(how):
+    """Only the setting counts: nothing is compiled here."""
+    compiled_step(how, "default")
+    for mode in ("reduce-overhead", "max-autotune"):
+        with pytest.raises(
+            SettingError,
+            match=r'torch.compile makes CUDA graphs of its own .mode="reduce-overhead" or "max-autotune".: compile '
+            "without that mode inside a captured step",
+        ) as caught:
+            compiled_step(how, mode)
+        assert "\n" not in str(caught.value)
 
 
 def test_frozen_parameters_must_not_move_either():

@@ -164,29 +164,3 @@ def test_another_training_mode_is_another_graph():
             step(x, y) if sam is own else sam.backward(of_rows(sam.module, x, y), y)
         assert_same(state(own), state(eager))
     assert len(step._static._recordings) == 2
-
-
-def test_split_first_pass_is_whole_in_the_graphs_and_split_in_eager_steps():
-    """The gradient is the same, and the outputs are in row order either way."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    rows = []
-
-    def losses_of(x, y):
-        rows.append(len(x))
-        logits = model(x)
-        return F.cross_entropy(logits, y, reduction="none"), logits
-
-    step = captured(ImbSAM(model, COUNTS, rho=0.1, first_pass="split"), losses_of)
-    x, y = batches(1)[0]
-    for size, passes in ((BATCH, [BATCH, 8, 8]), (18, [14, 4, 4])):
-        rows.clear()
-        step(x[:size], y[:size])
-        assert rows == passes
-        torch.testing.assert_close(step.outputs[0], model(x[:size]).detach(), rtol=0, atol=1e-14)
-        found = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        ImbSAM(model, COUNTS, rho=0.1).backward(lambda r, x=x[:size], y=y[:size]: losses_of(x[r], y[r])[0], y[:size])
-        for g, p in zip(found, model.parameters(), strict=True):
-            torch.testing.assert_close(g, p.grad, rtol=0, atol=1e-13)
-        model.zero_grad()

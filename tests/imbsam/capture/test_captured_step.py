@@ -1,33 +1,13 @@
 """A captured step gives what the eager engine gives: on the CPU the passes are called where a GPU replays a graph."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imbsam import ClassAwareSAM, Plain
 from imbsam.batch import SharpGradient
-from tests.imbsam.capture.nets import METHODS, Net, assert_same, batches, captured, of_rows, pair, state
-
-
-def train(sam: ClassAwareSAM, backward: Callable[[Tensor, Tensor], Tensor], steps: int = 7) -> list[Any]:
-    """A training whose rho and class weights change: the loss and the state after each step."""
-    parameters = [p for p in sam.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-    torch.manual_seed(1)
-    found = []
-    for i, (x, y) in enumerate(batches(steps)):
-        if not isinstance(sam, Plain):
-            sam.rho = [0.05, 0.5, 0.0, 0.2][i % 4]
-        if i == 3:
-            sam.class_weight = [0.1, 0.5, 2.0, 3.0]
-        loss = backward(x, y)
-        found.append((loss.clone(), state(sam)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return found
+from tests.imbsam.capture.nets import METHODS, Net, assert_same, batches, captured, of_rows, pair, state, train
 
 
 @pytest.mark.parametrize("method", METHODS)
