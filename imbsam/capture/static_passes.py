@@ -260,7 +260,7 @@ class StaticPasses:
         self, slot: Slot, rows: Tensor, *, keep: int | None, counted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of some rows, their a and c; keeps the outputs of those that are counted."""
-        into = torch.where(counted, rows, slot.size)
+        into = rows.masked_fill(~counted, slot.size)
         return self._losses(slot.taken(rows), len(rows), keep=keep, into=into), slot.a[rows], slot.c[rows]
 
     def _losses(

@@ -65,6 +65,8 @@ class StaticStep:
         self._one = torch.ones((), device=self._device)
         self._scale = None if scaler is None else torch.ones((), device=self._device)
         self._backward_pass = BackwardPass(sam.module, params, functools.partial(_backward, self._scale))
+        self._perturbed_by: dict[str | tuple[str, ...], tuple[bool, ...]] = {}
+        """For each setting `perturb`."""
         self._recordings: dict[Shape, Recording] = {}
 
     @property
@@ -114,7 +116,7 @@ class StaticStep:
             self._fill(micro, decided, rows, first_rows)
             with self._sam.no_sync():
                 sam = self._sam
-                perturbed = perturbed_parameters(sam.perturb, modules, self._params, sam._num_classes)
+                perturbed = self._perturbed(modules)
                 reduction = reduction_over(sam.process_group, self._params, sam.perturbation, plan.perturbs, perturbed)
                 split = type(reduction) is not Reduction
                 recording = self._recording(modules, len(micro), source, rows, first_rows, perturbed, split=split)
@@ -163,6 +165,15 @@ class StaticStep:
         if into:
             torch._foreach_add_(into, increments)
 
+    def _perturbed(self, modules: Sequence[nn.Module]) -> tuple[bool, ...]:
+        """Whether each parameter is perturbed; asked of the modules once, since they are those that were captured."""
+        perturb = self._sam.perturb
+        setting = perturb if isinstance(perturb, str) else tuple(perturb)
+        if setting not in self._perturbed_by:
+            found = perturbed_parameters(perturb, modules, self._params, self._sam._num_classes)
+            self._perturbed_by[setting] = tuple(found)
+        return self._perturbed_by[setting]
+
     def _passes_of(self, plan: Plan, decided: Sequence[Batch]) -> tuple[SharpGradient, int, int]:
         """Where g_s(w) comes from, and the rows of an extra pass and of the first; alike for all micro-batches.
 
@@ -209,14 +220,14 @@ class StaticStep:
         source: SharpGradient,
         rows: int,
         first_rows: int,
-        perturbed: Sequence[bool],
+        perturbed: tuple[bool, ...],
         *,
         split: bool,
     ) -> Recording:
         device, adaptive = self._device.type, self._sam.adaptive
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         training = tuple(m.training for m in modules)
-        shape = micro, source, rows, first_rows, tuple(perturbed), split, adaptive, autocast, training
+        shape = micro, source, rows, first_rows, perturbed, split, adaptive, autocast, training
         if shape not in self._recordings:
             check_module(self._sam, modules, self._params)
             check_compiled(modules, self._losses_of)

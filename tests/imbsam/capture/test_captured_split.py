@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from imbsam import ClassAwareSAM, FocalSAM, ImbSAM
 from imbsam.batch import SharpGradient
+from imbsam.capture.captured_step import CapturedStep
+from imbsam.capture.graphs import CudaGraphs
+from tests.imbsam.capture import fake_cuda
 from tests.imbsam.capture.nets import BATCH, COUNTS, Net, batches, captured, losses_of, of_rows
+from tests.no_synchronisation import NoSynchronisation
 
 WEIGHT = [0.5, 1.0, 2.0, 3.0]
 
@@ -90,6 +94,48 @@ def test_sharp_rows_draw_the_same_masks_at_w_and_w_plus_e_and_are_in_the_outputs
         for taken in (rest, sharp):
             F.dropout(torch.ones_like(taken), 0.5)
         assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_generator_states_of_the_passes_on_a_gpu(monkeypatch):
+    """On the fake of one: the pass at w + e draws what the sharp rows' first pass drew, in every replay."""
+    fake_cuda.install(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), fake_cuda.Dropout(), nn.Linear(8, 4)).double()
+    masks: list[Tensor] = []
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        hidden = model[1](torch.ones(len(x), 8, dtype=x.dtype) + 0 * model[0](x))
+        masks.append(hidden.detach().clone())
+        return F.cross_entropy(model[2](hidden), y, reduction="none")
+
+    sam = ImbSAM(model, COUNTS, rho=0.3, first_pass="split")
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    step = CapturedStep(sam, losses, batches(1)[0], graphs=graphs, pass_sizes=[8, 16])
+    drawn = []
+    for _ in range(3):
+        start = fake_cuda.DEFAULT.get_offset()
+        step(batches(1)[0][0], labels(10))
+        rest, sharp, at_e = masks[-3:]
+        assert torch.equal(sharp, at_e)
+        assert not torch.equal(rest, sharp)
+        assert fake_cuda.DEFAULT.get_offset() == start + 8
+        drawn.append(sharp)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert graphs._stream.joined.count(graphs._branch) == 4  # in each warm-up and in the capture
+    assert sources(step) == {SharpGradient.FIRST_PASS}
+
+
+def test_no_host_device_synchronisation():
+    model = net()
+
+    def losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return F.cross_entropy(logits, y, reduction="none"), logits
+
+    step = captured(ImbSAM(model, COUNTS, first_pass="split"), losses, pass_sizes=[8, 16])
+    with NoSynchronisation():
+        for sharp in (9, 12, 3, 0):
+            step(batches(1)[0][0], labels(sharp))
 
 
 def test_micro_batches_count_as_one_batch():
