@@ -60,6 +60,7 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "SAM": lambda m: SAM(m),
     "ImbSAM, auto": lambda m: ImbSAM(m, COUNTS, eta=20),
     "ImbSAM, batch": lambda m: ImbSAM(m, COUNTS, eta=20, context_rows="batch"),
+    "ImbSAM, norm": lambda m: ImbSAM(m, COUNTS, eta=20, perturb="norm"),
 }
 MODES = ("eager", "captured", "compiled", "captured + compiled")
 
