@@ -27,8 +27,8 @@ class FineTunedModule(SharpnessAwareModule):
         tune: what is trained of the backbone: ``All()``, ``HeadOnly()``, ``Norm()``, ``Bias()``, ``LastBlocks(n)``,
             ``LoRA(rank)``, ``AdaptFormer(bottleneck)``, with the learning rates of backbone and head; default: all of
             it, with one learning rate.
-        head_init: what the classifier starts from: ``ClassMeans()``, ``TextFeatures(templates)``; default: random
-            weights, or those in ``backbone_weights`` if they fit.
+        head_init: what the classifier starts from: ``ClassMeans()``, ``TextFeatures(templates, names)``; default:
+            random weights, or those in ``backbone_weights`` if they fit.
         gradient_checkpointing: keep no activations inside the backbone's blocks and compute them again in the backward
             pass: less memory, about a third more time.
         **training: see :class:`~lightning_modules.base.SharpnessAwareModule`.
