@@ -22,6 +22,8 @@ class MissingWeights(SettingError):
 # in training these return their auxiliary classifiers' logits as well
 _WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
 
+_SIZES = ("image_size", "img_size", "force_image_size")
+
 
 @dataclass(frozen=True)
 class LibraryNetwork(ABC):
@@ -79,8 +81,13 @@ class LibraryNetwork(ABC):
             given = "pretrained" if tag is None else f"pretrained:{tag}"
             raise MissingWeights(
                 f"backbone_weights is {given}: {type(self).__name__} could not load those of {self.name} "
-                f"({_one_line(error)[:200]}); without a network name a local file"
+                f"({_one_line(error)[:200]}); offline? give a local file"
             ) from error
+
+    @property
+    def size_setting(self) -> Any:
+        """The image size in ``settings``, by its name in the library; None if it is not set."""
+        return next((self.settings[key] for key in _SIZES if key in self.settings), None)
 
     def folder_of(self, path: Path) -> Path | None:
         """The folder that a path means: a folder itself; None for a file that can be read alone."""

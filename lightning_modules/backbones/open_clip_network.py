@@ -107,7 +107,7 @@ class OpenCLIP(LibraryNetwork):
         tag = tag_of(weights)
         model = self._model(tag).eval()
         if weights is not None and tag is None:
-            found = read_weights(weights, self)
+            found = read_weights(weights, self).tensors
             own = model.state_dict()
             text = {n: found[n] for n in own if n in found and found[n].shape == own[n].shape}
             if missing := [n for n in own if not n.startswith(("visual.", "logit_")) and n not in text]:

@@ -173,7 +173,7 @@ def test_no_network_is_one_line(choice, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     tag = "pretrained:laion2b_e16" if isinstance(choice, OpenCLIP) else "pretrained"
     with pytest.raises(
-        MissingWeights, match=f"{tag}: .* could not load those of .*without a network name a local"
+        MissingWeights, match=f"{tag}: .* could not load those of .*offline\\? give a local"
     ) as e:
         load_weights(SmallCNN(3, width=4), tag, choice)
     assert one_line(e)
@@ -189,6 +189,47 @@ def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
     network = choice(num_classes=5)
     assert load_weights(network, "pretrained:IMAGENET1K_V1", choice) == ["fc.weight", "fc.bias"]
     assert torch.equal(network.conv1.weight, theirs["conv1.weight"])
+
+
+def test_the_librarys_classifier_is_not_taken_even_if_it_fits(monkeypatch, tmp_path, caplog):
+    """On ImageNet-LT it would be that of the balanced ImageNet."""
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    choice = Torchvision("resnet18")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(choice(num_classes=1000).state_dict(), tmp_path / "checkpoints/resnet18-f37072fd.pth")
+    network = choice(num_classes=1000)
+    before = network.fc.weight.clone()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        assert load_weights(network, "pretrained:IMAGENET1K_V1", choice) == ["fc.weight", "fc.bias"]
+    assert torch.equal(network.fc.weight, before)
+    assert "as initialised: fc.weight, fc.bias (the head there is for the library's 1000 classes)" in caplog.text
+
+
+def test_other_weights_name_the_network_that_was_chosen(tmp_path):
+    torch.save(Torchvision("resnet34")(num_classes=3).state_dict(), tmp_path / "resnet34.pth")
+    choice = Torchvision("resnet18")
+    with pytest.raises(SettingError, match=r"resnet34.pth, which does not fit Torchvision resnet18: 96 unknown"):
+        load_weights(choice(num_classes=3), tmp_path / "resnet34.pth", choice)
+
+
+def swin(size, window):
+    settings = {"img_size": size, "window_size": window, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1] * 4}
+    return Timm("swin_tiny_patch4_window7_224", settings)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "says"),
+    [
+        (TIMM_VIT, Timm(TIMM_VIT.name, {**TIMM_VIT.settings, "img_size": [16, 32]}), "from a square grid to a square"),
+        (swin(224, 7), swin(256, 8), "relative positions are not interpolated: set the window and image size of the"),
+    ],
+    ids=["non_square", "window"],
+)
+def test_positions_that_are_not_interpolated_say_why(theirs, own, says, tmp_path):
+    torch.save(theirs(num_classes=2).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(SettingError, match=f"{own.name}: .*of another shape .*: .*{says}") as error:
+        load_weights(own(num_classes=2), tmp_path / "weights.pth", own)
+    assert one_line(error)
 
 
 @pytest.mark.parametrize(
