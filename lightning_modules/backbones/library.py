@@ -11,6 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from imbsam.messages import first_sentence
+from lightning_modules.backbones.hub import hub
 
 __all__ = ["LibraryNetwork", "MissingWeights", "Timm", "Torchvision"]
 
@@ -81,7 +83,7 @@ class LibraryNetwork(ABC):
             given = "pretrained" if tag is None else f"pretrained:{tag}"
             raise MissingWeights(
                 f"backbone_weights is {given}: {type(self).__name__} could not load those of {self.name} "
-                f"({_one_line(error)[:200]}); offline? give a local file"
+                f"({first_sentence(error)}); offline? give a local file"
             ) from error
 
     @property
@@ -241,7 +243,8 @@ class Timm(LibraryNetwork):
             raise SettingError(f"backbone_weights is pretrained{':' + tag if tag else ''}: timm has {', '.join(tags)}")
         # the positional embedding of another size is interpolated where the weights are copied
         settings = {key: value for key, value in self.settings.items() if key != "img_size"}
-        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True, **settings).state_dict()
+        with hub():
+            weights: dict[str, Tensor] = timm.create_model(name, pretrained=True, **settings).state_dict()
         return weights
 
     def preprocessing(self, weights: str) -> dict[str, Any]:

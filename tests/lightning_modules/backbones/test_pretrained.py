@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import socket
+import time
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from torchvision.models import VisionTransformer
 
 from imbsam.errors import SettingError
 from lightning_modules.backbones import HuggingFace, OpenCLIP, SmallCNN, Timm, Torchvision
+from lightning_modules.backbones.hub import _answers
 from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.positions import resample_positions
@@ -163,20 +166,74 @@ def test_weights_that_nobody_has_are_one_line(choice, source, says):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("choice", [Torchvision("resnet18"), Timm("resnet18"), OpenCLIP("ViT-B-32")], ids=str)
-def test_no_network_is_one_line(choice, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A proxy that nothing listens at, empty caches, and the hub's offline mode off."""
+    from huggingface_hub.utils import close_session
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.upper(), proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request._opener", None)  # which keeps the proxies of its first use
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    close_session()
+    _answers.cache_clear()
+    yield
+    close_session()
+    _answers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(Torchvision("resnet18"), Timm("resnet18"), OpenCLIP("ViT-B-32")),
+        HuggingFace("a/vit", config={"model_type": "vit"}),
+    ],
+    ids=lambda choice: type(choice).__name__,
+)
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_one_line(choice, caplog, capfd):
     tag = "pretrained:laion2b_e16" if isinstance(choice, OpenCLIP) else "pretrained"
-    with pytest.raises(
-        MissingWeights, match=f"{tag}: .* could not load those of .*offline\\? give a local"
-    ) as e:
+    start = time.monotonic()
+    with pytest.raises(MissingWeights, match=rf"{tag}: .* could not load those of .*\); offline\? give a local") as e:
         load_weights(SmallCNN(3, width=4), tag, choice)
     assert one_line(e)
+    if not isinstance(choice, Torchvision):
+        assert "(https://huggingface.co cannot be reached, and the hub's cache does not have it)" in str(e.value)
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+    out, err = capfd.readouterr()
+    assert "Retrying" not in out + err
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_repository_without_a_network_is_one_line(caplog):
+    start = time.monotonic()
+    with pytest.raises(SettingError, match=r"a/vit: its config.json cannot be read \(https://.*\): name a") as e:
+        HuggingFace("a/vit")(3)
+    assert one_line(e)
+    assert HuggingFace("vit", HF_VIT).preprocessing("file.pth") == {"image_size": 16}  # a kind: nothing to read
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_hubs_cache_serves(tmp_path, monkeypatch):
+    snapshot = hf_vit_folder(tmp_path / "models--a--vit/snapshots/0123456789abcdef0123456789abcdef01234567")
+    (tmp_path / "models--a--vit/refs").mkdir()
+    (tmp_path / "models--a--vit/refs/main").write_text(snapshot.name)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    choice = HuggingFace("a/vit")
+    network = choice(num_classes=3)
+    assert load_weights(network, "pretrained", choice) == ["model.classifier.weight", "model.classifier.bias"]
+    assert choice.preprocessing("pretrained")["mean"] == [0.4] * 3
 
 
 def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
