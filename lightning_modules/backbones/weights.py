@@ -46,7 +46,7 @@ class PretrainedWeights:
     def preprocessing(self) -> dict[str, Any]:
         """Image size, mean and std that they were trained on, see :meth:`LibraryNetwork.preprocessing`; {} if unknown.
 
-        Those of a checkpoint are the checkpoint's: it may have been trained on the data set's own.
+        A checkpoint has those that its training took over; none if that began with random weights.
         """
         library = self.backbone if isinstance(self.backbone, LibraryNetwork) else None
         if self.checkpoint is None:
@@ -160,7 +160,7 @@ def _refused_classifier(
     number = len(next(iter(theirs.values()), ()))
     if mismatch(theirs, own):
         return f" (the head there has {number} classes)"
-    if pretrained.of_library:  # which are not the data's, or are: then it has seen what is held out of a long tail
+    if pretrained.of_library:  # for other classes; or for the data's, with the images that a long tail leaves out
         return f" (the head there is for the library's {number} classes)"
     trained = None if pretrained.checkpoint is None else list(pretrained.checkpoint["class_names"])
     if class_names is not None and trained is not None and trained != list(class_names):

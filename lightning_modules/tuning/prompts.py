@@ -15,7 +15,8 @@ def readable_names(class_names: Sequence[str], path: str | Path | None = None) -
     """What the classes are called in prompts.
 
     Args:
-        class_names: the data's, often names of folders: in those without a space, ``_``, ``-`` and ``/`` stand for one.
+        class_names: the data's, often names of folders: ``_`` is a space, and so are ``-`` and ``/`` in a name without
+            any.
         path: a file with other names, see :func:`read_names`.
 
     Returns:
@@ -33,9 +34,9 @@ def readable_names(class_names: Sequence[str], path: str | Path | None = None) -
     if ids := [name for name in class_names if _WORDNET_ID.fullmatch(name)]:
         raise SettingError(
             f"head_init is TextFeatures, and the classes have WordNet's ids for names ({first_few(ids, 2)}), which say "
-            f"nothing to CLIP: set head_init.names to a file with lines such as {ids[0]} tench"
+            "nothing to CLIP: set head_init.names to a file with lines such as 'n01440764 tench'"
         )
-    return [name if " " in name else re.sub("[-_/]+", " ", name).strip() for name in class_names]
+    return [re.sub("_+" if " " in name else "[-_/]+", " ", name).strip() for name in class_names]
 
 
 def read_names(path: str | Path, class_names: Sequence[str]) -> list[str]:

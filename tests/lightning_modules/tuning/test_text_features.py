@@ -153,6 +153,7 @@ def test_names_of_folders_are_read_as_words():
     assert readable_names(places) == ["apartment building outdoor", "airport terminal", "r restaurant kitchen"]
     species = ["Nymphalis l-album", "Quercus robur"]
     assert readable_names(species) == species
+    assert readable_names(["great_white shark-like"]) == ["great white shark-like"]
     assert readable_names(["aquarium_fish", "cat"]) == ["aquarium fish", "cat"]
 
 
