@@ -1,5 +1,6 @@
-"""Lists of names in messages, shortened if there are many."""
+"""What messages have in them: lists of names, and other libraries' messages, shortened."""
 
+import re
 from collections.abc import Iterable
 
 
@@ -13,3 +14,14 @@ def first_few(names: Iterable[object], most: int = 5) -> str:
     texts = [str(name) for name in names]
     more = len(texts) - most
     return ", ".join(texts[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def first_sentence(error: Exception, most: int = 300) -> str:
+    """The first sentence of another library's message, in one line and without its full stop.
+
+    Example:
+        >>> first_sentence(OSError("No config.json in a/b. Did you mean c?"))
+        'No config.json in a/b'
+    """
+    text = re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0].rstrip(".") or type(error).__name__
+    return text if len(text) <= most else f"{text[:most].rpartition(' ')[0]} ..."

@@ -49,8 +49,9 @@ class LongTailedClassifier(FineTunedModule):
             the network's own.
         backbone_weights: weights to start the training from: a local file, which is a state_dict (.pt, .pth,
             .safetensors) or a checkpoint of imbsam; a folder of transformers; or ``pretrained`` or ``pretrained:TAG``,
-            the library's own, from its cache or downloaded. The classifier's are skipped if they do not fit. Not read
-            by test and predict. ``pickle:FILE`` runs the code in the file.
+            the library's own, from its cache or downloaded. The classifier's are skipped if they do not fit, are the
+            library's, or are a checkpoint's for other classes. Not read by test and predict. ``pickle:FILE`` runs the
+            code in the file.
         loss: the per-sample loss, a class or a partial of one, which gets ``class_counts`` if it takes them:
             CrossEntropy (the default), Focal, LDAM, LogitAdjusted (balanced softmax at tau 1), VectorScaling, or your
             own.

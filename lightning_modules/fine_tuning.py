@@ -10,9 +10,9 @@ from torch import nn
 from imbsam import SettingError
 from lightning_modules.backbones.activation_checkpoints import checkpoint_blocks
 from lightning_modules.backbones.heads import HeadCallable, classifier_name
-from lightning_modules.backbones.library import LibraryNetwork, MissingWeights
+from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.network import BackboneCallable, create_network
-from lightning_modules.backbones.weights import load_weights
+from lightning_modules.backbones.weights import copy_weights, load_weights, read_weights
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.factories import restore
 from lightning_modules.tuning import frozen_weights
@@ -27,8 +27,8 @@ class FineTunedModule(SharpnessAwareModule):
         tune: what is trained of the backbone: ``All()``, ``HeadOnly()``, ``Norm()``, ``Bias()``, ``LastBlocks(n)``,
             ``LoRA(rank)``, ``AdaptFormer(bottleneck)``, with the learning rates of backbone and head; default: all of
             it, with one learning rate.
-        head_init: what the classifier starts from: ``ClassMeans()``, ``TextFeatures(templates)``; default: random
-            weights, or those in ``backbone_weights`` if they fit.
+        head_init: what the classifier starts from: ``ClassMeans()``, ``TextFeatures(templates, names)``; default:
+            random weights, or those in ``backbone_weights`` if they fit and are for the same classes.
         gradient_checkpointing: keep no activations inside the backbone's blocks and compute them again in the backward
             pass: less memory, about a third more time.
         **training: see :class:`~lightning_modules.base.SharpnessAwareModule`.
@@ -38,6 +38,7 @@ class FineTunedModule(SharpnessAwareModule):
     backbone_factory: BackboneCallable
     head_factory: HeadCallable | None
     settings: Any
+    class_names: list[str]
 
     def __init__(
         self,
@@ -87,9 +88,9 @@ class FineTunedModule(SharpnessAwareModule):
         if weights is not None and self.fitting:
             # a run that resumes does not need the weights, which may be gone; it loads its checkpoint later
             try:
-                load_weights(network, weights, self.backbone_factory)
-                if isinstance(self.backbone_factory, LibraryNetwork):
-                    self.preprocessing = self.backbone_factory.preprocessing(weights)
+                pretrained = read_weights(weights, self.backbone_factory)
+                copy_weights(network, pretrained, self.class_names)
+                self.preprocessing = pretrained.preprocessing()
             except MissingWeights as error:
                 self._missing = error
         self.hand_over_preprocessing()

@@ -1,6 +1,7 @@
 """Every piece of configs/ runs two batches on data shaped like the real data set; combinations named in docs parse."""
 
 import json
+import logging
 import re
 import sys
 from functools import partial
@@ -135,6 +136,30 @@ def features(tmp_path_factory):
 def test_pieces_run(pieces, request, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fit(monkeypatch, *configs(*pieces), "--trainer.fast_dev_run=2", *data_arguments(pieces, request))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("cifar100_lt_clip", "apple", "worm"),
+        ("imagenet_lt_clip", "tench", "tiger shark"),
+        ("places_lt_clip", "airfield", "zen"),
+        ("inaturalist2018_clip", "Quercus robur", "Vulpes lagopus"),
+    ],
+)
+def test_lifts_benchmarks_run(name, first, last, request, monkeypatch, tmp_path, caplog):
+    """The first row of their tables, which is LIFT, with a tiny CLIP; training and test with its five crops."""
+    table = yaml.safe_load((CONFIGS / "tables.yaml").read_text())["tables"][name]
+    row = table["rows"][0]
+    pieces = [*table["pieces"], *row["pieces"]]
+    own = data_arguments(pieces, request)
+    if name == "imagenet_lt_clip":  # whose folders are WordNet's ids
+        (tmp_path / "names.txt").write_text("tench\ngoldfish\ngreat white shark\ntiger shark\n")
+        own.append(f"--model.head_init.names={tmp_path / 'names.txt'}")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(monkeypatch, *configs(*pieces), *row["settings"], "--trainer.fast_dev_run=2", *own)
+    assert f'prompts, from "a photo of a {first}." to "a photo of a {last}."' in caplog.text
 
 
 @pytest.mark.parametrize("pieces", DECIDED, ids=" ".join)

@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from imbsam.messages import first_sentence
+from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import HuggingFaceTower, LogitsOfOutput
 from lightning_modules.backbones.library import LibraryNetwork, tag_of
 
@@ -37,11 +39,15 @@ class HuggingFace(LibraryNetwork):
     """
 
     config: dict[str, Any] | None = None
+    _unread: ClassVar[SettingError | None] = None
+    """Why the configuration could not be read."""
 
     def __post_init__(self) -> None:
         if self.config is None and not self._is_kind:
-            with contextlib.suppress(SettingError):  # raised again by whoever needs it: the parser would wrap it
+            try:
                 object.__setattr__(self, "config", self._read_config())
+            except SettingError as error:  # raised again by whoever needs it: the parser would wrap it
+                object.__setattr__(self, "_unread", error)
 
     @property
     def _is_kind(self) -> bool:
@@ -51,13 +57,16 @@ class HuggingFace(LibraryNetwork):
         return _kinds() if self._is_kind else [self.name]
 
     def _read_config(self) -> dict[str, Any]:
+        if self._unread is not None:
+            raise self._unread
         try:
-            config = _transformers().AutoConfig.from_pretrained(self.name, trust_remote_code=False)
+            with hub(self.name):
+                config = _transformers().AutoConfig.from_pretrained(self.name, trust_remote_code=False)
         except Exception as error:  # of the hub's client, of the file system, of the file's contents
             near = difflib.get_close_matches(Path(self.name).name.lower(), _kinds(), n=3, cutoff=0.4)
             kinds = f"; or a kind of model ({', '.join(near)})" if near else ""
             raise SettingError(
-                f"backbone.name is {self.name}: its config.json cannot be read ({' '.join(str(error).split())[:160]}): "
+                f"backbone.name is {self.name}: its config.json cannot be read ({first_sentence(error)}): "
                 f"name a folder of save_pretrained, or a repository that the hub or its cache has{kinds}"
             ) from error
         if config.model_type not in _kinds():
@@ -112,15 +121,16 @@ class HuggingFace(LibraryNetwork):
             raise
         except Exception as error:  # of the file system, of the file's contents
             raise SettingError(
-                f"backbone_weights is {folder}: transformers cannot read it ({' '.join(str(error).split())[:200]})"
+                f"backbone_weights is {folder}: transformers cannot read it ({first_sentence(error)})"
             ) from error
 
     def _read(self, source: str, options: dict[str, Any]) -> dict[str, Tensor]:
         """The weights by the names that transformers gives them now, without a head that is not there."""
         hf = _transformers()
-        kind = hf.AutoConfig.from_pretrained(source, trust_remote_code=False, **options).model_type
-        reader = hf.CLIPVisionModelWithProjection if kind == "clip" else hf.AutoModelForImageClassification
-        model, found = reader.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
+        with hub(source):
+            kind = hf.AutoConfig.from_pretrained(source, trust_remote_code=False, **options).model_type
+            reader = hf.CLIPVisionModelWithProjection if kind == "clip" else hf.AutoModelForImageClassification
+            model, found = reader.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
         missing = set(found["missing_keys"]) | {key for key, *_ in found["mismatched_keys"]}
         return {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
 
@@ -130,11 +140,11 @@ class HuggingFace(LibraryNetwork):
         vision = getattr(config, "vision_config", config)
         source = self.name if weights.partition(":")[0] == "pretrained" or not Path(weights).is_dir() else weights
         known: dict[str, Any] = {}
-        try:
+        read: dict[str, Any] = {}
+        if source != self.name or not self._is_kind:
             options = {} if (tag := tag_of(weights)) is None else {"revision": tag}
-            read = _transformers().AutoImageProcessor.from_pretrained(source, **options).to_dict()
-        except Exception:  # there is none: images as the data set has them
-            read = {}
+            with contextlib.suppress(Exception), hub(source):  # there is none: images as the data set has them
+                read = _transformers().AutoImageProcessor.from_pretrained(source, **options).to_dict()
         sizes = [vision.image_size] if hasattr(vision, "image_size") else []
         sizes += [side for key in ("crop_size", "size") for side in (read.get(key) or {}).values()]
         if sizes:
@@ -154,12 +164,13 @@ class HuggingFace(LibraryNetwork):
         options = {} if (tag := tag_of(weights)) is None else {"revision": tag}
         hf = _transformers()
         try:
-            tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
-            model = hf.CLIPTextModelWithProjection.from_pretrained(source, dtype=torch.float32, **options).eval()
+            with hub(source):
+                tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
+                model = hf.CLIPTextModelWithProjection.from_pretrained(source, dtype=torch.float32, **options).eval()
         except Exception as error:  # as in _read_config
             raise SettingError(
                 f"head_init is TextFeatures, and the tokenizer or text tower of {source} cannot be read "
-                f"({' '.join(str(error).split())[:160]})"
+                f"({first_sentence(error)})"
             ) from error
         features = []
         for start in range(0, len(prompts), 256):

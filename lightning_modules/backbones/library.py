@@ -11,6 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from imbsam.messages import first_sentence
+from lightning_modules.backbones.hub import hub
 
 __all__ = ["LibraryNetwork", "MissingWeights", "Timm", "Torchvision"]
 
@@ -21,6 +23,8 @@ class MissingWeights(SettingError):
 
 # in training these return their auxiliary classifiers' logits as well
 _WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
+
+_SIZES = ("image_size", "img_size", "force_image_size")
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,13 @@ class LibraryNetwork(ABC):
             given = "pretrained" if tag is None else f"pretrained:{tag}"
             raise MissingWeights(
                 f"backbone_weights is {given}: {type(self).__name__} could not load those of {self.name} "
-                f"({_one_line(error)[:200]}); without a network name a local file"
+                f"({first_sentence(error)}); offline? give a local file"
             ) from error
+
+    @property
+    def size_setting(self) -> Any:
+        """The image size in ``settings``, by its name in the library; None if it is not set."""
+        return next((self.settings[key] for key in _SIZES if key in self.settings), None)
 
     def folder_of(self, path: Path) -> Path | None:
         """The folder that a path means: a folder itself; None for a file that can be read alone."""
@@ -234,7 +243,8 @@ class Timm(LibraryNetwork):
             raise SettingError(f"backbone_weights is pretrained{':' + tag if tag else ''}: timm has {', '.join(tags)}")
         # the positional embedding of another size is interpolated where the weights are copied
         settings = {key: value for key, value in self.settings.items() if key != "img_size"}
-        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True, **settings).state_dict()
+        with hub():
+            weights: dict[str, Tensor] = timm.create_model(name, pretrained=True, **settings).state_dict()
         return weights
 
     def preprocessing(self, weights: str) -> dict[str, Any]:

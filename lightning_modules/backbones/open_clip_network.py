@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import ImageTower
 from lightning_modules.backbones.library import LibraryNetwork, tag_of
 from lightning_modules.backbones.weights import read_weights
@@ -59,9 +61,10 @@ class OpenCLIP(LibraryNetwork):
         import open_clip
 
         disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # that it has loaded no weights: we do
+        logging.disable(logging.ERROR)  # that it has loaded no weights: we do; that it cannot: we say so
         try:
-            return open_clip.create_model(self.name, pretrained=tag, load_weights=tag is not None, **self.settings)
+            with hub() if tag is not None else nullcontext():
+                return open_clip.create_model(self.name, pretrained=tag, load_weights=tag is not None, **self.settings)
         finally:
             logging.disable(disabled)
 
@@ -107,7 +110,7 @@ class OpenCLIP(LibraryNetwork):
         tag = tag_of(weights)
         model = self._model(tag).eval()
         if weights is not None and tag is None:
-            found = read_weights(weights, self)
+            found = read_weights(weights, self).tensors
             own = model.state_dict()
             text = {n: found[n] for n in own if n in found and found[n].shape == own[n].shape}
             if missing := [n for n in own if not n.startswith(("visual.", "logit_")) and n not in text]:

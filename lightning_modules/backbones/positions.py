@@ -21,6 +21,15 @@ def is_positional_embedding(name: str) -> bool:
     return last in ("pos_embed", "pos_embedding", "positional_embedding", "position_embedding", "position_embeddings")
 
 
+def why_not_interpolated(name: str) -> str:
+    """Why a table of positions of another shape does not fit, to be put behind a message; "" for another tensor."""
+    if is_positional_embedding(name):
+        return ": positions are interpolated from a square grid to a square grid alone"
+    if "relative_position" in name or "relative_coords" in name:
+        return ": relative positions are not interpolated: set the window and image size of the weights"
+    return ""
+
+
 def resample_positions(table: Tensor, positions: int) -> Tensor | None:
     """Interpolate a table of positions to another grid, bicubic with antialiasing.
 

@@ -1,17 +1,18 @@
 """What the classifier starts from, other than random weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
 from lightning_modules.backbones.heads import classifier
 from lightning_modules.backbones.library import LibraryNetwork
+from lightning_modules.tuning.prompts import prompts_of, readable_names
 
 PHOTO = ["a photo of a {}."]
 """CLIP's template of a prompt."""
@@ -100,12 +101,16 @@ class TextFeatures(HeadInit):
 
     Args:
         templates: prompts with ``{}`` in the place of the class name; the features of several are averaged.
+        names: a text file with a name to read for each class, such as the classnames.txt of LIFT's repository: lines
+            of a class name of the data, a space or tab, and the name; or the names alone in the order of the classes.
+            Default: the data's, with spaces for ``_``, ``-`` and ``/``; WordNet's ids (n01440764) are refused.
 
     Source:
         Radford et al., ICML 2021, arXiv 2103.00020, section 3.1.4.
     """
 
     templates: list[str] = field(default_factory=lambda: list(PHOTO))
+    names: str | None = None
 
     def __post_init__(self) -> None:
         if not self.templates or not all("{}" in template for template in self.templates):
@@ -116,17 +121,8 @@ class TextFeatures(HeadInit):
         backbone = model.backbone_factory
         if not isinstance(backbone, LibraryNetwork):
             raise SettingError("head_init is TextFeatures, and the backbone has no text tower: choose OpenCLIP")
-        prompts = prompts_of(model.class_names, self.templates)
+        prompts = prompts_of(readable_names(model.class_names, self.names), self.templates)
+        rank_zero_info(f'head_init: {len(prompts)} prompts, from "{prompts[0]}" to "{prompts[-1]}"')
         features = backbone.text_features(prompts, model.settings.backbone_weights)
         means = F.normalize(features, dim=1).view(len(model.class_names), len(self.templates), -1).mean(dim=1)
         return means.to(model.device)
-
-
-def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The prompts of all classes, those of a class one after the other.
-
-    Example:
-        >>> prompts_of(["sea_lion"], ["a photo of a {}.", "a {}."])
-        ['a photo of a sea lion.', 'a sea lion.']
-    """
-    return [template.replace("{}", name.replace("_", " ")) for name in class_names for template in templates]

@@ -57,6 +57,16 @@ def test_clip(name, my_images, tiny_clip, monkeypatch):
     started = open_clip.create_model(name, load_weights=False).state_dict()
     torch.save(started, "clip.pt")
     trained = fit(1, monkeypatch, "--model.backbone_weights=clip.pt", f"--model.backbone.name={name}")
-    assert any("adapter" in key for key in trained)
+    weights, biases = ([t for n, t in trained.items() if n.endswith(f"adapter.2.{k}")] for k in ("weight", "bias"))
+    assert len(weights) == len(biases) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
+    assert all(bias.any() for bias in biases)  # both start as 0
+    assert any(weight.any() for weight in weights)  # in some blocks the ReLU of a bottleneck of 1 may give 0
+    clip = open_clip.create_model(name, load_weights=False).eval()
+    clip.load_state_dict(started)
+    tokens = open_clip.get_tokenizer(name)([f"a photo of a {animal}." for animal in ("ant", "bee", "cat")])
+    with torch.no_grad():
+        text = torch.nn.functional.normalize(clip.encode_text(tokens), dim=1)
+    moved = trained["backbone.fc.weight"] - text  # by SGD's steps at 0.01 in one epoch
+    assert 0 < moved.norm() < 0.5 * text.norm()
     first = "transformer.resblocks.0.attn.in_proj_weight"
     assert torch.equal(trained[f"backbone.visual.{first}"], started[f"visual.{first}"])

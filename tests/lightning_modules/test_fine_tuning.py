@@ -20,6 +20,7 @@ from lightning_modules.factories import restore
 from lightning_modules.resuming.resumable_checkpoint import ResumableCheckpoint
 from lightning_modules.tuning import AdaptFormer, All, HeadOnly, LastBlocks, LoRA, Norm
 from lightning_modules.tuning.head_init import ClassMeans
+from tests.pieces import configs
 from tests.pretrained import TIMM_VIT, TinyImages, hf_vit_folder, randomize
 from tests.training import quiet_trainer
 
@@ -352,3 +353,32 @@ def test_a_second_stage_builds_on_a_tuned_first_one(vit_file, tmp_path):
     fit(second)
     after, before = state(second), state(first)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+
+
+def test_a_checkpoint_of_imbsam_is_read_with_its_own_preprocessing(imbsam, image_folder_root, tmp_path, caplog):
+    """Which is none where the first training began with random weights, on the images as the data set has them."""
+    network = ["--model.backbone=Torchvision", "--model.backbone.name=resnet18"]
+    data = [f"--data.root={image_folder_root}", "--data.val_share=0", "--data.num_workers=0", "--data.batch_size=4"]
+    few = [f"--trainer.limit_{part}_batches=1" for part in ("train", "test")]
+    run = ["fit", *configs("data/image_folder"), *network, *data, *few, "--trainer.max_epochs=1"]
+    code, _, err = imbsam(*run, "--data.image_size=32")
+    assert code == 0, err
+    (first,) = tmp_path.glob("logs/**/last.ckpt")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        code, _, err = imbsam(*run, "--data.image_size=32", f"--model.backbone_weights={first}")
+    assert code == 0, err
+    assert "its classifier too: fc.weight, fc.bias, for the same classes" in caplog.text
+    assert "as the pretrained model had them" not in caplog.text
+
+
+def test_a_checkpoints_preprocessing_is_handed_on(tmp_path):
+    folder = hf_vit_folder(tmp_path / "vit")
+    settings = {"backbone": HuggingFace(str(folder)), "tune": HeadOnly(), "sam": Plain}
+    fit(model(folder, **settings)).save_checkpoint(tmp_path / "first.ckpt")
+    (folder / "preprocessor_config.json").unlink()
+    fit(model(tmp_path / "first.ckpt", **settings), data=(data := TinyImages()))
+    assert (data.used.image_size, data.used.mean, data.used.std) == (16, (0.4,) * 3, (0.2,) * 3)
+    larger = HuggingFace(str(folder), {"image_size": 32})
+    fit(model(tmp_path / "first.ckpt", **{**settings, "backbone": larger}), data=(data := TinyImages()))
+    assert (data.used.image_size, data.used.mean) == (32, (0.4,) * 3)

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import socket
+import time
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from torchvision.models import VisionTransformer
 
 from imbsam.errors import SettingError
 from lightning_modules.backbones import HuggingFace, OpenCLIP, SmallCNN, Timm, Torchvision
+from lightning_modules.backbones.hub import _answers
 from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.positions import resample_positions
@@ -163,20 +166,74 @@ def test_weights_that_nobody_has_are_one_line(choice, source, says):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("choice", [Torchvision("resnet18"), Timm("resnet18"), OpenCLIP("ViT-B-32")], ids=str)
-def test_no_network_is_one_line(choice, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A proxy that nothing listens at, empty caches, and the hub's offline mode off."""
+    from huggingface_hub.utils import close_session
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.upper(), proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request._opener", None)  # which keeps the proxies of its first use
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    close_session()
+    _answers.cache_clear()
+    yield
+    close_session()
+    _answers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(Torchvision("resnet18"), Timm("resnet18"), OpenCLIP("ViT-B-32")),
+        HuggingFace("a/vit", config={"model_type": "vit"}),
+    ],
+    ids=lambda choice: type(choice).__name__,
+)
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_one_line(choice, caplog, capfd):
     tag = "pretrained:laion2b_e16" if isinstance(choice, OpenCLIP) else "pretrained"
-    with pytest.raises(
-        MissingWeights, match=f"{tag}: .* could not load those of .*without a network name a local"
-    ) as e:
+    start = time.monotonic()
+    with pytest.raises(MissingWeights, match=rf"{tag}: .* could not load those of .*\); offline\? give a local") as e:
         load_weights(SmallCNN(3, width=4), tag, choice)
     assert one_line(e)
+    if not isinstance(choice, Torchvision):
+        assert "(https://huggingface.co cannot be reached, and the hub's cache does not have it)" in str(e.value)
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+    out, err = capfd.readouterr()
+    assert "Retrying" not in out + err
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_repository_without_a_network_is_one_line(caplog):
+    start = time.monotonic()
+    with pytest.raises(SettingError, match=r"a/vit: its config.json cannot be read \(https://.*\): name a") as e:
+        HuggingFace("a/vit")(3)
+    assert one_line(e)
+    assert HuggingFace("vit", HF_VIT).preprocessing("file.pth") == {"image_size": 16}  # a kind: nothing to read
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_hubs_cache_serves(tmp_path, monkeypatch):
+    snapshot = hf_vit_folder(tmp_path / "models--a--vit/snapshots/0123456789abcdef0123456789abcdef01234567")
+    (tmp_path / "models--a--vit/refs").mkdir()
+    (tmp_path / "models--a--vit/refs/main").write_text(snapshot.name)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    choice = HuggingFace("a/vit")
+    network = choice(num_classes=3)
+    assert load_weights(network, "pretrained", choice) == ["model.classifier.weight", "model.classifier.bias"]
+    assert choice.preprocessing("pretrained")["mean"] == [0.4] * 3
 
 
 def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
@@ -189,6 +246,47 @@ def test_torchvisions_weights_come_from_its_cache(monkeypatch, tmp_path):
     network = choice(num_classes=5)
     assert load_weights(network, "pretrained:IMAGENET1K_V1", choice) == ["fc.weight", "fc.bias"]
     assert torch.equal(network.conv1.weight, theirs["conv1.weight"])
+
+
+def test_the_librarys_classifier_is_not_taken_even_if_it_fits(monkeypatch, tmp_path, caplog):
+    """On ImageNet-LT it would be that of the balanced ImageNet."""
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    choice = Torchvision("resnet18")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(choice(num_classes=1000).state_dict(), tmp_path / "checkpoints/resnet18-f37072fd.pth")
+    network = choice(num_classes=1000)
+    before = network.fc.weight.clone()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        assert load_weights(network, "pretrained:IMAGENET1K_V1", choice) == ["fc.weight", "fc.bias"]
+    assert torch.equal(network.fc.weight, before)
+    assert "as initialised: fc.weight, fc.bias (the head there is for the library's 1000 classes)" in caplog.text
+
+
+def test_other_weights_name_the_network_that_was_chosen(tmp_path):
+    torch.save(Torchvision("resnet34")(num_classes=3).state_dict(), tmp_path / "resnet34.pth")
+    choice = Torchvision("resnet18")
+    with pytest.raises(SettingError, match=r"resnet34.pth, which does not fit Torchvision resnet18: 96 unknown"):
+        load_weights(choice(num_classes=3), tmp_path / "resnet34.pth", choice)
+
+
+def swin(size, window):
+    settings = {"img_size": size, "window_size": window, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1] * 4}
+    return Timm("swin_tiny_patch4_window7_224", settings)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "says"),
+    [
+        (TIMM_VIT, Timm(TIMM_VIT.name, {**TIMM_VIT.settings, "img_size": [16, 32]}), "from a square grid to a square"),
+        (swin(224, 7), swin(256, 8), "relative positions are not interpolated: set the window and image size of the"),
+    ],
+    ids=["non_square", "window"],
+)
+def test_positions_that_are_not_interpolated_say_why(theirs, own, says, tmp_path):
+    torch.save(theirs(num_classes=2).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(SettingError, match=f"{own.name}: .*of another shape .*: .*{says}") as error:
+        load_weights(own(num_classes=2), tmp_path / "weights.pth", own)
+    assert one_line(error)
 
 
 @pytest.mark.parametrize(

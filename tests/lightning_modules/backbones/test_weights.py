@@ -1,6 +1,7 @@
 """Networks from files: pretrained weights, and timm's names."""
 
 import builtins
+import logging
 import re
 import sys
 from functools import partial
@@ -14,7 +15,7 @@ from imbsam import Plain, SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN, Timm
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, replace_classifier
-from lightning_modules.backbones.weights import load_weights
+from lightning_modules.backbones.weights import copy_weights, load_weights, read_weights
 from tests.training import quiet_trainer
 
 
@@ -156,3 +157,27 @@ def test_missing_timm_is_one_line(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_timm)
     with pytest.raises(SettingError, match=r"pip install timm"):
         Timm("resnet18")(3)
+
+
+def test_a_classifier_of_as_many_classes_is_announced(tmp_path, caplog):
+    torch.save(network().state_dict(), tmp_path / "ten.pth")
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        assert load_weights(network(), tmp_path / "ten.pth") == []
+    assert "its classifier too: fc.weight, fc.bias; if it was trained on these classes with more images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "says"),
+    [
+        (["ant", "bee", "cat"], True, "its classifier too: fc.weight, fc.bias, for the same classes"),
+        (["ant", "cat", "bee"], False, "for other classes, or in another order: ant, bee, cat)"),
+        (["car", "bus", "van"], False, "for other classes, or in another order: ant, bee, cat)"),
+    ],
+)
+def test_a_checkpoints_classifier_is_for_its_classes(names, taken, says, tmp_path, caplog):
+    own = {f"backbone.{n}": t for n, t in network(3).state_dict().items()}
+    torch.save({"state_dict": own, "class_names": ["ant", "bee", "cat"], "hyper_parameters": {}}, tmp_path / "own.ckpt")
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        found = copy_weights(network(3), read_weights(tmp_path / "own.ckpt"), names)
+    assert found == ([] if taken else ["fc.weight", "fc.bias"])
+    assert says in caplog.text

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
 from tests.pieces import anomaly, configs
+from tests.pretrained import HF_VIT, TIMM_VIT
 from tests.training import csv_rows
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -180,6 +181,43 @@ def test_the_snippet_of_the_docs_needs_no_torch(imbsam, image_folder_root, tmp_p
     name, probability = done.stdout.split()
     assert name == row["predicted"]
     assert float(probability) == pytest.approx(float(row[name]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("library", "tune"), [("Timm", "lora"), ("HuggingFace", "adaptformer"), ("OpenCLIP", "adaptformer")]
+)
+def test_tuned_transformers(library, tune, imbsam, image_folder_root, tiny_clip, tmp_path):
+    """LoRA and adapters beside transformers' attention, after a step that moved them, in both formats."""
+    name, settings = {
+        "Timm": (TIMM_VIT.name, TIMM_VIT.settings),
+        "HuggingFace": ("vit", HF_VIT),
+        "OpenCLIP": (tiny_clip, {}),
+    }[library]
+    backbone = [f"--model.backbone={library}", f"--model.backbone.name={name}"]
+    backbone += [f"--model.backbone.settings={json.dumps(settings)}"]
+    data = [f"--data.root={image_folder_root}", "--data.val_share=0", "--data.image_size=16"]
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.batch_size=8", "--data.num_workers=0"]
+    few += ["--model.optimizer.lr=0.1"]
+    pieces = configs("data/image_folder", f"tune/{tune}", "method/sgd")
+    checkpoint = trained(tmp_path, *pieces, *backbone, *data, *few)
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    moved = [t.any() for n, t in weights.items() if n.endswith(("lora_B.default.weight", "adapter.2.bias"))]
+    assert moved
+    assert all(moved)
+    paths = "--path=[model.onnx, model.pt2]"
+    code, out, err = imbsam("export", "--ckpt_path", checkpoint, paths, "--data.num_workers=0", "--model.flip_tta=true")
+    assert code == 0, err
+    differences = re.findall(r"largest difference from the checkpoint's predictions on 12 test samples: (\S+)", out)
+    assert len(differences) == 2
+    assert max(map(float, differences)) < 1e-4
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    found, about, _ = by_onnxruntime("model.onnx", images)
+    exported = torch.export.load("model.pt2").module()
+    np.testing.assert_allclose(exported(torch.from_numpy(images))[0].detach(), found["logits"], rtol=1e-3, atol=1e-4)
+    alone = by_onnxruntime("model.onnx", images[:1])[0]["logits"]
+    np.testing.assert_allclose(alone, found["logits"][:1], rtol=1e-3, atol=1e-4)
+    assert about["class_names"] == ["ant", "bee", "cat", "dog"]
 
 
 def test_another_prediction_is_an_error_and_leaves_no_file(imbsam, digits, tmp_path):

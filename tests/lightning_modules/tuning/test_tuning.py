@@ -9,13 +9,19 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer
 
 from imbsam import SettingError
-from lightning_modules.backbones import CifarResNet20, HuggingFace, SmallCNN, Timm, Torchvision
+from lightning_modules.backbones import CifarResNet20, HuggingFace, OpenCLIP, SmallCNN, Timm, Torchvision
 from lightning_modules.backbones.blocks import depths, named_blocks
 from lightning_modules.tuning import AdaptFormer, All, Bias, HeadOnly, LastBlocks, LoRA, Norm
 from lightning_modules.tuning.kinds import count_by_kind
 from tests.pretrained import HF_VIT, TIMM_VIT, randomize
 
-NETWORKS = {"timm": TIMM_VIT, "transformers": HuggingFace("vit", HF_VIT), "resnet": partial(CifarResNet20, width=4)}
+pytestmark = pytest.mark.usefixtures("tiny_clip")
+NETWORKS = {
+    "timm": TIMM_VIT,
+    "transformers": HuggingFace("vit", HF_VIT),
+    "open_clip": OpenCLIP("tiny-clip"),
+    "resnet": partial(CifarResNet20, width=4),
+}
 TUNES = [
     *(All(), HeadOnly(), Norm(), Bias(), LastBlocks(n=1), LoRA(rank=2), AdaptFormer(bottleneck=4)),
     AdaptFormer(bottleneck=4, scale=1.0, learn_scale=True),
@@ -33,7 +39,7 @@ def build(name, tune):
 
 
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
-@pytest.mark.parametrize("name", ["timm", "transformers"])
+@pytest.mark.parametrize("name", ["timm", "transformers", "open_clip"])
 def test_nothing_changes_before_the_first_step_and_only_the_chosen_part_in_it(name, tune):
     torch.manual_seed(0)
     plain = randomize(NETWORKS[name](num_classes=3)).eval()
