@@ -111,17 +111,17 @@ class LearnedScale(nn.Module):
 
 
 def lift_bottleneck(num_classes: int, blocks: int) -> int:
-    """LIFT's width: the power of two at or below C / 2L, at least 1.
+    """LIFT's width: the power of two at or below C / 2L, at least 4, since with one or two units all may be dead.
 
     Args:
         num_classes: C.
         blocks: L.
 
     Example:
-        >>> [lift_bottleneck(classes, 12) for classes in (100, 365, 1000, 8142)]
-        [4, 8, 32, 256]
+        >>> [lift_bottleneck(classes, 12) for classes in (3, 100, 365, 1000, 8142)]
+        [4, 4, 8, 32, 256]
     """
-    return 1 << max(0, (num_classes // (2 * blocks)).bit_length() - 1)
+    return max(4, 1 << max(0, (num_classes // (2 * blocks)).bit_length() - 1))
 
 
 def _first_linear(mlp: nn.Module) -> nn.Linear | None:

@@ -60,7 +60,7 @@ def test_clip(name, my_images, tiny_clip, monkeypatch):
     weights, biases = ([t for n, t in trained.items() if n.endswith(f"adapter.2.{k}")] for k in ("weight", "bias"))
     assert len(weights) == len(biases) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
     assert all(bias.any() for bias in biases)  # both start as 0
-    assert any(weight.any() for weight in weights)  # in some blocks the ReLU of a bottleneck of 1 may give 0
+    assert all(weight.any() for weight in weights)
     clip = open_clip.create_model(name, load_weights=False).eval()
     clip.load_state_dict(started)
     tokens = open_clip.get_tokenizer(name)([f"a photo of a {animal}." for animal in ("ant", "bee", "cat")])
