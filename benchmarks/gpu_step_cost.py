@@ -59,8 +59,8 @@ METHODS: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "SGD": lambda m: Plain(m),
     "SAM": lambda m: SAM(m),
     "ImbSAM, auto": lambda m: ImbSAM(m, COUNTS, eta=20),
-    "ImbSAM, batch": lambda m: ImbSAM(m, COUNTS, eta=20, context_rows="batch"),
     "ImbSAM, norm": lambda m: ImbSAM(m, COUNTS, eta=20, perturb="norm"),
+    "ImbSAM, batch": lambda m: ImbSAM(m, COUNTS, eta=20, context_rows="batch"),
 }
 MODES = ("eager", "captured", "compiled", "captured + compiled")
 

@@ -20,7 +20,7 @@ class WholeBatches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3 * 4 * 4, 100)
+        self.fc = nn.Sequential(nn.Linear(3 * 4 * 4, 100), nn.LayerNorm(100))
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) < BATCH:
@@ -34,12 +34,12 @@ def test_a_method_that_fails_ends_its_process_and_the_next_one_has_another(capsy
     rows = table({"tiny": size}, ["captured"], 3, torch.device("cpu"))
     assert [row["method"] for row in rows] == list(METHODS)
     failed = {row["method"]: row["failed"] for row in rows if "failed" in row}
-    assert failed == {"ImbSAM, auto": "RuntimeError: 8 rows"}
-    first, last = rows[0]["eager_sgd_ms"], rows[-1]["eager_sgd_ms"]
-    assert (len(first), len(last)) == (1, 2)  # the first process ended before it measured SGD again
+    assert failed == dict.fromkeys(("ImbSAM, auto", "ImbSAM, norm"), "RuntimeError: 8 rows")
+    first, second, last = (rows[i]["eager_sgd_ms"] for i in (0, 3, 4))
+    assert (len(first), len(second), len(last)) == (1, 1, 2)  # two processes ended before they measured SGD again
     printed = capsys.readouterr().out
     assert "| captured | ImbSAM, auto | RuntimeError: 8 rows | | | | |" in printed
-    beside = ", ".join(f"{ms:.2f}" for ms in first + last)
+    beside = ", ".join(f"{ms:.2f}" for ms in first + second + last)
     assert f"| captured | eager SGD beside them | {beside} | | | | |" in printed
 
 
