@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import re
 import sys
 
@@ -33,6 +34,9 @@ def user_message(error: BaseException | None) -> str | None:
             return " ".join(str(error).split())
         if isinstance(error, getattr(sys.modules.get("wandb"), "Error", ())):
             return f"trainer.logger is WandbLogger: {' '.join(str(error).split())} (offline: true needs no account)"
+        if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):  # torch's store of the processes' addresses
+            port = os.environ.get("MASTER_PORT")
+            return f"MASTER_PORT is {port}, which another program uses: start again, or set another"
         if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
             metric, *known = re.findall("`([^`]+)`", str(error).replace("`EarlyStopping`", ""))
             fix = did_you_mean(metric, known) or f"; choose one of {', '.join(known)}"

@@ -109,10 +109,10 @@ def run() -> None:
             signals.end_launched()
             sys.exit(128 + signals.received)
         line = user_message(error)
+        signals.end_launched()
         if line is None:
             raise
         print(f"imbsam: error: {line}", file=sys.stderr)
-        signals.end_launched()
         sys.exit(2)
     finally:
         signals.remove()

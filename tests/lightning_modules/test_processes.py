@@ -1,7 +1,12 @@
 """The command on several processes: the same weights on 1, 2 or 4, no repeats in evaluation, and interruption."""
 
 import csv
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from tests.training import RANKS, csv_rows
 
 pytestmark = pytest.mark.processes
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 ARGS = [*RANKS, "--trainer.callbacks+=test_processes.LookOnRank0", "--data.val_share=0.2"]
 
 
@@ -157,3 +163,22 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
     )
     said = answer["err"][answer["codes"].index(2)]
     assert any(line.format(root, i) in said for i in (0, 1, 10, 100, 101, 102)), said
+
+
+def test_a_taken_port_ends_all_processes_in_one_line(tmp_path):
+    """The second one would look for the first for half an hour, with the terminal in its hands."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        port = other.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_modules.cli", *RANKS, "--trainer.devices=2"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)},
+            capture_output=True,  # returns when no process holds the outputs any more
+            text=True,
+            check=False,
+            timeout=100,
+        )
+    assert done.returncode == 2, done
+    assert f"imbsam: error: MASTER_PORT is {port}, which another program uses" in done.stderr
+    assert "Traceback" not in done.stderr
