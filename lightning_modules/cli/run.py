@@ -105,11 +105,10 @@ def run() -> None:
             signals.end_launched()
         sys.exit(interrupted.exit_code)  # also with 0: no further seed is trained
     except Exception as error:
+        signals.end_launched()  # they would wait for this one
         if signals.received:  # another process stopped at once, and this one failed for lack of it
-            signals.end_launched()
             sys.exit(128 + signals.received)
         line = user_message(error)
-        signals.end_launched()
         if line is None:
             raise
         print(f"imbsam: error: {line}", file=sys.stderr)
