@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from imbsam import CCSAM, GSAM, SAM, SSESAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -120,14 +120,8 @@ class Counter:
         return self._all_reduce(*args, **kw)
 
 
-def start(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-
-
 def worker(rank: int, ranks: int, folder: str) -> None:
     """Train with every engine and setting, and keep the results."""
-    start(rank, ranks, folder)
     rows = slice(rank * ROWS, (rank + 1) * ROWS)
     found: dict[str, Any] = {}
     counter = Counter()
@@ -175,7 +169,6 @@ def worker(rank: int, ranks: int, folder: str) -> None:
         found["sync imbsam"] = state(net)
         found.update(single_checks(rank, mesh))
     torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
@@ -242,7 +235,7 @@ def single_checks(rank: int, mesh: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]]]:
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(ranks, str(folder)), nprocs=ranks)
+    run_ranks(worker, ranks, ranks, str(folder))
     return ranks, [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbsam import CCSAM, GSAM, SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain, SettingError, reference
 from imbsam.extra_passes import extra_pass_rows
 from tests.imbsam.capture.nets import captured
+from tests.ranks import run_ranks
 
 BATCH, CLASSES = 16, 3
 COUNTS = torch.tensor([[300, 200], [450, 50], [495, 5]])  # of 500 samples: without and with the class
@@ -230,20 +229,17 @@ def train(net: nn.Module, sam: ClassAwareSAM, rows: slice) -> list[Tensor]:
 
 
 def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
     for method in ("imbsam", "imbsam doubled", "focal_sam", "sam"):
         net = nn.parallel.DistributedDataParallel(network()[0])
         found[method] = train(net, METHODS[method](net, rho=0.3), slice(rank * BATCH // 2, (rank + 1) * BATCH // 2))
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.processes
 def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path: Path):
     """Rows 4, 5 and 9 are sharp, or 11, 12 and 0: on both ranks; in every third step none is."""
-    mp.start_processes(rank_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(rank_of_two, 2, str(tmp_path))
     for method, wanted in torch.load(tmp_path / "0.pt").items():
         net = network()[0]
         for p, q in zip(train(net, METHODS[method](net, rho=0.3), slice(None)), wanted, strict=True):

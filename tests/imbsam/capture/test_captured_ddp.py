@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from imbsam import SAM, ClassAwareSAM, FocalSAM, ImbSAM, Plain
 from imbsam.capture.captured_step import CapturedStep
 from imbsam.capture.graphs import DirectCalls
 from tests.imbsam.capture.nets import assert_same
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -71,17 +70,14 @@ def train(rank: int, name: str, own: bool) -> list[Any]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {name: [train(rank, name, own) for own in (True, False)] for name in ENGINES}
     torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    run_ranks(worker, 2, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
