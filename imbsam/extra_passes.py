@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -42,10 +43,19 @@ def context_of(context_rows: ContextRows, modules: Sequence[nn.Module], perturbs
 
 def normalises_over_rows(module: nn.Module) -> bool:
     """Whether it is BatchNorm in training mode; hand-written, scripted and exported ones are told by their buffers."""
-    name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
-    if not module.training or isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
+    if not module.training:
+        return False
+    name = class_name(module)
+    if isinstance(module, _InstanceNorm) or "InstanceNorm" in name or "Frozen" in name:
         return False
     return isinstance(module, _BatchNorm) or "BatchNorm" in name or averages_over_rows(module)
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of its class; of a scripted module, of the class that was scripted."""
+    kind = type(module)
+    # asking every module for `original_name` takes as long as a pass of a small net
+    return str(module.original_name) if hasattr(kind, "original_name") else kind.__name__
 
 
 def averages_over_rows(module: nn.Module) -> bool:
@@ -76,9 +86,10 @@ def extra_pass_rows(sharp: Sequence[int], batch_size: int, context_rows: int) ->
     fill = min(batch_size, pass_size(len(sharp) + context_rows)) - len(sharp)
     if fill == 0:
         return list(sharp)
-    is_sharp = set(sharp)
-    others = [row for row in range(batch_size) if row not in is_sharp]
-    return [*sharp, *(others[i * len(others) // fill] for i in range(fill))]
+    is_other = np.ones(batch_size, dtype=bool)
+    is_other[list(sharp)] = False
+    others = np.flatnonzero(is_other)
+    return [*sharp, *others[np.arange(fill) * len(others) // fill].tolist()]
 
 
 def pass_size(rows: int) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from imbsam.errors import SettingError
+from imbsam.extra_passes import class_name
 
 Perturb = Literal["all", "norm", "classifier"] | Sequence[str]
 """Which trained parameters are perturbed: a kind of them, or the names of layers or parameters."""
@@ -69,7 +70,7 @@ def _own(modules: "Sequence[nn.Module] | filter[nn.Module]") -> set[int]:
 
 def is_normalisation(module: nn.Module) -> bool:
     """By its name too: timm's, torchvision's and hand-written ones are not torch's classes."""
-    name = getattr(module, "original_name", type(module).__name__)  # a scripted module's
+    name = class_name(module)
     return "Norm" in name or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
 
 

@@ -1,6 +1,5 @@
 """The perturbation e; ascend from the weights w to w + e, and restore w bit for bit."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -35,7 +34,7 @@ def perturbation(g: Sequence[Tensor], rho: float | Tensor, *, weights: Sequence[
         torch._foreach_mul_(local, sizes)
     scale = norm.reciprocal() * (rho.to(norm.dtype) if isinstance(rho, Tensor) else rho)
     # no Python branch on the norm: that would wait for the GPU
-    return _scaled(local, scale, ~((scale > 0) & (scale < math.inf)))
+    return _scaled(local, torch.nan_to_num(scale, nan=0.0, posinf=0.0))
 
 
 class Ascent:
@@ -83,8 +82,8 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 
-def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Tensor]:
-    """Copies of the tensors times `scale`, or 0 if `zeroed`, as views of one flat tensor per device and dtype."""
+def _scaled(tensors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """Copies of the tensors times `scale`, 0 where that is 0, as views of one flat tensor per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         groups.setdefault((t.device, t.dtype), []).append(i)
@@ -92,7 +91,8 @@ def _scaled(tensors: Sequence[Tensor], scale: Tensor, zeroed: Tensor) -> list[Te
     for (device, _), members in groups.items():
         dense = [_dense(tensors[i]) for i in members]
         flat = torch.cat([t.as_strided((t.numel(),), (1,)) for t in dense])
-        flat.mul_(scale.to(device)).masked_fill_(zeroed.to(device), 0.0)  # filled, not multiplied: 0 * inf is nan
+        factor = scale.to(device)
+        flat.mul_(factor).masked_fill_(factor == 0, 0.0)  # filled, not multiplied: 0 * inf is nan
         offset = 0
         for i, t in zip(members, dense, strict=True):
             copies[i] = flat.as_strided(t.shape, t.stride(), offset)

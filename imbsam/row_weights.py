@@ -28,10 +28,13 @@ def class_vector(name: str, values: Tensor | Sequence[float] | float, of: str = 
     return vector
 
 
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Refuse a label outside 0..num_classes - 1."""
-    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
-        wrong = min(labels) if min(labels) < 0 else max(labels)
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse a label outside 0..num_classes - 1; `labels` are integers (B,) on the CPU."""
+    if not len(labels):
+        return
+    low, high = labels.numpy().min(), labels.numpy().max()
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
         raise SettingError(
             f"targets holds the label {wrong}: with {num_classes} classes, labels run from 0 to {num_classes - 1}"
         )
@@ -56,10 +59,9 @@ def per_loss(name: str, vector: Tensor, targets: Tensor) -> Tensor:
             "multi-label: give integers 0 and 1 of shape (B, C)"
         )
     if targets.dim() == 1 and not targets.is_floating_point():
-        labels = targets.tolist()
         if vector.dim() == 0:
-            return vector.expand(len(labels))
-        check_labels(labels, len(vector))
+            return vector.expand(len(targets))
+        check_labels(targets, len(vector))
         return vector[targets.long()]
     if targets.dim() == 2 and targets.is_floating_point():
         if vector.dim() == 1 and targets.shape[1] != len(vector):

@@ -236,7 +236,7 @@ class LongTailedClassifier(FineTunedModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the targets."""
         if not self.trainer.predicting and self.class_counts is not None and batch[1].dim() == 1:
-            check_labels(batch[1].tolist(), len(self.class_counts))
+            check_labels(batch[1].cpu(), len(self.class_counts))
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:

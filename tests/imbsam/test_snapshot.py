@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imbsam import SAM, SSESAM, FocalSAM, ImbSAM, SettingError, reference
 from imbsam.extra_passes import AUTO_CONTEXT_ROWS
+from imbsam.snapshot import RandomState
 
 COUNTS = [200, 60, 15, 4]
 Y = torch.tensor(([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2) * 4)
@@ -250,3 +251,36 @@ def test_activation_checkpointing_with_some_parameters_perturbed(method, perturb
     sam.backward(lambda rows: losses(rows, checkpointed=False), y)
     for g, p in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, rtol=0, atol=1e-7)
+
+
+@pytest.fixture
+def numpys_generator() -> Iterator[None]:
+    generator, state = np.random.get_bit_generator(), np.random.get_state()  # noqa: NPY002
+    yield
+    np.random.set_bit_generator(generator)
+    np.random.set_state(state)  # noqa: NPY002
+
+
+def draws_again(state: RandomState, draw: Callable[[], float]) -> bool:
+    first = draw()
+    state.restore()
+    return draw() == first
+
+
+def test_numpys_second_normal_of_a_pair_is_drawn_again(numpys_generator):
+    """Drawing it moves no word of the generator: a state with it and one without differ in nothing else."""
+    np.random.standard_normal()  # noqa: NPY002
+    with_second = np.random.get_state()  # noqa: NPY002
+    np.random.standard_normal()  # noqa: NPY002
+    RandomState(set())
+    np.random.set_state(with_second)  # noqa: NPY002
+    assert draws_again(RandomState(set()), np.random.standard_normal)
+
+
+def test_numpys_generator_may_be_of_another_kind(numpys_generator):
+    np.random.set_bit_generator(np.random.PCG64(0))
+    state = RandomState(set())
+    assert not state.host_moved()
+    assert draws_again(state, np.random.random)
+    np.random.random()  # noqa: NPY002
+    assert state.host_moved()
