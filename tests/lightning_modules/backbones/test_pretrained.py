@@ -225,6 +225,41 @@ def test_a_repository_without_a_network_is_one_line(caplog):
 
 
 @pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("text", "ask", "says"),
+    [
+        (
+            {"hf_tokenizer_name": "a/tokenizer"},
+            lambda choice: choice.text_features(["a dog"], None),
+            "head_init is TextFeatures, and the tokenizer or text tower of clip-of-the-hub cannot be read",
+        ),
+        (
+            {"hf_model_name": "a/text"},
+            lambda choice: choice(num_classes=2),
+            "backbone.name is clip-of-the-hub: building it takes files of the hub",
+        ),
+    ],
+    ids=["tokenizer", "tower"],
+)
+def test_a_clip_whose_text_is_of_the_hub_is_one_line_without_a_network(text, ask, says, tmp_path, caplog, capfd):
+    import open_clip
+
+    tower = {"image_size": 16, "patch_size": 4, "layers": 1, "width": 16, "head_width": 8}
+    text = {"vocab_size": 99, "layers": 1, "width": 16, "heads": 2, **text}
+    config = tmp_path / "clip-of-the-hub.json"
+    config.write_text(json.dumps({"embed_dim": 8, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    choice, start = OpenCLIP("clip-of-the-hub"), time.monotonic()
+    with pytest.raises(SettingError, match=rf"{says}.* \(https://huggingface.co cannot be reached, and the") as error:
+        ask(choice)
+    assert one_line(error)
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+    out, err = capfd.readouterr()
+    assert "Retrying" not in out + err
+
+
+@pytest.mark.usefixtures("no_network")
 def test_without_a_network_the_hubs_cache_serves(tmp_path, monkeypatch):
     snapshot = hf_vit_folder(tmp_path / "models--a--vit/snapshots/0123456789abcdef0123456789abcdef01234567")
     (tmp_path / "models--a--vit/refs").mkdir()
