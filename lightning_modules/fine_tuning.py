@@ -18,6 +18,7 @@ from lightning_modules.factories import restore
 from lightning_modules.tuning import frozen_weights
 from lightning_modules.tuning.choice import Tuning
 from lightning_modules.tuning.head_init import HeadInit
+from lightning_modules.weight_files import FROZEN_WEIGHTS
 
 
 class FineTunedModule(SharpnessAwareModule):
@@ -194,7 +195,7 @@ def complete(checkpoint: dict[str, Any], weights: str | None = None) -> None:
     Raises:
         SettingError: they are not there any more, or are others.
     """
-    if frozen_weights.KEY not in checkpoint:
+    if FROZEN_WEIGHTS not in checkpoint:
         return
     settings = checkpoint["hyper_parameters"]
     backbone, head, tune = (restore(settings[name]) for name in ("backbone", "head", "tune"))

@@ -164,6 +164,40 @@ def test_other_frozen_weights_and_none_are_refused(vit_file, tmp_path):
         fit(model(None, tune=tune))
 
 
+@pytest.mark.parametrize(
+    ("tune", "says"),
+    [
+        (
+            LoRA(rank=2),
+            r"a checkpoint with layers of LoRA or AdaptFormer, .* or start from its own backbone_weights, .*vit\.pth",
+        ),
+        (
+            AdaptFormer(bottleneck=4, save_frozen=False),
+            "a checkpoint with layers of LoRA or AdaptFormer, which this setting cannot add: ",
+        ),
+        (LastBlocks(n=1, save_frozen=False), r"a checkpoint of the trained part alone \(tune.save_frozen is false\): "),
+    ],
+    ids=["lora", "adapters_alone", "blocks_alone"],
+)
+def test_weights_of_a_tuned_part_are_one_line_with_the_reason(tune, says, vit_file, tmp_path):
+    first = model(vit_file, tune=tune)
+    fit(first, max_steps=1).save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(SettingError, match=rf"backbone_weights is .*first\.ckpt: {says}") as error:
+        fit(model(tmp_path / "first.ckpt"))
+    assert "\n" not in str(error.value)
+    assert "resume that run with --ckpt_path" in str(error.value)
+
+
+def test_a_file_with_adapters_is_one_line_too(vit_file, tmp_path):
+    first = model(vit_file, tune=LoRA(rank=2))
+    fit(first, max_steps=1)
+    torch.save(first.backbone.state_dict(), tmp_path / "lora.pth")
+    with pytest.raises(
+        SettingError, match=r"lora\.pth: a file with layers of LoRA or AdaptFormer, which this .*: name a file without"
+    ):
+        fit(model(tmp_path / "lora.pth"))
+
+
 def test_a_checkpoint_with_all_weights_needs_no_file(vit_file, tmp_path):
     copy = tmp_path / "copy.pth"
     copy.write_bytes(vit_file.read_bytes())
