@@ -260,5 +260,5 @@ def test_trees_have_no_network_to_export(imbsam, tmp_path):
     few = ["--data.max_rows=500", "--data.val_share=0.3", "--model.detector.trees=2"]
     checkpoint = trained(tmp_path, *anomaly("boosting", "sgd"), *few)
     code, _, err = imbsam("export", "--ckpt_path", checkpoint, "--path=model.pt2")
-    line = "the detector is Boosting, which has no network to export: score with imbsam predict, or train a detector with"
+    line = "the detector is Boosting, which has no network to export: score with imbsam predict, or train a detector"
     assert (code, line in err.splitlines()[-1]) == (2, True), err
