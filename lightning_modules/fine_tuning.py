@@ -53,7 +53,7 @@ class FineTunedModule(SharpnessAwareModule):
         self.head_init_factory: HeadInit | None = restore(head_init)
         self.gradient_checkpointing = gradient_checkpointing
         self.preprocessing: dict[str, Any] = {}
-        """Image size, mean and std that the backbone's weights were trained on, as far as they are known."""
+        """Image size, mean and std that the weights were trained on, as far as they are known."""
         self._missing: MissingWeights | None = None
         self._resumed = False
         self._left_out: tuple[list[str], str] | None = None
@@ -92,9 +92,9 @@ class FineTunedModule(SharpnessAwareModule):
                 pretrained = read_weights(weights, self.backbone_factory)
                 copy_weights(network, pretrained, self.class_names)
                 self.preprocessing = pretrained.preprocessing()
+                self._set_preprocessing(self.data)
             except MissingWeights as error:
                 self._missing = error
-        self.hand_over_preprocessing()
         if self.tune_factory is not None:
             if not self.tune_factory.save_frozen and weights is None:
                 raise SettingError(
@@ -119,13 +119,17 @@ class FineTunedModule(SharpnessAwareModule):
         return network
 
     def hand_over_preprocessing(self, data: Any = None) -> None:
-        """Let the data use the model's image size, mean and std, unless their settings say otherwise.
+        """Let the data use the model's image size, mean and std, unless they do or their settings say otherwise.
 
         Args:
             data: a DataModule; default: the Trainer's.
         """
         data = self.data if data is None else data
-        if self.preprocessing and data is not None:
+        if getattr(data, "used_preprocessing", None) != self.preprocessing:
+            self._set_preprocessing(data)
+
+    def _set_preprocessing(self, data: Any) -> None:
+        if self.preprocessing and data is not None and not getattr(data, "holds_features", False):
             if (use := getattr(data, "use_preprocessing", None)) is not None:
                 use(**self.preprocessing)
             else:
@@ -150,9 +154,10 @@ class FineTunedModule(SharpnessAwareModule):
             raise self._missing
 
     def on_fit_start(self) -> None:
-        """Refuse to train without the weights, and set the classifier's."""
+        """Refuse to train without the weights, set the classifier's, and learn what the images are."""
         self.refuse_missing_weights()
         super().on_fit_start()
+        self.preprocessing = getattr(self.data, "used_preprocessing", None) or self.preprocessing
         if self.head_init_factory is not None and not self._resumed:
             self.head_init_factory.apply(self)
 

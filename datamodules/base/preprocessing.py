@@ -33,6 +33,9 @@ class PreprocessingSettings:
         std: the same.
         default: the data set's.
 
+    Attributes:
+        used: what holds, since the last call of :meth:`resolve`.
+
     Raises:
         SettingError: a setting is out of range.
     """
@@ -55,6 +58,7 @@ class PreprocessingSettings:
             raise SettingError(f"std is {list(std)}: give numbers above 0")
         self._set = {"image_size": image_size, "mean": mean, "std": std}
         self._default = default
+        self.used = self.resolve()
 
     def resolve(
         self,
@@ -74,17 +78,21 @@ class PreprocessingSettings:
             model["mean"] = model["std"] = None
         values, own = {}, []
         for name, default in vars(self._default).items():
-            chosen = next(v for v in (self._set[name], model[name], default) if v is not None)
-            values[name] = tuple(chosen) if isinstance(chosen, Sequence) else chosen
-            if self._set[name] is not None and model[name] is not None:
+            theirs = _plain(model[name])
+            values[name] = _plain(next(v for v in (self._set[name], theirs, default) if v is not None))
+            if self._set[name] is not None and values[name] != theirs:
                 own.append(f"data.{name}")
-        found = Preprocessing(**values)  # type: ignore[arg-type]
+        self.used = found = Preprocessing(**values)  # type: ignore[arg-type]
         if any(value is not None for value in model.values()):
             said = f", except {' and '.join(own)}, which {'is' if len(own) == 1 else 'are'} set" if own else ""
             numbers = (", ".join(f"{v:.3g}" for v in part) for part in (found.mean, found.std))
             rank_zero_info(
-                "images: {} pixels, mean ({}), std ({}): as the pretrained model had them{}".format(
+                "images: {} pixels, mean ({}), std ({}): as the model was trained{}".format(
                     found.image_size, *numbers, said
                 )
             )
         return found
+
+
+def _plain(value: int | Sequence[float] | None) -> int | tuple[float, ...] | None:
+    return tuple(value) if isinstance(value, Sequence) else value

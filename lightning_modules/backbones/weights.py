@@ -46,7 +46,7 @@ class PretrainedWeights:
     def preprocessing(self) -> dict[str, Any]:
         """Image size, mean and std that they were trained on, see :meth:`LibraryNetwork.preprocessing`; {} if unknown.
 
-        A checkpoint has those that its training took over; none if that began with random weights.
+        A checkpoint has those of its training's images.
         """
         library = self.backbone if isinstance(self.backbone, LibraryNetwork) else None
         if self.checkpoint is None:

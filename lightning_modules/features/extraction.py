@@ -140,14 +140,15 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
     """
     description = extraction.description()
     key = digest({json.dumps(description, sort_keys=True): torch.empty(0)})[:12]
-    data, model = type(extraction.data).__name__, extraction.model
-    path = folder / f"{data.removesuffix('DataModule')}_{_network_name(model)}_{key}.npz"
+    data, model = extraction.data, extraction.model
+    path = folder / f"{type(data).__name__.removesuffix('DataModule')}_{_network_name(model)}_{key}.npz"
     if path.exists():
         read_features(path)
         print(f"features: {path}, computed before")
     else:
         parts = extraction.parts()
-        write_features(path, parts, description)
+        # not in the hash, which is of the images themselves
+        write_features(path, parts, {**description, "preprocessing": getattr(data, "used_preprocessing", None)})
         sizes = ", ".join(f"{len(part.labels):,} {name}" for name, part in parts.items())
         copies = f" and {extraction.copies} augmented copies" if extraction.copies else ""
         length = parts["test"].features.shape[-1]

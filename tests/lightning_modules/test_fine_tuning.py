@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from imbsam import GSAM, SAM, ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
-from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace
+from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace, Timm
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.factories import restore
@@ -390,20 +390,52 @@ def test_a_second_stage_builds_on_a_tuned_first_one(vit_file, tmp_path):
 
 
 def test_a_checkpoint_of_imbsam_is_read_with_its_own_preprocessing(imbsam, image_folder_root, tmp_path, caplog):
-    """Which is none where the first training began with random weights, on the images as the data set has them."""
-    network = ["--model.backbone=Torchvision", "--model.backbone.name=resnet18"]
+    """With the size that was set, from random weights as from pretrained ones; a setting still wins."""
+    network = ["--model.backbone=Timm", "--model.backbone.name=test_resnet"]
     data = [f"--data.root={image_folder_root}", "--data.val_share=0", "--data.num_workers=0", "--data.batch_size=4"]
     few = [f"--trainer.limit_{part}_batches=1" for part in ("train", "test")]
     run = ["fit", *configs("data/image_folder"), *network, *data, *few, "--trainer.max_epochs=1"]
-    code, _, err = imbsam(*run, "--data.image_size=32")
-    assert code == 0, err
-    (first,) = tmp_path.glob("logs/**/last.ckpt")
+
+    def fitted(*more):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+            code, _, err = imbsam(*run, *more)
+        assert code == 0, err
+        checkpoint = max(tmp_path.glob("logs/**/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        return checkpoint, torch.load(checkpoint, weights_only=True)["preprocessing"]["image_size"]
+
+    first, size = fitted("--data.image_size=32")
+    assert size == 32
+    assert "images: " not in caplog.text  # as the data set has them
+    second, size = fitted(f"--model.backbone_weights={first}")
+    assert size == 32
+    assert "its classifier too: fc.weight, fc.bias, for the same classes" in caplog.text
+    assert "images: 32 pixels, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225): as the model was trained" in (
+        caplog.text
+    )
+    _, size = fitted(f"--model.backbone_weights={second}", "--data.image_size=40")
+    assert size == 40
+    assert "except data.image_size, which is set" in caplog.text
+
+
+def test_a_size_that_was_set_is_the_checkpoints(tmp_path, caplog):
+    """Not that of the library's configuration; for a test on other data too."""
+    choice = Timm("test_resnet")
+    torch.save(choice(num_classes=3).state_dict(), tmp_path / "published.pth")
+    trainer = fit(module := model(tmp_path / "published.pth", choice), data=TinyImages(image_size=24))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    mean, std = (choice.preprocessing("")[name] for name in ("mean", "std"))
+    saved = torch.load(tmp_path / "own.ckpt", weights_only=True)["preprocessing"]
+    assert saved == {"image_size": 24, "mean": tuple(mean), "std": tuple(std)}
+    for tested, ckpt_path in ((module, None), (model(None, choice), tmp_path / "own.ckpt")):
+        other = TinyImages()
+        quiet_trainer().test(tested, other, ckpt_path=ckpt_path, verbose=False)
+        assert other.eval_collate.image_size == 24
     caplog.clear()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        code, _, err = imbsam(*run, "--data.image_size=32", f"--model.backbone_weights={first}")
-    assert code == 0, err
-    assert "its classifier too: fc.weight, fc.bias, for the same classes" in caplog.text
-    assert "as the pretrained model had them" not in caplog.text
+        same = TinyImages(image_size=24, mean=mean, std=std)
+        quiet_trainer().test(model(None, choice), same, ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert "images: " not in caplog.text  # nothing to take over
 
 
 def test_a_checkpoints_preprocessing_is_handed_on(tmp_path):

@@ -38,9 +38,7 @@ def test_image_files_take_the_models(folder, before_setup, caplog):
         batches(data)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         data.use_preprocessing(**MODEL)
-    assert (
-        "images: 20 pixels, mean (0.5, 0.5, 0.5), std (0.4, 0.5, 0.6): as the pretrained model had them" in caplog.text
-    )
+    assert "images: 20 pixels, mean (0.5, 0.5, 0.5), std (0.4, 0.5, 0.6): as the model was trained" in caplog.text
     assert "except data.mean, which is set" in caplog.text
     for loader in (batches(data).train_dataloader(), data.test_dataloader(), data.train_eval_dataloader()):
         images, labels = next(iter(loader))
