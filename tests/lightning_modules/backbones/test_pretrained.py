@@ -362,6 +362,20 @@ def test_preprocessing_is_the_models(hf_folder, tiny_clip):
     assert clip["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
 
 
+def test_a_folder_without_a_preprocessor_says_so(tmp_path):
+    folder = hf_vit_folder(tmp_path / "vit")
+    of_kind, weights = HuggingFace("vit", HF_VIT), str(folder / "model.safetensors")
+    assert of_kind.preprocessing(weights)["mean"] == [0.4] * 3  # beside the file
+    (folder / "preprocessor_config.json").unlink()
+    for choice, source in ((HuggingFace(str(folder)), "pretrained"), (HuggingFace("vit", HF_VIT), str(folder))):
+        with pytest.warns(
+            UserWarning, match=r"preprocessor_config\.json of .*vit cannot be read \(.*data's mean"
+        ) as seen:
+            assert choice.preprocessing(source) == {"image_size": 16}
+        assert len(seen) == 1
+        assert "\n" not in str(seen[0].message)
+
+
 @pytest.mark.parametrize(
     "choice",
     [
