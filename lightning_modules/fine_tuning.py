@@ -1,5 +1,6 @@
 """Training that starts from a pretrained network: its weights, what of it is trained, its image size."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_modules.backbones.activation_checkpoints import checkpoint_blocks
 from lightning_modules.backbones.heads import HeadCallable, classifier_name
 from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.network import BackboneCallable, create_network
-from lightning_modules.backbones.weights import copy_weights, load_weights, read_weights
+from lightning_modules.backbones.weights import PretrainedWeights, copy_weights, read_weights
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.factories import restore
 from lightning_modules.tuning import frozen_weights
@@ -85,16 +86,17 @@ class FineTunedModule(SharpnessAwareModule):
             num_classes: number of logits.
             weights: where they are; None for random ones.
         """
-        network = create_network(self.backbone_factory, num_classes, self.head_factory)
+        network, pretrained = create_network(self.backbone_factory, num_classes, self.head_factory), None
         if weights is not None and self.fitting:
             # a run that resumes does not need the weights, which may be gone; it loads its checkpoint later
             try:
                 pretrained = read_weights(weights, self.backbone_factory)
-                copy_weights(network, pretrained, self.class_names)
-                self.preprocessing = pretrained.preprocessing()
-                self._set_preprocessing(self.data)
             except MissingWeights as error:
                 self._missing = error
+        start(network, pretrained, self.tune_factory, self.class_names)
+        if pretrained is not None:
+            self.preprocessing = pretrained.preprocessing()
+            self._set_preprocessing(self.data)
         if self.tune_factory is not None:
             if not self.tune_factory.save_frozen and weights is None:
                 raise SettingError(
@@ -104,7 +106,6 @@ class FineTunedModule(SharpnessAwareModule):
                 raise SettingError(
                     "tune.save_frozen is false, and the strategy saves the shards of all weights: set it to true"
                 )
-            self.tune_factory.apply(network)
             self.tune_factory.set_modes(network)
             if self.fitting:
                 self.tune_factory.cast_frozen(network, str(self.trainer.precision))
@@ -190,6 +191,32 @@ class FineTunedModule(SharpnessAwareModule):
         complete(checkpoint, getattr(self.settings, "backbone_weights", None))
 
 
+def start(
+    network: nn.Module,
+    pretrained: PretrainedWeights | None,
+    tune: Tuning | None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Load the weights that a training starts from, and freeze what it does not train.
+
+    Args:
+        network: changed in place.
+        pretrained: its weights; with those of adapters, if another training has added them by the same ``tune``.
+        tune: what is trained; None for everything.
+        class_names: see :func:`~lightning_modules.backbones.weights.copy_weights`.
+
+    Raises:
+        SettingError: the weights do not fit, or the network has nothing that ``tune`` could train.
+    """
+    adapted = pretrained is not None and pretrained.adapted and tune is not None
+    if tune is not None and adapted:
+        tune.apply(network)
+    if pretrained is not None:
+        copy_weights(network, pretrained, class_names)
+    if tune is not None and not adapted:
+        tune.apply(network)
+
+
 def complete(checkpoint: dict[str, Any], weights: str | None = None) -> None:
     """Put the frozen weights back into a checkpoint that was saved without them.
 
@@ -207,6 +234,5 @@ def complete(checkpoint: dict[str, Any], weights: str | None = None) -> None:
     source = weights or settings["backbone_weights"]
     with torch.random.fork_rng(devices=[]):
         network = create_network(backbone, len(checkpoint["class_counts"]), head)
-        load_weights(network, source, backbone)
-        tune.apply(network)
+        start(network, read_weights(source, backbone), tune)
     frozen_weights.put_back(checkpoint, network, tune.frozen_tensors(network), source)

@@ -39,6 +39,11 @@ class PretrainedWeights:
     checkpoint: Mapping[str, Any] | None = None
 
     @property
+    def adapted(self) -> bool:
+        """Whether LoRA or AdaptFormer have added some of them."""
+        return any(map(is_adapter, self.tensors))
+
+    @property
     def of_library(self) -> bool:
         """Whether they are the library's own."""
         return _is_pretrained(self.source)
@@ -173,18 +178,16 @@ def _refused_classifier(
 def _refuse_tuned_part(unknown: Iterable[str], pretrained: PretrainedWeights) -> None:
     """Say that weights do not fit because a training with ``tune`` has left or added some."""
     saved = pretrained.checkpoint or {}
-    resume = "resume that run with --ckpt_path" if saved else "name a file without them"
-    if any(map(is_adapter, unknown)):
-        base = saved.get("hyper_parameters", {}).get("backbone_weights")
-        fix = f"{resume}, or start from its own backbone_weights, {base}" if base else resume
-        raise SettingError(
-            f"backbone_weights is {pretrained.source}: a {'checkpoint' if saved else 'file'} with layers of LoRA or "
-            f"AdaptFormer, which this setting cannot add: {fix}"
-        )
     if FROZEN_WEIGHTS in saved:
         raise SettingError(
             f"backbone_weights is {pretrained.source}: a checkpoint of the trained part alone (tune.save_frozen is "
-            f"false): {resume}, or let a run save all weights (tune.save_frozen: true)"
+            "false): resume that run with --ckpt_path, or let a run save all weights (tune.save_frozen: true)"
+        )
+    if any(map(is_adapter, unknown)):
+        base = saved.get("hyper_parameters", {}).get("backbone_weights")
+        raise SettingError(
+            f"backbone_weights is {pretrained.source}, which has layers of LoRA or AdaptFormer: set model.tune as in "
+            f"the run that trained them{f', or start from what it started from, {base}' if base else ''}"
         )
 
 

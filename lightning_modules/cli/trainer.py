@@ -244,6 +244,8 @@ class CommandTrainer(Trainer):
         datamodule.setup("fit")
         model.learn_from_data("fit")
         weights = ckpt_path or model.settings.get("backbone_weights")
+        if ckpt_path is None:
+            model.tune_factory = None  # nothing is trained here, and new adapters do nothing
         model.configure_model()
         if ckpt_path is not None:
             checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)

@@ -14,7 +14,7 @@ from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.features.files import Features, read_features, write_features
 from imbsam.errors import SettingError
 from lightning_modules.features.weights import weights_digest
-from lightning_modules.weight_files import digest
+from lightning_modules.weight_files import digest, is_adapter
 
 AS_USED = ("root", "num_workers", "batch_size", "eval_batch_size", "predict", "sampling", "mixup", "cutmix")
 """Settings of the data that features without augmentation do not depend on: where they are, and how they are drawn."""
@@ -154,7 +154,8 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
         length = parts["test"].features.shape[-1]
         print(f"features: {path}: {length} of each of {sizes}{copies}; {path.stat().st_size / 1e6:,.1f} MB")
     piece = path.with_suffix(".yaml")
-    given = ("backbone", "head", "many", "few")
+    adapted = any(map(is_adapter, model.backbone.state_dict()))
+    given = ("backbone", "head", "many", "few", *(("tune",) if adapted else ()))
     choices = {name: model.hparams[name] for name in given if model.hparams.get(name) is not None}
     settings = {**choices, **({"backbone_weights": weights} if weights else {})}
     content = {
