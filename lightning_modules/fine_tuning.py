@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from imbsam import SettingError
 from lightning_modules.backbones.activation_checkpoints import checkpoint_blocks
 from lightning_modules.backbones.heads import HeadCallable, classifier_name
-from lightning_modules.backbones.library import MissingWeights
+from lightning_modules.backbones.library import LibraryNetwork, MissingWeights
 from lightning_modules.backbones.network import BackboneCallable, create_network
 from lightning_modules.backbones.weights import PretrainedWeights, copy_weights, read_weights
 from lightning_modules.base import SharpnessAwareModule
@@ -158,9 +158,20 @@ class FineTunedModule(SharpnessAwareModule):
         """Refuse to train without the weights, set the classifier's, and learn what the images are."""
         self.refuse_missing_weights()
         super().on_fit_start()
+        self._warn_of_random_weights()
         self.preprocessing = getattr(self.data, "used_preprocessing", None) or self.preprocessing
         if self.head_init_factory is not None and not self._resumed:
             self.head_init_factory.apply(self)
+
+    def _warn_of_random_weights(self) -> None:
+        if self.tune_factory is None or self._resumed or self.settings.get("backbone_weights") is not None:
+            return
+        frozen = any(not parameter.requires_grad for parameter in self.backbone.parameters())
+        if frozen and isinstance(self.backbone_factory, LibraryNetwork):  # a network of the user's may load its own
+            rank_zero_warn(
+                f"tune is {type(self.tune_factory).__name__} and backbone_weights is null: the frozen weights are "
+                "random; set model.backbone_weights, to pretrained for the library's own"
+            )
 
     def parameter_groups(self) -> Any:
         """The trained parameters by learning rate."""

@@ -15,7 +15,7 @@ from imbsam.errors import SettingError
 from imbsam.messages import first_sentence
 from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import HuggingFaceTower, LogitsOfOutput
-from lightning_modules.backbones.library import LibraryNetwork, tag_of
+from lightning_modules.backbones.library import LibraryNetwork, check_text_weights, tag_of
 
 __all__ = ["HuggingFace"]
 
@@ -166,8 +166,8 @@ class HuggingFace(LibraryNetwork):
         """Of CLIP's text tower, from the folder or repository that the weights are from."""
         if self._configuration().model_type != "clip":
             return super().text_features(prompts, weights)
-
-        from_hub = weights is None or weights.partition(":")[0] == "pretrained"
+        check_text_weights(weights)
+        from_hub = str(weights).partition(":")[0] == "pretrained"
         source = self.name if from_hub or not Path(str(weights)).is_dir() else str(weights)
         options = {} if (tag := tag_of(weights)) is None else {"revision": tag}
         hf = _transformers()

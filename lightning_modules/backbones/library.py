@@ -263,6 +263,22 @@ class Timm(LibraryNetwork):
         return {"image_size": size, "mean": list(config.mean), "std": list(config.std)}
 
 
+def check_text_weights(weights: str | None) -> None:
+    """Refuse text features of random weights.
+
+    Args:
+        weights: the setting ``backbone_weights``.
+
+    Raises:
+        SettingError: it is None.
+    """
+    if weights is None:
+        raise SettingError(
+            "head_init is TextFeatures and backbone_weights is null: set model.backbone_weights, or the text features "
+            "are those of random weights"
+        )
+
+
 def tag_of(weights: str | None) -> str | None:
     """The tag in ``pretrained:TAG``, None for anything else."""
     source, _, tag = str(weights).partition(":")

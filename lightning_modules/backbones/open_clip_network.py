@@ -12,7 +12,7 @@ from imbsam.errors import SettingError
 from imbsam.messages import first_sentence
 from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import ImageTower
-from lightning_modules.backbones.library import LibraryNetwork, tag_of
+from lightning_modules.backbones.library import LibraryNetwork, check_text_weights, tag_of
 from lightning_modules.backbones.weights import read_weights
 
 __all__ = ["OpenCLIP"]
@@ -115,6 +115,7 @@ class OpenCLIP(LibraryNetwork):
     def text_features(self, prompts: Sequence[str], weights: str | None) -> Tensor:
         """Of the text tower, whose weights are in the same file or under the same tag."""
         self._check_name()
+        check_text_weights(weights)
         tag = tag_of(weights)
         try:
             model, tokenize = self._model(tag).eval(), self._tokenizer()
@@ -123,8 +124,8 @@ class OpenCLIP(LibraryNetwork):
                 f"head_init is TextFeatures, and the tokenizer or text tower of {self.name} cannot be read "
                 f"({first_sentence(error)})"
             ) from error
-        if weights is not None and tag is None:
-            found = read_weights(weights, self).tensors
+        if tag is None:
+            found = read_weights(str(weights), self).tensors
             own = model.state_dict()
             text = {n: found[n] for n in own if n in found and found[n].shape == own[n].shape}
             if missing := [n for n in own if not n.startswith(("visual.", "logit_")) and n not in text]:

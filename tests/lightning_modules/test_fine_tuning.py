@@ -1,6 +1,7 @@
 """Trainings that start from a pretrained network: what moves, what a checkpoint holds, how they are resumed."""
 
 import logging
+import warnings
 from functools import partial
 
 import pytest
@@ -325,6 +326,14 @@ def test_the_data_take_the_models_preprocessing_and_the_checkpoint_keeps_it(tmp_
     again = model(folder, restore(saved["hyper_parameters"]["backbone"]), tune=HeadOnly(), sam=Plain)
     quiet_trainer().test(again, data, ckpt_path=tmp_path / "own.ckpt", verbose=False)
     assert data.eval_collate.mean.flatten().tolist() == pytest.approx([0.4 * 255] * 3)
+
+
+def test_frozen_weights_that_are_random_are_a_warning(vit_file):
+    for file, tune, warns in ((None, HeadOnly(), True), (vit_file, HeadOnly(), False), (None, All(), False)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(model(file, tune=tune), max_steps=1)
+        assert any("tune is HeadOnly and backbone_weights is null" in str(w.message) for w in seen) == warns
 
 
 def test_random_weights_leave_the_data_as_they_are():

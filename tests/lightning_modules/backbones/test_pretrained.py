@@ -230,7 +230,7 @@ def test_a_repository_without_a_network_is_one_line(caplog):
     [
         (
             {"hf_tokenizer_name": "a/tokenizer"},
-            lambda choice: choice.text_features(["a dog"], None),
+            lambda choice: choice.text_features(["a dog"], "clip.pt"),
             "head_init is TextFeatures, and the tokenizer or text tower of clip-of-the-hub cannot be read",
         ),
         (
