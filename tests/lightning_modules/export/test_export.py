@@ -240,6 +240,17 @@ def test_what_cannot_work_is_one_line(imbsam, digits, arguments, line):
     assert (code, line in err.splitlines()[-1]) == (2, True), err
 
 
+@pytest.mark.parametrize("command", ["export", "sharpness", "features"])
+def test_a_sharded_checkpoint_is_one_line(imbsam, digits, tmp_path, command):
+    """Lightning's folder, of which meta.pt has everything but weights and optimizer."""
+    saved = torch.load(digits, weights_only=True)
+    (tmp_path / "last.ckpt").mkdir()
+    torch.save({key: saved[key] for key in saved if key not in ("state_dict", "optimizer_states")}, "last.ckpt/meta.pt")
+    code, _, err = imbsam(command, "--ckpt_path=last.ckpt", *QUIET)
+    line = f"ckpt_path is last.ckpt: it is sharded, and {command} reads one file: resume its run with"
+    assert (code, line in err.splitlines()[-1]) == (2, True), err
+
+
 def test_missing_packages_are_one_line_with_the_extra(imbsam, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     code, _, err = imbsam("export", "--ckpt_path", digits)
