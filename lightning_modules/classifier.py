@@ -127,6 +127,7 @@ class LongTailedClassifier(FineTunedModule):
 
     def learn_from_data(self, stage: str) -> None:
         """Learn the classes from the DataModule; for prediction a checkpoint knows them."""
+        self.hand_over_preprocessing()  # of a model that has been trained or loaded before
         counts, names = getattr(self.data, "class_counts", None), getattr(self.data, "class_names", None)
         if stage == "predict" and counts is None:
             return

@@ -1,23 +1,25 @@
 """Training that starts from a pretrained network: its weights, what of it is trained, its image size."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from imbsam import SettingError
 from lightning_modules.backbones.activation_checkpoints import checkpoint_blocks
 from lightning_modules.backbones.heads import HeadCallable, classifier_name
-from lightning_modules.backbones.library import MissingWeights
+from lightning_modules.backbones.library import LibraryNetwork, MissingWeights
 from lightning_modules.backbones.network import BackboneCallable, create_network
-from lightning_modules.backbones.weights import copy_weights, load_weights, read_weights
+from lightning_modules.backbones.weights import PretrainedWeights, copy_weights, read_weights
 from lightning_modules.base import SharpnessAwareModule
 from lightning_modules.factories import restore
 from lightning_modules.tuning import frozen_weights
 from lightning_modules.tuning.choice import Tuning
 from lightning_modules.tuning.head_init import HeadInit
+from lightning_modules.weight_files import FROZEN_WEIGHTS
 
 
 class FineTunedModule(SharpnessAwareModule):
@@ -52,7 +54,7 @@ class FineTunedModule(SharpnessAwareModule):
         self.head_init_factory: HeadInit | None = restore(head_init)
         self.gradient_checkpointing = gradient_checkpointing
         self.preprocessing: dict[str, Any] = {}
-        """Image size, mean and std that the backbone's weights were trained on, as far as they are known."""
+        """Image size, mean and std that the weights were trained on, as far as they are known."""
         self._missing: MissingWeights | None = None
         self._resumed = False
         self._left_out: tuple[list[str], str] | None = None
@@ -84,16 +86,17 @@ class FineTunedModule(SharpnessAwareModule):
             num_classes: number of logits.
             weights: where they are; None for random ones.
         """
-        network = create_network(self.backbone_factory, num_classes, self.head_factory)
+        network, pretrained = create_network(self.backbone_factory, num_classes, self.head_factory), None
         if weights is not None and self.fitting:
             # a run that resumes does not need the weights, which may be gone; it loads its checkpoint later
             try:
                 pretrained = read_weights(weights, self.backbone_factory)
-                copy_weights(network, pretrained, self.class_names)
-                self.preprocessing = pretrained.preprocessing()
             except MissingWeights as error:
                 self._missing = error
-        self.hand_over_preprocessing()
+        start(network, pretrained, self.tune_factory, self.class_names)
+        if pretrained is not None:
+            self.preprocessing = pretrained.preprocessing()
+            self._set_preprocessing(self.data)
         if self.tune_factory is not None:
             if not self.tune_factory.save_frozen and weights is None:
                 raise SettingError(
@@ -103,7 +106,6 @@ class FineTunedModule(SharpnessAwareModule):
                 raise SettingError(
                     "tune.save_frozen is false, and the strategy saves the shards of all weights: set it to true"
                 )
-            self.tune_factory.apply(network)
             self.tune_factory.set_modes(network)
             if self.fitting:
                 self.tune_factory.cast_frozen(network, str(self.trainer.precision))
@@ -118,13 +120,17 @@ class FineTunedModule(SharpnessAwareModule):
         return network
 
     def hand_over_preprocessing(self, data: Any = None) -> None:
-        """Let the data use the model's image size, mean and std, unless their settings say otherwise.
+        """Let the data use the model's image size, mean and std, unless they do or their settings say otherwise.
 
         Args:
             data: a DataModule; default: the Trainer's.
         """
         data = self.data if data is None else data
-        if self.preprocessing and data is not None:
+        if getattr(data, "used_preprocessing", None) != self.preprocessing:
+            self._set_preprocessing(data)
+
+    def _set_preprocessing(self, data: Any) -> None:
+        if self.preprocessing and data is not None and not getattr(data, "holds_features", False):
             if (use := getattr(data, "use_preprocessing", None)) is not None:
                 use(**self.preprocessing)
             else:
@@ -149,11 +155,23 @@ class FineTunedModule(SharpnessAwareModule):
             raise self._missing
 
     def on_fit_start(self) -> None:
-        """Refuse to train without the weights, and set the classifier's."""
+        """Refuse to train without the weights, set the classifier's, and learn what the images are."""
         self.refuse_missing_weights()
         super().on_fit_start()
+        self._warn_of_random_weights()
+        self.preprocessing = getattr(self.data, "used_preprocessing", None) or self.preprocessing
         if self.head_init_factory is not None and not self._resumed:
             self.head_init_factory.apply(self)
+
+    def _warn_of_random_weights(self) -> None:
+        if self.tune_factory is None or self._resumed or self.settings.get("backbone_weights") is not None:
+            return
+        frozen = any(not parameter.requires_grad for parameter in self.backbone.parameters())
+        if frozen and isinstance(self.backbone_factory, LibraryNetwork):  # a network of the user's may load its own
+            rank_zero_warn(
+                f"tune is {type(self.tune_factory).__name__} and backbone_weights is null: the frozen weights are "
+                "random; set model.backbone_weights, to pretrained for the library's own"
+            )
 
     def parameter_groups(self) -> Any:
         """The trained parameters by learning rate."""
@@ -184,6 +202,32 @@ class FineTunedModule(SharpnessAwareModule):
         complete(checkpoint, getattr(self.settings, "backbone_weights", None))
 
 
+def start(
+    network: nn.Module,
+    pretrained: PretrainedWeights | None,
+    tune: Tuning | None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Load the weights that a training starts from, and freeze what it does not train.
+
+    Args:
+        network: changed in place.
+        pretrained: its weights; with those of adapters, if another training has added them by the same ``tune``.
+        tune: what is trained; None for everything.
+        class_names: see :func:`~lightning_modules.backbones.weights.copy_weights`.
+
+    Raises:
+        SettingError: the weights do not fit, or the network has nothing that ``tune`` could train.
+    """
+    adapted = pretrained is not None and pretrained.adapted and tune is not None
+    if tune is not None and adapted:
+        tune.apply(network)
+    if pretrained is not None:
+        copy_weights(network, pretrained, class_names)
+    if tune is not None and not adapted:
+        tune.apply(network)
+
+
 def complete(checkpoint: dict[str, Any], weights: str | None = None) -> None:
     """Put the frozen weights back into a checkpoint that was saved without them.
 
@@ -194,13 +238,12 @@ def complete(checkpoint: dict[str, Any], weights: str | None = None) -> None:
     Raises:
         SettingError: they are not there any more, or are others.
     """
-    if frozen_weights.KEY not in checkpoint:
+    if FROZEN_WEIGHTS not in checkpoint:
         return
     settings = checkpoint["hyper_parameters"]
     backbone, head, tune = (restore(settings[name]) for name in ("backbone", "head", "tune"))
     source = weights or settings["backbone_weights"]
     with torch.random.fork_rng(devices=[]):
         network = create_network(backbone, len(checkpoint["class_counts"]), head)
-        load_weights(network, source, backbone)
-        tune.apply(network)
+        start(network, read_weights(source, backbone), tune)
     frozen_weights.put_back(checkpoint, network, tune.frozen_tensors(network), source)

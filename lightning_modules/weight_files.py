@@ -14,6 +14,14 @@ from torch import Tensor
 from imbsam.errors import SettingError
 from imbsam.messages import first_few
 
+FROZEN_WEIGHTS = "frozen_weights"
+"""In a checkpoint of the trained part alone: the digest of the weights that it leaves out."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor was added by LoRA or AdaptFormer, by its full name."""
+    return "lora_" in name or ".adapter." in name
+
 
 def mismatch(weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """How tensors differ from a network's in names and shapes, or "" if they fit.

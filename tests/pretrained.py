@@ -1,5 +1,7 @@
 """Small networks of the real architectures, for tests of pretrained ones: random weights, saved as the libraries do."""
 
+from dataclasses import asdict
+
 import torch
 from torch import nn
 
@@ -35,6 +37,10 @@ class TinyImages(LongTailedDataModule):
         self.used = found = self._preprocessing.resolve(**of_model)
         for transform in (self.train_collate, self.eval_collate):
             transform.set_input([255 * v for v in found.mean], [255 * v for v in found.std], found.image_size)
+
+    @property
+    def used_preprocessing(self):
+        return asdict(self._preprocessing.used)
 
     def load_datasets(self):
         generator = torch.Generator().manual_seed(0)

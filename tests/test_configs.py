@@ -118,8 +118,18 @@ def data_arguments(pieces, request):
     elif "head/text_features" in pieces:
         network = ["--model.backbone=OpenCLIP", f"--model.backbone.name={request.getfixturevalue('tiny_clip')}"]
         network += ['--model.backbone.settings={"force_image_size": 32}']
-    network += ["--model.backbone_weights=null"]  # random ones
+    weights = request.getfixturevalue("clip_weights") if "head/text_features" in pieces else "null"  # random ones
+    network += [f"--model.backbone_weights={weights}"]
     return tree + network + ([] if name.startswith("cifar") else ["--data.image_size=32"])
+
+
+@pytest.fixture(scope="module")
+def clip_weights(tiny_clip, tmp_path_factory):
+    import open_clip
+
+    path = tmp_path_factory.mktemp("clip_weights") / "clip.pt"
+    torch.save(open_clip.create_model(tiny_clip, pretrained=None).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="module")

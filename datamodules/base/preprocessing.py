@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -33,6 +34,9 @@ class PreprocessingSettings:
         std: the same.
         default: the data set's.
 
+    Attributes:
+        used: what holds, since the last call of :meth:`resolve`.
+
     Raises:
         SettingError: a setting is out of range.
     """
@@ -55,6 +59,7 @@ class PreprocessingSettings:
             raise SettingError(f"std is {list(std)}: give numbers above 0")
         self._set = {"image_size": image_size, "mean": mean, "std": std}
         self._default = default
+        self.used = self.resolve()
 
     def resolve(
         self,
@@ -72,19 +77,31 @@ class PreprocessingSettings:
         model = {"image_size": image_size, "mean": mean, "std": std}
         if mean is not None and len(mean) != len(self._default.mean):  # of a model for images of other channels
             model["mean"] = model["std"] = None
-        values, own = {}, []
+        values: dict[str, Any] = {}
+        excepted: dict[str, list[str]] = {"set": [], "the data set's": []}
         for name, default in vars(self._default).items():
-            chosen = next(v for v in (self._set[name], model[name], default) if v is not None)
-            values[name] = tuple(chosen) if isinstance(chosen, Sequence) else chosen
-            if self._set[name] is not None and model[name] is not None:
-                own.append(f"data.{name}")
-        found = Preprocessing(**values)  # type: ignore[arg-type]
+            theirs = _plain(model[name])
+            values[name] = _plain(next(v for v in (self._set[name], theirs, default) if v is not None))
+            if self._set[name] is not None and values[name] != theirs:
+                excepted["set"].append(f"data.{name}")
+            elif self._set[name] is None and theirs is None:
+                excepted["the data set's"].append(name)
+        self.used = found = Preprocessing(**values)
         if any(value is not None for value in model.values()):
-            said = f", except {' and '.join(own)}, which {'is' if len(own) == 1 else 'are'} set" if own else ""
+            parts = [
+                f"{' and '.join(names)}, which {'is' if len(names) == 1 else 'are'} {what}"
+                for what, names in excepted.items()
+                if names
+            ]
+            said = f", except {', and '.join(parts)}" if parts else ""
             numbers = (", ".join(f"{v:.3g}" for v in part) for part in (found.mean, found.std))
             rank_zero_info(
-                "images: {} pixels, mean ({}), std ({}): as the pretrained model had them{}".format(
+                "images: {} pixels, mean ({}), std ({}): as the model was trained{}".format(
                     found.image_size, *numbers, said
                 )
             )
         return found
+
+
+def _plain(value: int | Sequence[float] | None) -> int | tuple[float, ...] | None:
+    return tuple(value) if isinstance(value, Sequence) else value

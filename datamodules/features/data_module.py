@@ -76,6 +76,12 @@ class FeaturesDataModule(LongTailedDataModule):
             self.group_counts = torch.tensor(counts)
 
     @property
+    def used_preprocessing(self) -> dict[str, Any]:
+        """Image size, mean and std of the images that the features are of; {} if they are not known."""
+        found: dict[str, Any] = self.description.get("preprocessing") or {}
+        return found
+
+    @property
     def num_features(self) -> int:
         """Length d of a feature vector."""
         return int(self._loaded(self._test).part.features.shape[-1])

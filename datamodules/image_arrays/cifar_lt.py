@@ -1,5 +1,6 @@
 """CIFAR-10-LT and CIFAR-100-LT."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class CIFAR10LTDataModule(ImageArraysDataModule):
         mean, std = ([255 * value for value in values] for values in (found.mean, found.std))
         for transform in (self.train_collate, self.eval_collate):
             transform.set_input(mean, std, found.image_size)
+
+    @property
+    def used_preprocessing(self) -> dict[str, Any]:
+        """Image size, mean and std that the images have, for the checkpoint."""
+        return asdict(self._preprocessing.used)
 
     def prepare_data(self) -> None:
         """Download the data set to ``root`` if its folder is missing.

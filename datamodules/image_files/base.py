@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class ImageFilesDataModule(ImagesOnDeviceDataModule):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     advice: str = ""
     path_column: str = "path"
+    eval_collate: ReadableImages
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class ImageFilesDataModule(ImagesOnDeviceDataModule):
         self.root = Path(root).expanduser()
         self.predict = predict
         self._preprocessing = PreprocessingSettings(image_size, mean, std, Preprocessing(224, self.mean, self.std))
-        own = self._preprocessing.resolve()
+        own = self._preprocessing.used
         self.image_size, self.mean, self.std = own.image_size, own.mean, own.std
         self.corrupt_images = corrupt_images
         self.train_transform = ImageTransform(augment, self.image_size, color_jitter, self.mean, self.std)
@@ -115,7 +116,12 @@ class ImageFilesDataModule(ImagesOnDeviceDataModule):
         self.image_size, self.mean, self.std = found.image_size, found.mean, found.std
         for transform in (self.train_transform, self.eval_transform):  # the data sets that setup has made have them
             transform.set_input(found.image_size, found.mean, found.std)
-        self.eval_collate = ReadableImages(found.image_size)
+        self.eval_collate.image_size = found.image_size
+
+    @property
+    def used_preprocessing(self) -> dict[str, Any]:
+        """Image size, mean and std that the images have, for the checkpoint."""
+        return asdict(self._preprocessing.used)
 
     @cached_property
     def splits(self) -> ImageSplits:

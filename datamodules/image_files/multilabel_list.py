@@ -23,14 +23,11 @@ class MultiLabelImageListDataModule(MultiLabelDataModule, ImageListLTDataModule)
     Either one column holds the names of all classes of an image (``effusion;nodule``), or every class has a column of
     its own with 0 or 1. Batches are images, float32 (B, 3, S, S), and labels, int64 (B, C).
 
+    Without a file and a column of test images, ``test_share`` of the images is tested on: of those whose rarest class
+    is j, for every j.
+
     Args:
-        path: CSV file (separated by commas, semicolons or tabs) with a header line, or Parquet file
-            (``pip install pandas pyarrow``), of the training images; or of all images, divided by
-            ``split_column`` or ``test_share``.
-        val_path: Such a file of the validation images.
-        test_path: Such a file of the test images.
-        root: Folder that the paths in the files are relative to; null for the folder of ``path``.
-        path_column: Column of the paths.
+        path: CSV or Parquet file of the training images, or of all, see :class:`~datamodules.ImageListLTDataModule`.
         label_column: Column of the labels of an image, as names; not used with ``label_columns``.
         separator: What stands between two labels in a cell. A file whose columns are separated by it too needs quotes
             around the cell.
@@ -39,10 +36,7 @@ class MultiLabelImageListDataModule(MultiLabelDataModule, ImageListLTDataModule)
             images, sorted. With ``label_columns`` these are the classes.
         allow_empty: Whether an empty cell of ``label_column`` means that the image has none of the classes; if not, it
             is an error, as it may be a label that someone forgot.
-        split_column: Column that says train, val or test; null for none.
-        test_share: Share of the images to test on if neither a file nor the column names test images, in (0, 1), of
-            those whose rarest class is j, for every j; the same images for every seed.
-        **settings: The settings of :class:`~datamodules.image_files.base.ImageFilesDataModule`.
+        **settings: The settings of :class:`~datamodules.ImageListLTDataModule`.
 
     Raises:
         SettingError: A setting is out of range, or the names of the classes are repeated.
@@ -51,30 +45,14 @@ class MultiLabelImageListDataModule(MultiLabelDataModule, ImageListLTDataModule)
     def __init__(
         self,
         path: str | Path,
-        val_path: str | Path | None = None,
-        test_path: str | Path | None = None,
-        root: str | Path | None = None,
-        path_column: str = "path",
         label_column: str = "labels",
         separator: str = ";",
         label_columns: list[str] | None = None,
         class_names: list[str] | None = None,
         allow_empty: bool = False,
-        split_column: str | None = None,
-        test_share: float = 0.2,
         **settings: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            val_path=val_path,
-            test_path=test_path,
-            root=root,
-            path_column=path_column,
-            label_column=label_column,
-            split_column=split_column,
-            test_share=test_share,
-            **settings,
-        )
+        super().__init__(path=path, label_column=label_column, **settings)
         if not separator:
             raise SettingError(f"separator is {separator!r}: give what stands between two labels, such as ;")
         for name, given in (("label_columns", label_columns), ("class_names", class_names)):

@@ -1,6 +1,5 @@
 """Vision models of Hugging Face transformers."""
 
-import contextlib
 import difflib
 import importlib
 from collections.abc import Sequence
@@ -9,13 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
 from imbsam.messages import first_sentence
 from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import HuggingFaceTower, LogitsOfOutput
-from lightning_modules.backbones.library import LibraryNetwork, tag_of
+from lightning_modules.backbones.library import LibraryNetwork, check_text_weights, tag_of
 
 __all__ = ["HuggingFace"]
 
@@ -135,16 +135,24 @@ class HuggingFace(LibraryNetwork):
         return {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
 
     def preprocessing(self, weights: str) -> dict[str, Any]:
-        """Those of preprocessor_config.json, beside the weights or the configuration."""
+        """Those of preprocessor_config.json, beside the weights or the configuration; warns if there is none."""
         config = self._configuration()
         vision = getattr(config, "vision_config", config)
-        source = self.name if weights.partition(":")[0] == "pretrained" or not Path(weights).is_dir() else weights
+        folder = None if weights.partition(":")[0] == "pretrained" else self.folder_of(Path(weights))
+        source = str(folder or self.name)
         known: dict[str, Any] = {}
         read: dict[str, Any] = {}
         if source != self.name or not self._is_kind:
             options = {} if (tag := tag_of(weights)) is None else {"revision": tag}
-            with contextlib.suppress(Exception), hub(source):  # there is none: images as the data set has them
-                read = _transformers().AutoImageProcessor.from_pretrained(source, **options).to_dict()
+            try:
+                with hub(source):
+                    read = _transformers().AutoImageProcessor.from_pretrained(source, **options).to_dict()
+            except Exception as error:  # of the hub's client, of the file system, of the file's contents
+                rank_zero_warn(
+                    f"backbone_weights is {weights}, and the preprocessor_config.json of {source} cannot be read "
+                    f"({first_sentence(error)}): images keep the data's mean and std; if the weights were trained on "
+                    "others, set data.mean and data.std"
+                )
         sizes = [vision.image_size] if hasattr(vision, "image_size") else []
         sizes += [side for key in ("crop_size", "size") for side in (read.get(key) or {}).values()]
         if sizes:
@@ -158,8 +166,8 @@ class HuggingFace(LibraryNetwork):
         """Of CLIP's text tower, from the folder or repository that the weights are from."""
         if self._configuration().model_type != "clip":
             return super().text_features(prompts, weights)
-
-        from_hub = weights is None or weights.partition(":")[0] == "pretrained"
+        check_text_weights(weights)
+        from_hub = str(weights).partition(":")[0] == "pretrained"
         source = self.name if from_hub or not Path(str(weights)).is_dir() else str(weights)
         options = {} if (tag := tag_of(weights)) is None else {"revision": tag}
         hf = _transformers()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imbsam.errors import SettingError
 from imbsam.messages import first_sentence
-from lightning_modules.backbones.hub import hub
+from lightning_modules.backbones.hub import HubUnreachable, hub
 
 __all__ = ["LibraryNetwork", "MissingWeights", "Timm", "Torchvision"]
 
@@ -56,6 +56,11 @@ class LibraryNetwork(ABC):
             return self._build(num_classes)
         except SettingError:
             raise
+        except HubUnreachable as error:
+            raise SettingError(
+                f"backbone.name is {self.name}: building it takes files of the hub ({error}): connect once, or choose "
+                "another backbone"
+            ) from error
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
             settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
             raise SettingError(
@@ -256,6 +261,22 @@ class Timm(LibraryNetwork):
             return {}
         size = self.settings.get("img_size", config.input_size[-1])
         return {"image_size": size, "mean": list(config.mean), "std": list(config.std)}
+
+
+def check_text_weights(weights: str | None) -> None:
+    """Refuse text features of random weights.
+
+    Args:
+        weights: the setting ``backbone_weights``.
+
+    Raises:
+        SettingError: it is None.
+    """
+    if weights is None:
+        raise SettingError(
+            "head_init is TextFeatures and backbone_weights is null: set model.backbone_weights, or the text features "
+            "are those of random weights"
+        )
 
 
 def tag_of(weights: str | None) -> str | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
+from imbsam.messages import first_sentence
 from lightning_modules.backbones.hub import hub
 from lightning_modules.backbones.image_tower import ImageTower
-from lightning_modules.backbones.library import LibraryNetwork, tag_of
+from lightning_modules.backbones.library import LibraryNetwork, check_text_weights, tag_of
 from lightning_modules.backbones.weights import read_weights
 
 __all__ = ["OpenCLIP"]
@@ -60,13 +61,22 @@ class OpenCLIP(LibraryNetwork):
     def _model(self, tag: str | None = None) -> Any:
         import open_clip
 
+        settings = {"pretrained_text": tag is not None, **self.settings}  # a text tower of transformers, downloaded
+        of_hub = tag is not None or self._config()["text_cfg"].get("hf_model_name")  # whose configuration is there
         disabled = logging.root.manager.disable
         logging.disable(logging.ERROR)  # that it has loaded no weights: we do; that it cannot: we say so
         try:
-            with hub() if tag is not None else nullcontext():
-                return open_clip.create_model(self.name, pretrained=tag, load_weights=tag is not None, **self.settings)
+            with hub() if of_hub else nullcontext():
+                return open_clip.create_model(self.name, pretrained=tag, load_weights=tag is not None, **settings)
         finally:
             logging.disable(disabled)
+
+    def _tokenizer(self) -> Any:
+        import open_clip
+
+        of_hub = self._config()["text_cfg"].get("hf_tokenizer_name")
+        with hub(of_hub) if of_hub else nullcontext():
+            return open_clip.get_tokenizer(self.name)
 
     def _check_tag(self, tag: str | None) -> None:
         import open_clip
@@ -104,13 +114,18 @@ class OpenCLIP(LibraryNetwork):
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str], weights: str | None) -> Tensor:
         """Of the text tower, whose weights are in the same file or under the same tag."""
-        import open_clip
-
         self._check_name()
+        check_text_weights(weights)
         tag = tag_of(weights)
-        model = self._model(tag).eval()
-        if weights is not None and tag is None:
-            found = read_weights(weights, self).tensors
+        try:
+            model, tokenize = self._model(tag).eval(), self._tokenizer()
+        except Exception as error:  # of the hub's client, of the file system, of the file's contents
+            raise SettingError(
+                f"head_init is TextFeatures, and the tokenizer or text tower of {self.name} cannot be read "
+                f"({first_sentence(error)})"
+            ) from error
+        if tag is None:
+            found = read_weights(str(weights), self).tensors
             own = model.state_dict()
             text = {n: found[n] for n in own if n in found and found[n].shape == own[n].shape}
             if missing := [n for n in own if not n.startswith(("visual.", "logit_")) and n not in text]:
@@ -119,5 +134,5 @@ class OpenCLIP(LibraryNetwork):
                     f"{self.name} ({missing[0]} and {len(missing) - 1} more): name a file of the whole model"
                 )
             model.load_state_dict(text, strict=False)
-        tokens = open_clip.get_tokenizer(self.name)(list(prompts))
+        tokens = tokenize(list(prompts))
         return torch.cat([model.encode_text(part).float() for part in tokens.split(256)])

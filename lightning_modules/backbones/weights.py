@@ -1,6 +1,6 @@
 """Weights of a network from a local file or folder, or from the library that it is of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_modules.backbones.heads import classifier_name
 from lightning_modules.backbones.library import LibraryNetwork, MissingWeights, tag_of
 from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.backbones.positions import is_positional_embedding, resample_positions, why_not_interpolated
-from lightning_modules.weight_files import mismatch, read_file
+from lightning_modules.weight_files import FROZEN_WEIGHTS, is_adapter, mismatch, read_file
 
 __all__ = ["PretrainedWeights", "copy_weights", "load_weights", "read_weights"]
 
@@ -39,6 +39,11 @@ class PretrainedWeights:
     checkpoint: Mapping[str, Any] | None = None
 
     @property
+    def adapted(self) -> bool:
+        """Whether LoRA or AdaptFormer have added some of them."""
+        return any(map(is_adapter, self.tensors))
+
+    @property
     def of_library(self) -> bool:
         """Whether they are the library's own."""
         return _is_pretrained(self.source)
@@ -46,7 +51,7 @@ class PretrainedWeights:
     def preprocessing(self) -> dict[str, Any]:
         """Image size, mean and std that they were trained on, see :meth:`LibraryNetwork.preprocessing`; {} if unknown.
 
-        A checkpoint has those that its training took over; none if that began with random weights.
+        A checkpoint has those of its training's images.
         """
         library = self.backbone if isinstance(self.backbone, LibraryNetwork) else None
         if self.checkpoint is None:
@@ -79,7 +84,8 @@ def copy_weights(
         (another number of classes, another head, or none), are the library's, or are for other classes.
 
     Raises:
-        SettingError: another tensor is missing, unknown or of another shape.
+        SettingError: another tensor is missing, unknown or of another shape: they are of another network, or not of a
+            whole one.
     """
     weights, own = dict(pretrained.tensors), network.state_dict()
     if hasattr(network, "from_library"):
@@ -96,6 +102,7 @@ def copy_weights(
     optional = [name for name in own if name.endswith("num_batches_tracked") and name not in weights]
     needed = {n: t for n, t in own.items() if n not in kept and n not in optional}
     if wrong := mismatch(weights, needed):
+        _refuse_tuned_part(weights.keys() - needed.keys(), pretrained)
         others = (n for n in needed if n in weights and weights[n].shape != needed[n].shape)
         reason = next(filter(None, map(why_not_interpolated, others)), "")
         raise SettingError(
@@ -166,6 +173,22 @@ def _refused_classifier(
     if class_names is not None and trained is not None and trained != list(class_names):
         return f" (the head there is for other classes, or in another order: {first_few(trained, 3)})"
     return ""
+
+
+def _refuse_tuned_part(unknown: Iterable[str], pretrained: PretrainedWeights) -> None:
+    """Say that weights do not fit because a training with ``tune`` has left or added some."""
+    saved = pretrained.checkpoint or {}
+    if FROZEN_WEIGHTS in saved:
+        raise SettingError(
+            f"backbone_weights is {pretrained.source}: a checkpoint of the trained part alone (tune.save_frozen is "
+            "false): resume that run with --ckpt_path, or let a run save all weights (tune.save_frozen: true)"
+        )
+    if any(map(is_adapter, unknown)):
+        base = saved.get("hyper_parameters", {}).get("backbone_weights")
+        raise SettingError(
+            f"backbone_weights is {pretrained.source}, which has layers of LoRA or AdaptFormer: set model.tune as in "
+            f"the run that trained them{f', or start from what it started from, {base}' if base else ''}"
+        )
 
 
 def _resample(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -116,7 +116,7 @@ class CommandTrainer(Trainer):
             raise SettingError("ckpt_path is null: name the checkpoint to measure")
         self._refuse_processes("sharpness")
         _refuse_features(datamodule, "are measured with")
-        checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+        checkpoint = _read_whole(ckpt_path, weights_only, "sharpness")
         if "class_names" not in checkpoint:
             raise SettingError(
                 f"ckpt_path is {ckpt_path}, whose model is {type(model).__name__}: sharpness is measured by groups of "
@@ -184,7 +184,7 @@ class CommandTrainer(Trainer):
         given = path or str(_folder_of(ckpt_path) / "model.onnx")
         paths = [Path(one) for one in ([given] if isinstance(given, str) else given)]
         check_formats(paths)
-        checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+        checkpoint = _read_whole(ckpt_path, weights_only, "export")
         datamodule.prepare_data()
         datamodule.setup("test")
         datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
@@ -244,9 +244,11 @@ class CommandTrainer(Trainer):
         datamodule.setup("fit")
         model.learn_from_data("fit")
         weights = ckpt_path or model.settings.get("backbone_weights")
+        if ckpt_path is None:
+            model.tune_factory = None  # nothing is trained here, and new adapters do nothing
         model.configure_model()
         if ckpt_path is not None:
-            checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+            checkpoint = _read_whole(ckpt_path, weights_only, "features")
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
         model.refuse_missing_weights()
@@ -309,6 +311,17 @@ def _folder_of(checkpoint: str) -> Path:
     """The folder of the checkpoint's run."""
     home = Path(checkpoint).parent
     return home.parent if home.name == "checkpoints" else home
+
+
+def _read_whole(ckpt_path: str, weights_only: bool | None, command: str) -> dict[str, Any]:
+    """Read a checkpoint that has its weights in the same file."""
+    checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+    if "state_dict" not in checkpoint:
+        raise SettingError(
+            f"ckpt_path is {ckpt_path}: it is sharded, and {command} reads one file: resume its run with "
+            "trainer.strategy.init_args.save_distributed_checkpoint false, which writes one"
+        )
+    return checkpoint
 
 
 def _refuse_features(data: Any, what: str) -> None:

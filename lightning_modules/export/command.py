@@ -46,6 +46,7 @@ def export_files(
     Raises:
         SettingError: the network cannot be exported, or a file predicts something else; it is deleted.
     """
+    _refuse_detectors_without_network(getattr(model, "detector", None))
     batch = _first_samples(_loader(data, part), samples)
     model.eval()
     with torch.no_grad():
@@ -67,6 +68,14 @@ def export_files(
         kind = f"{inputs.dtype} (batch, {', '.join(map(str, inputs.shape[1:]))})".removeprefix("torch.")
         print(f"{path}: {kind} to {', '.join(graph.outputs)}; {path.stat().st_size / 1e6:,.1f} MB")
         print(f"largest difference from the checkpoint's predictions on {compared}: {difference:.2g}")
+
+
+def _refuse_detectors_without_network(detector: Any) -> None:
+    if not getattr(detector, "uses_gradient", True):
+        raise SettingError(
+            f"the detector is {type(detector).__name__}, which has no network to export: score with imbsam predict, or "
+            "train a detector with a network, such as DevNet"
+        )
 
 
 def _loader(data: Any, part: Part) -> Iterable[Any]:

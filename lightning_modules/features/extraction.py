@@ -14,7 +14,7 @@ from datamodules.base.long_tailed import LongTailedDataModule
 from datamodules.features.files import Features, read_features, write_features
 from imbsam.errors import SettingError
 from lightning_modules.features.weights import weights_digest
-from lightning_modules.weight_files import digest
+from lightning_modules.weight_files import digest, is_adapter
 
 AS_USED = ("root", "num_workers", "batch_size", "eval_batch_size", "predict", "sampling", "mixup", "cutmix")
 """Settings of the data that features without augmentation do not depend on: where they are, and how they are drawn."""
@@ -140,20 +140,22 @@ def features_file(extraction: FeatureExtraction, folder: Path, weights: str | No
     """
     description = extraction.description()
     key = digest({json.dumps(description, sort_keys=True): torch.empty(0)})[:12]
-    data, model = type(extraction.data).__name__, extraction.model
-    path = folder / f"{data.removesuffix('DataModule')}_{_network_name(model)}_{key}.npz"
+    data, model = extraction.data, extraction.model
+    path = folder / f"{type(data).__name__.removesuffix('DataModule')}_{_network_name(model)}_{key}.npz"
     if path.exists():
         read_features(path)
         print(f"features: {path}, computed before")
     else:
         parts = extraction.parts()
-        write_features(path, parts, description)
+        # not in the hash, which is of the images themselves
+        write_features(path, parts, {**description, "preprocessing": getattr(data, "used_preprocessing", None)})
         sizes = ", ".join(f"{len(part.labels):,} {name}" for name, part in parts.items())
         copies = f" and {extraction.copies} augmented copies" if extraction.copies else ""
         length = parts["test"].features.shape[-1]
         print(f"features: {path}: {length} of each of {sizes}{copies}; {path.stat().st_size / 1e6:,.1f} MB")
     piece = path.with_suffix(".yaml")
-    given = ("backbone", "head", "many", "few")
+    adapted = any(map(is_adapter, model.backbone.state_dict()))
+    given = ("backbone", "head", "many", "few", *(("tune",) if adapted else ()))
     choices = {name: model.hparams[name] for name in given if model.hparams.get(name) is not None}
     settings = {**choices, **({"backbone_weights": weights} if weights else {})}
     content = {

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from imbsam.errors import SettingError
-from lightning_modules.weight_files import digest
+from lightning_modules.weight_files import FROZEN_WEIGHTS, digest
 
-KEY = "frozen_weights"
-"""In a checkpoint: the digest of the weights that it leaves out."""
 STATES = {"state_dict", "current_model_state"}
 """In a checkpoint: the weights; with Lightning's WeightAveraging, their average and then the weights themselves."""
 
@@ -33,7 +31,7 @@ def leave_out(checkpoint: dict[str, Any], names: Sequence[str], found: str) -> N
     left_out = {f"backbone.{name}" for name in names}
     for key in STATES & checkpoint.keys():
         checkpoint[key] = {n: t for n, t in checkpoint[key].items() if n not in left_out}
-    checkpoint[KEY] = found
+    checkpoint[FROZEN_WEIGHTS] = found
 
 
 def put_back(checkpoint: dict[str, Any], network: nn.Module, names: Sequence[str], source: str) -> None:
@@ -48,7 +46,7 @@ def put_back(checkpoint: dict[str, Any], network: nn.Module, names: Sequence[str
     Raises:
         SettingError: they are not those of the training.
     """
-    if frozen_digest(network, names) != checkpoint[KEY]:
+    if frozen_digest(network, names) != checkpoint[FROZEN_WEIGHTS]:
         raise SettingError(
             f"ckpt_path is a checkpoint without the frozen weights, and those of backbone_weights, {source}, are not "
             "the ones that it was trained with"

@@ -5,6 +5,7 @@ from torch import nn
 from imbsam.errors import SettingError
 from imbsam.parameters import is_normalisation
 from lightning_modules.backbones.heads import classifier_name
+from lightning_modules.weight_files import is_adapter
 
 KINDS = ("classifier", "adapters", "normalisation", "biases", "weights")
 
@@ -41,8 +42,3 @@ def count_by_kind(network: nn.Module) -> dict[str, tuple[int, int]]:
                 kind = "biases" if name.endswith("bias") else "weights"
             counts[kind][not parameter.requires_grad] += parameter.numel()
     return {kind: (trained, frozen) for kind, (trained, frozen) in counts.items() if trained or frozen}
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter was added by LoRA or AdaptFormer, by its full name."""
-    return "lora_" in name or ".adapter." in name

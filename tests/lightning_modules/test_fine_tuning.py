@@ -1,6 +1,7 @@
 """Trainings that start from a pretrained network: what moves, what a checkpoint holds, how they are resumed."""
 
 import logging
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from imbsam import GSAM, SAM, ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
-from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace
+from lightning_modules.backbones import CifarResNet20, CosineClassifier, HuggingFace, Timm
 from lightning_modules.callbacks.network_summary import NetworkSummary
 from lightning_modules.callbacks.plain_weights import PlainWeights
 from lightning_modules.factories import restore
@@ -164,6 +165,58 @@ def test_other_frozen_weights_and_none_are_refused(vit_file, tmp_path):
         fit(model(None, tune=tune))
 
 
+@pytest.mark.parametrize(
+    ("tune", "says"),
+    [
+        (
+            LoRA(rank=2),
+            r", which has layers of LoRA or AdaptFormer: set model.tune as in .*, or start from what .*, .*vit\.pth",
+        ),
+        (
+            AdaptFormer(bottleneck=4, save_frozen=False),
+            ": a checkpoint of the trained part alone",
+        ),
+        (
+            LastBlocks(n=1, save_frozen=False),
+            r": a checkpoint of the trained part alone \(tune.save_frozen is false\): ",
+        ),
+    ],
+    ids=["lora", "adapters_alone", "blocks_alone"],
+)
+def test_weights_of_a_tuned_part_are_one_line_with_the_reason(tune, says, vit_file, tmp_path):
+    first = model(vit_file, tune=tune)
+    fit(first, max_steps=1).save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(SettingError, match=rf"backbone_weights is .*first\.ckpt{says}") as error:
+        fit(model(tmp_path / "first.ckpt"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("save_frozen", [True, False])
+def test_the_same_tune_starts_from_the_adapters_of_another_run(save_frozen, vit_file, tmp_path):
+    first = model(vit_file, tune=LoRA(rank=2))
+    fit(first).save_checkpoint(tmp_path / "first.ckpt")
+    tune = LoRA(rank=2, save_frozen=save_frozen)
+    again = model(tmp_path / "first.ckpt", tune=tune, lr=0.0)
+    fit(again).save_checkpoint(tmp_path / "again.ckpt")
+    tested = model(tmp_path / "first.ckpt", tune=tune)
+    quiet_trainer().test(tested, TinyImages(), ckpt_path=tmp_path / "again.ckpt", verbose=False)
+    for found in (state(again), state(tested)):
+        assert all(torch.equal(tensor, found[name]) for name, tensor in state(first).items())
+    assert {n for n, p in again.backbone.named_parameters() if p.requires_grad} == {
+        n for n, p in first.backbone.named_parameters() if p.requires_grad
+    }
+
+
+def test_a_file_with_adapters_is_one_line_too(vit_file, tmp_path):
+    first = model(vit_file, tune=LoRA(rank=2))
+    fit(first, max_steps=1)
+    torch.save(first.backbone.state_dict(), tmp_path / "lora.pth")
+    with pytest.raises(
+        SettingError, match=r"lora\.pth, which has layers of LoRA or AdaptFormer: set model.tune as in the run"
+    ):
+        fit(model(tmp_path / "lora.pth"))
+
+
 def test_a_checkpoint_with_all_weights_needs_no_file(vit_file, tmp_path):
     copy = tmp_path / "copy.pth"
     copy.write_bytes(vit_file.read_bytes())
@@ -275,6 +328,14 @@ def test_the_data_take_the_models_preprocessing_and_the_checkpoint_keeps_it(tmp_
     assert data.eval_collate.mean.flatten().tolist() == pytest.approx([0.4 * 255] * 3)
 
 
+def test_frozen_weights_that_are_random_are_a_warning(vit_file):
+    for file, tune, warns in ((None, HeadOnly(), True), (vit_file, HeadOnly(), False), (None, All(), False)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(model(file, tune=tune), max_steps=1)
+        assert any("tune is HeadOnly and backbone_weights is null" in str(w.message) for w in seen) == warns
+
+
 def test_random_weights_leave_the_data_as_they_are():
     fit(model(None), data=(data := TinyImages()))
     assert not hasattr(data, "used")
@@ -356,20 +417,52 @@ def test_a_second_stage_builds_on_a_tuned_first_one(vit_file, tmp_path):
 
 
 def test_a_checkpoint_of_imbsam_is_read_with_its_own_preprocessing(imbsam, image_folder_root, tmp_path, caplog):
-    """Which is none where the first training began with random weights, on the images as the data set has them."""
-    network = ["--model.backbone=Torchvision", "--model.backbone.name=resnet18"]
+    """With the size that was set, from random weights as from pretrained ones; a setting still wins."""
+    network = ["--model.backbone=Timm", "--model.backbone.name=test_resnet"]
     data = [f"--data.root={image_folder_root}", "--data.val_share=0", "--data.num_workers=0", "--data.batch_size=4"]
     few = [f"--trainer.limit_{part}_batches=1" for part in ("train", "test")]
     run = ["fit", *configs("data/image_folder"), *network, *data, *few, "--trainer.max_epochs=1"]
-    code, _, err = imbsam(*run, "--data.image_size=32")
-    assert code == 0, err
-    (first,) = tmp_path.glob("logs/**/last.ckpt")
+
+    def fitted(*more):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+            code, _, err = imbsam(*run, *more)
+        assert code == 0, err
+        checkpoint = max(tmp_path.glob("logs/**/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        return checkpoint, torch.load(checkpoint, weights_only=True)["preprocessing"]["image_size"]
+
+    first, size = fitted("--data.image_size=32")
+    assert size == 32
+    assert "images: " not in caplog.text  # as the data set has them
+    second, size = fitted(f"--model.backbone_weights={first}")
+    assert size == 32
+    assert "its classifier too: fc.weight, fc.bias, for the same classes" in caplog.text
+    assert "images: 32 pixels, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225): as the model was trained" in (
+        caplog.text
+    )
+    _, size = fitted(f"--model.backbone_weights={second}", "--data.image_size=40")
+    assert size == 40
+    assert "except data.image_size, which is set" in caplog.text
+
+
+def test_a_size_that_was_set_is_the_checkpoints(tmp_path, caplog):
+    """Not that of the library's configuration; for a test on other data too."""
+    choice = Timm("test_resnet")
+    torch.save(choice(num_classes=3).state_dict(), tmp_path / "published.pth")
+    trainer = fit(module := model(tmp_path / "published.pth", choice), data=TinyImages(image_size=24))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    mean, std = (choice.preprocessing("")[name] for name in ("mean", "std"))
+    saved = torch.load(tmp_path / "own.ckpt", weights_only=True)["preprocessing"]
+    assert saved == {"image_size": 24, "mean": tuple(mean), "std": tuple(std)}
+    for tested, ckpt_path in ((module, None), (model(None, choice), tmp_path / "own.ckpt")):
+        other = TinyImages()
+        quiet_trainer().test(tested, other, ckpt_path=ckpt_path, verbose=False)
+        assert other.eval_collate.image_size == 24
     caplog.clear()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        code, _, err = imbsam(*run, "--data.image_size=32", f"--model.backbone_weights={first}")
-    assert code == 0, err
-    assert "its classifier too: fc.weight, fc.bias, for the same classes" in caplog.text
-    assert "as the pretrained model had them" not in caplog.text
+        same = TinyImages(image_size=24, mean=mean, std=std)
+        quiet_trainer().test(model(None, choice), same, ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert "images: " not in caplog.text  # nothing to take over
 
 
 def test_a_checkpoints_preprocessing_is_handed_on(tmp_path):

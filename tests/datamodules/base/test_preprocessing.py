@@ -38,15 +38,23 @@ def test_image_files_take_the_models(folder, before_setup, caplog):
         batches(data)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         data.use_preprocessing(**MODEL)
-    assert (
-        "images: 20 pixels, mean (0.5, 0.5, 0.5), std (0.4, 0.5, 0.6): as the pretrained model had them" in caplog.text
-    )
+    assert "images: 20 pixels, mean (0.5, 0.5, 0.5), std (0.4, 0.5, 0.6): as the model was trained" in caplog.text
     assert "except data.mean, which is set" in caplog.text
     for loader in (batches(data).train_dataloader(), data.test_dataloader(), data.train_eval_dataloader()):
         images, labels = next(iter(loader))
         assert images.shape[1:] == (3, 20, 20)
         wanted = ((0.2 + 0.2 * labels)[:, None] - 0.5) / torch.tensor([[0.4, 0.5, 0.6]])
         assert_close(images[:, :, 10, 10], wanted)
+
+
+def test_what_the_model_does_not_say_is_the_data_sets_with_its_values(folder, caplog):
+    data = ImageFolderLTDataModule(folder, std=[0.5] * 3)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        data.use_preprocessing(image_size=20)
+    assert caplog.records[0].message == (
+        "images: 20 pixels, mean (0.485, 0.456, 0.406), std (0.5, 0.5, 0.5): as the model was trained, "
+        "except data.std, which is set, and mean, which is the data set's"
+    )
 
 
 def test_image_files_without_a_model_are_as_before(folder, caplog):

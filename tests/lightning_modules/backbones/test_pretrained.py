@@ -225,6 +225,41 @@ def test_a_repository_without_a_network_is_one_line(caplog):
 
 
 @pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("text", "ask", "says"),
+    [
+        (
+            {"hf_tokenizer_name": "a/tokenizer"},
+            lambda choice: choice.text_features(["a dog"], "clip.pt"),
+            "head_init is TextFeatures, and the tokenizer or text tower of clip-of-the-hub cannot be read",
+        ),
+        (
+            {"hf_model_name": "a/text"},
+            lambda choice: choice(num_classes=2),
+            "backbone.name is clip-of-the-hub: building it takes files of the hub",
+        ),
+    ],
+    ids=["tokenizer", "tower"],
+)
+def test_a_clip_whose_text_is_of_the_hub_is_one_line_without_a_network(text, ask, says, tmp_path, caplog, capfd):
+    import open_clip
+
+    tower = {"image_size": 16, "patch_size": 4, "layers": 1, "width": 16, "head_width": 8}
+    text = {"vocab_size": 99, "layers": 1, "width": 16, "heads": 2, **text}
+    config = tmp_path / "clip-of-the-hub.json"
+    config.write_text(json.dumps({"embed_dim": 8, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    choice, start = OpenCLIP("clip-of-the-hub"), time.monotonic()
+    with pytest.raises(SettingError, match=rf"{says}.* \(https://huggingface.co cannot be reached, and the") as error:
+        ask(choice)
+    assert one_line(error)
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+    out, err = capfd.readouterr()
+    assert "Retrying" not in out + err
+
+
+@pytest.mark.usefixtures("no_network")
 def test_without_a_network_the_hubs_cache_serves(tmp_path, monkeypatch):
     snapshot = hf_vit_folder(tmp_path / "models--a--vit/snapshots/0123456789abcdef0123456789abcdef01234567")
     (tmp_path / "models--a--vit/refs").mkdir()
@@ -325,6 +360,20 @@ def test_preprocessing_is_the_models(hf_folder, tiny_clip):
     clip = OpenCLIP(tiny_clip, {"force_image_size": 32}).preprocessing("file.pt")
     assert clip["image_size"] == 32
     assert clip["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
+
+
+def test_a_folder_without_a_preprocessor_says_so(tmp_path):
+    folder = hf_vit_folder(tmp_path / "vit")
+    of_kind, weights = HuggingFace("vit", HF_VIT), str(folder / "model.safetensors")
+    assert of_kind.preprocessing(weights)["mean"] == [0.4] * 3  # beside the file
+    (folder / "preprocessor_config.json").unlink()
+    for choice, source in ((HuggingFace(str(folder)), "pretrained"), (HuggingFace("vit", HF_VIT), str(folder))):
+        with pytest.warns(
+            UserWarning, match=r"preprocessor_config\.json of .*vit cannot be read \(.*data's mean"
+        ) as seen:
+            assert choice.preprocessing(source) == {"image_size": 16}
+        assert len(seen) == 1
+        assert "\n" not in str(seen[0].message)
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,17 @@ def test_what_cannot_work_is_one_line(imbsam, digits, arguments, line):
     assert (code, line in err.splitlines()[-1]) == (2, True), err
 
 
+@pytest.mark.parametrize("command", ["export", "sharpness", "features"])
+def test_a_sharded_checkpoint_is_one_line(imbsam, digits, tmp_path, command):
+    """Lightning's folder, of which meta.pt has everything but weights and optimizer."""
+    saved = torch.load(digits, weights_only=True)
+    (tmp_path / "last.ckpt").mkdir()
+    torch.save({key: saved[key] for key in saved if key not in ("state_dict", "optimizer_states")}, "last.ckpt/meta.pt")
+    code, _, err = imbsam(command, "--ckpt_path=last.ckpt", *QUIET)
+    line = f"ckpt_path is last.ckpt: it is sharded, and {command} reads one file: resume its run with"
+    assert (code, line in err.splitlines()[-1]) == (2, True), err
+
+
 def test_missing_packages_are_one_line_with_the_extra(imbsam, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     code, _, err = imbsam("export", "--ckpt_path", digits)
@@ -254,3 +265,11 @@ def test_a_network_that_cannot_be_traced_is_one_line(imbsam, tmp_path):
     code, out, err = imbsam("export", "--ckpt_path", checkpoint, "--path=model.pt2")
     assert "def forward(" not in out + err  # torch's dump of the graph
     assert (code, "the network is Untraceable, which torch.export cannot trace: " in err.splitlines()[-1]) == (2, True)
+
+
+def test_trees_have_no_network_to_export(imbsam, tmp_path):
+    few = ["--data.max_rows=500", "--data.val_share=0.3", "--model.detector.trees=2"]
+    checkpoint = trained(tmp_path, *anomaly("boosting", "sgd"), *few)
+    code, _, err = imbsam("export", "--ckpt_path", checkpoint, "--path=model.pt2")
+    line = "the detector is Boosting, which has no network to export: score with imbsam predict, or train a detector"
+    assert (code, line in err.splitlines()[-1]) == (2, True), err

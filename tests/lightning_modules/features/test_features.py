@@ -13,8 +13,10 @@ from imbsam import ImbSAM, Plain, SettingError
 from lightning_modules import LongTailedClassifier, SecondStageClassifier
 from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.trainer import CommandTrainer
+from lightning_modules.tuning import LoRA
 from lightning_modules.tuning.head_init import ClassMeans
 from tests.pieces import configs
+from tests.pretrained import TIMM_VIT, TinyImages
 from tests.training import csv_rows, quiet_trainer, sgd
 
 DIGITS = [*configs("data/digits_lt"), "--model.backbone.width=8"]
@@ -124,6 +126,39 @@ def test_the_checkpoint_has_the_whole_network(imbsam, network, tmp_path):
     for command in ("export", "sharpness"):
         code, _, err = imbsam(command, "--ckpt_path", last)
         assert (code, "data is FeaturesDataModule: features are" in err.splitlines()[-1]) == (2, True)
+
+
+def test_features_of_a_network_with_adapters(imbsam, tmp_path):
+    """Their classifier is trained by the printed pieces; without a checkpoint the adapters do nothing yet."""
+    torch.save(TIMM_VIT(num_classes=3).state_dict(), tmp_path / "vit.pth")
+    data = TinyImages()
+    settings = {"backbone": TIMM_VIT, "backbone_weights": str(tmp_path / "vit.pth"), "many": 8, "few": 4, "sam": Plain}
+    settings["optimizer"] = partial(torch.optim.SGD, lr=0.1)
+    trainer = quiet_trainer()
+    trainer.fit(LongTailedClassifier(**settings, tune=LoRA(rank=2)), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "lora.ckpt")
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for checkpoint in (str(tmp_path / "lora.ckpt"), None):
+        model = LongTailedClassifier(**settings, tune=LoRA(rank=2))
+        path = run.features(model, TinyImages(), ckpt_path=checkpoint, folder="features")
+        piece = f"--config={path.with_suffix('.yaml')}"
+        code, _, err = imbsam("fit", *configs("data/features"), piece, "--trainer.max_epochs=1", *QUIET)
+        assert code == 0, err
+
+
+def test_back_on_images_they_have_the_size_of_the_features(tmp_path):
+    torch.save(TIMM_VIT(num_classes=3).state_dict(), tmp_path / "vit.pth")
+    settings = {"backbone": TIMM_VIT, "backbone_weights": str(tmp_path / "vit.pth"), "many": 8, "few": 4}
+    run = CommandTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    images = TinyImages(image_size=16, mean=[0.1] * 3)
+    path = run.features(LongTailedClassifier(**settings), images, folder=str(tmp_path))
+    trainer = quiet_trainer()
+    trainer.fit(LongTailedClassifier(**settings, optimizer=sgd), datamodule=FeaturesDataModule(path))
+    trainer.save_checkpoint(tmp_path / "head.ckpt")
+    data = TinyImages()
+    quiet_trainer().test(LongTailedClassifier(**settings), data, ckpt_path=tmp_path / "head.ckpt", verbose=False)
+    assert data.used_preprocessing == images.used_preprocessing
+    assert data.eval_collate.mean.flatten().tolist() == pytest.approx([25.5] * 3)
 
 
 def test_the_name_holds_what_the_features_depend_on(network, tmp_path, capsys):

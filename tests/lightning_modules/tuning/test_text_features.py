@@ -105,6 +105,12 @@ def test_what_cannot_work_is_one_line(backbone, head_init, says):
     assert "\n" not in str(error.value)
 
 
+def test_text_features_without_weights_are_refused(tiny_clip):
+    for backbone in (OpenCLIP(tiny_clip), HuggingFace("clip")):
+        with pytest.raises(SettingError, match="head_init is TextFeatures and backbone_weights is null: set"):
+            backbone.text_features(["a cat"], None)
+
+
 def test_an_image_tower_alone_is_refused(tiny_clip, tmp_path):
     tower = OpenCLIP(tiny_clip)(num_classes=3)
     torch.save(tower.state_dict(), tmp_path / "tower.pt")
