@@ -112,6 +112,29 @@ def test_a_hook_on_a_parameter_is_refused_after_the_capture_too(hook, message):
         assert torch.equal(p.grad, 2 * g)
 
 
+class Counted(dict):
+    """A dictionary that counts how often it is gone through."""
+
+    times = 0
+
+    def items(self):
+        self.times += 1
+        return super().items()
+
+    def values(self):
+        self.times += 1
+        return super().values()
+
+
+def test_the_checks_of_a_step_go_through_the_parameters_once():
+    model = net()
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    step(X, Y)
+    model[0]._parameters = found = Counted(model[0]._parameters)
+    step(X, Y)
+    assert found.times == 1
+
+
 def compiled_step(how: str, mode: str | None) -> CapturedStep:
     model = net()
     losses = losses_of(model)
