@@ -54,9 +54,33 @@ def test_a_wrong_setting_ends_it_with_one_line(imbsam, tmp_path):
     assert (code, "seeds is empty" in err) == (2, True)
 
 
+NETWORKS = """
+import weakref
+from lightning.pytorch import Callback
+
+networks = []
+
+
+class CountNetworks(Callback):
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            networks.append(weakref.ref(pl_module))
+            print("networks:", sum(network() is not None for network in networks))
+"""
+
+
+def test_the_network_of_a_seed_is_gone_when_the_next_begins(imbsam, tmp_path, monkeypatch):
+    """With its memory, and its process group: at one MASTER_PORT the next run would meet in the store of the last."""
+    (tmp_path / "count_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    short = ["--trainer.limit_train_batches=1", "--trainer.callbacks+=count_networks.CountNetworks"]
+    code, out, _ = imbsam("fit", *SHORT, *short, "--seeds", "3", "4")
+    assert (code, out.count("networks: 1"), out.count("networks: 2")) == (0, 2, 0)
+
+
 @pytest.mark.processes
 def test_two_processes_for_each_seed(tmp_path):
-    """Lightning starts the second process anew for every seed."""
+    """Lightning starts the second process anew for every seed; they meet at the same port."""
     arguments = ["fit", *SHORT, "--seeds", "0", "1", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     arguments += ["--trainer.strategy=ddp"]
     done = subprocess.run(
