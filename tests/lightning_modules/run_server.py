@@ -8,7 +8,6 @@ one line: exit code, stdout and stderr of every process. The code to be killed k
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from imbsam.perturbation import Ascent
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cli import run as cli
+from tests.ports import held_port
 
 
 def die() -> None:
@@ -90,7 +90,7 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
         os.chdir(request["cwd"])
-        os.environ.update(request.get("env", {}), COLUMNS="120")
+        os.environ.update(request.get("env", {}), COLUMNS="120", STANDALONE_PORT=str(port))
         if request["processes"] > 1:  # as torchrun does
             names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
             names |= {"WORLD_SIZE": request["processes"], "LOCAL_WORLD_SIZE": request["processes"]}
@@ -115,20 +115,14 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
         os._exit(code)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def main() -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         request.setdefault("processes", 1)
-        with tempfile.TemporaryDirectory() as folder:
-            port, names = free_port(), [Path(folder) / str(rank) for rank in range(request["processes"])]
+        with tempfile.TemporaryDirectory() as folder, held_port() as port:
+            names = [Path(folder) / str(rank) for rank in range(request["processes"])]
             begun = time.monotonic()
             pids = [
                 start(request, rank, port, name.with_suffix(".out"), name.with_suffix(".err"))
