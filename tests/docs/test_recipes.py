@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.ports import held_port
+from tests.programs import PATIENCE
 
 pytestmark = pytest.mark.processes
 
@@ -135,7 +136,7 @@ class Runs:
             workers.append(processes.Process(target=child, args=(text, name, environment, folder)))
             workers[-1].start()
         for worker in workers:
-            worker.join(timeout=120)
+            worker.join(timeout=PATIENCE)
             if worker.is_alive():
                 worker.kill()
         errors = "\n".join(path.read_text() for path in sorted(folder.glob("error*.txt")))

@@ -1,8 +1,9 @@
 """Runs `imbsam` in forked processes, so that a test pays for the imports once; kills them where it is told to.
 
 Reads one request a line from stdin, JSON: `cwd`, `args`, `processes`, `kill` (see `arm`), `signal` (its name, and the
-batch at which it comes), `alarm` (seconds after which a process is killed, each being left to end alone). Answers with
-one line: exit code, stdout and stderr of every process. The code to be killed knows nothing of this file.
+batch at which it comes), `alone` (true: a process that fails leaves the others alone; else they are killed, since they
+would wait for it). Answers with one line: exit code, stdout and stderr of every process. The code to be killed knows
+nothing of this file.
 """
 
 import json
@@ -23,6 +24,7 @@ from imbsam.perturbation import Ascent
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cli import run as cli
 from tests.ports import held_port
+from tests.programs import PATIENCE
 
 
 def die() -> None:
@@ -97,7 +99,7 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
             os.environ.update({name: str(value) for name, value in names.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test")
             rank_zero_only.rank = rank  # Lightning reads it from the environment when it is imported
-        signal.alarm(request.get("alarm", 0))
+        signal.alarm(PATIENCE)
         if request.get("kill"):
             arm(*request["kill"])
         if request.get("signal") and rank == request["processes"] - 1:
@@ -131,7 +133,7 @@ def main() -> None:
             codes = []
             for pid in pids:
                 codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                if codes[-1] and len(pids) > 1 and not request.get("alarm"):  # the others would wait for it
+                if codes[-1] and not request.get("alone"):
                     for other in pids[len(codes) :]:
                         os.kill(other, signal.SIGKILL)
             answer = {

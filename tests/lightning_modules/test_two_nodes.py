@@ -10,8 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.ports import held_port
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.programs import PATIENCE, REPOSITORY
 
 
 class KeepWeights(Callback):
@@ -23,8 +22,6 @@ class KeepWeights(Callback):
 
 def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
     ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        ours.pop(name, None)  # left by a test that ran Lightning's ddp in this process
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"),
@@ -52,7 +49,7 @@ def test_fit_on_two_nodes(tmp_path):
     with held_port() as port:
         agents = [agent(node, port, tmp_path) for node in range(2)]
         try:
-            outputs = [a.communicate(timeout=300)[0] for a in agents]
+            outputs = [a.communicate(timeout=PATIENCE)[0] for a in agents]
         finally:
             for a in agents:
                 a.terminate()

@@ -1,0 +1,33 @@
+"""Programs that tests run in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PATIENCE = 900
+"""Seconds until a program is taken to hang and is killed: many times what it needs, since the machine may be busy.
+
+torch's processes wait half an hour for each other.
+"""
+
+
+def run_command(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `imbsam` in a folder; returns when no process of it holds stdout or stderr any more.
+
+    Args:
+        folder: the current folder.
+        args: command line, without the program.
+        environment: variables in addition to the test's own.
+    """
+    ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_modules.cli", *args],
+        cwd=folder,
+        env={**os.environ, **ours, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
