@@ -1,6 +1,7 @@
 """Programs that tests run in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,19 @@ def run_command(folder: Path, *args: str, **environment: str) -> subprocess.Comp
         environment: variables in addition to the test's own.
     """
     ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_modules.cli", *args],
+    command = [sys.executable, "-m", "lightning_modules.cli", *args]
+    with subprocess.Popen(
+        command,
         cwd=folder,
         env={**os.environ, **ours, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # also the processes that it has launched
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

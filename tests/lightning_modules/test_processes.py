@@ -1,8 +1,11 @@
 """The command on several processes: the same weights on 1, 2 or 4, no repeats in evaluation, and interruption."""
 
 import csv
+import os
 import shutil
 import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsLTDataModule
-from tests.programs import run_command
+from lightning_modules import LongTailedClassifier
+from tests.programs import REPOSITORY, run_command
 from tests.training import RANKS, csv_rows
 
 pytestmark = pytest.mark.processes
@@ -36,6 +40,28 @@ class PlainValidation(DigitsLTDataModule):
     def val_dataloader(self):
         loader = super().val_dataloader()
         return DataLoader(loader.dataset, batch_size=20, collate_fn=loader.collate_fn)
+
+
+def fail_on_rank_0():
+    """As a user's code does in the process that the user started; it leaves the time."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Path("failed").touch()
+        raise RuntimeError("a bug of the user's")
+
+
+class FailBeforeTheRendezvous(LongTailedClassifier):
+    """A process waits for the first one there for half an hour."""
+
+    def configure_callbacks(self):
+        fail_on_rank_0()
+        return super().configure_callbacks()
+
+
+class FailAfterTheRendezvous(DigitsLTDataModule):
+    """The other process waits until the data are there."""
+
+    def prepare_data(self):
+        fail_on_rank_0()
 
 
 def last(folder):
@@ -166,3 +192,21 @@ def test_a_taken_port_ends_all_processes_in_one_line(tmp_path):
     assert done.returncode == 2, done
     assert f"imbsam: error: MASTER_PORT is {port}, which another program uses" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "--model=test_processes.FailBeforeTheRendezvous",
+        "--data=test_processes.FailAfterTheRendezvous",
+    ],
+)
+def test_an_unexpected_error_of_the_first_process_ends_both(tmp_path, setting):
+    """With its traceback, and soon: the other one would wait."""
+    paths = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    done = run_command(tmp_path, *RANKS, "--trainer.devices=2", setting, PYTHONPATH=paths)
+    seconds = time.time() - (tmp_path / "failed").stat().st_mtime
+    assert done.returncode == 1, done
+    assert "RuntimeError: a bug of the user's" in done.stderr
+    assert "Traceback" in done.stderr
+    assert seconds < 30
