@@ -161,7 +161,16 @@ def check_batches(micro: Sequence[Any], example: Sequence[Tensor]) -> bool:
                     f"tensor {i} of the batch has shape {tuple(t.shape)} and dtype {t.dtype}, captured were "
                     f"{tuple(like.shape)} and {like.dtype}: call capture() with such a batch (fewer rows run eagerly)"
                 )
+        rows = [len(t) for t in batch]
+        if min(rows) != max(rows):
+            raise SettingError(f"the batch has tensors of {rows} rows: give as many in each")
     return all(len(t) == len(like) for batch in micro for t, like in zip(batch, example, strict=True))
+
+
+def check_rows(name: str, value: Any, batch: Sequence[Tensor]) -> None:
+    """Refuse targets or sharpness weights of another number of rows than the batch has; None is left out."""
+    if value is not None and len(value) != len(batch[0]):
+        raise SettingError(f"{name} has {len(value)} rows and the batch {len(batch[0])}: give one for each row")
 
 
 def check_one_loss_a_row(decided: "Sequence[Batch]") -> None:
