@@ -15,11 +15,8 @@ generators and buffers or undoes an interrupted step. Times are the process's CP
 import argparse
 import functools
 import itertools
-import logging
-import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from datamodules import AnomalyDataModule
 from imbsam import SAM, ClassAwareSAM, ImbSAM, Plain
 from lightning_modules import AnomalyDetector, RestoringEarlyStopping
 from lightning_modules.detectors import DeepSAD, Detector, DevNet, PReNet, WeightedClassifier
+from lightning_modules.quiet_process import quiet_process
 
 DETECTORS: dict[str, tuple[Callable[..., Detector], str]] = {
     "DevNet, balanced": (DevNet, "balanced"),
@@ -192,16 +190,6 @@ def table_row(name: str, seconds: dict[str, list[float]], steps: int, of: str = 
     return f"| {' | '.join(cells)} |"
 
 
-def quiet() -> None:
-    """One thread, and nothing of Lightning's on the screen."""
-    # with the NVML check, every optimizer step on a machine without a GPU searches for NVML again: 0.3 ms
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of a bare loop before another takes its turn")
     parser.add_argument("--epochs", type=int, default=3, help=f"of a fit, each of {BATCHES_PER_EPOCH} steps")
     arguments = parser.parse_args()
-    quiet()
+    quiet_process()
     for where, steps, make in (
         ("bare loop", arguments.steps, functools.partial(bare_runs, steps=arguments.steps)),
         ("Lightning", BATCHES_PER_EPOCH * arguments.epochs, functools.partial(trainer_runs, epochs=arguments.epochs)),

@@ -165,10 +165,14 @@ def check_hooks(modules: Sequence[nn.Module]) -> None:
     """Refuse a hook on a parameter's gradient, such as an optimizer in the backward pass."""
     for owner in modules:
         for name, p in owner._parameters.items():
-            if p is not None and (
-                p._post_accumulate_grad_hooks or p._backward_hooks or "_in_backward_optimizers" in vars(p)
-            ):
-                raise SettingError(_hooked(modules, p, name))
+            if p is not None:
+                check_hook(modules, p, name)
+
+
+def check_hook(modules: Sequence[nn.Module], p: Tensor, name: str) -> None:
+    """Refuse it on one parameter, which its module calls `name`."""
+    if p._post_accumulate_grad_hooks or p._backward_hooks or "_in_backward_optimizers" in vars(p):
+        raise SettingError(_hooked(modules, p, name))
 
 
 def _check_processes(modules: Sequence[nn.Module], perturbation: str, group: Any) -> None:

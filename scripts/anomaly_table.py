@@ -12,12 +12,9 @@ import argparse
 import csv
 import functools
 import itertools
-import logging
 import multiprocessing
-import os
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,16 +183,9 @@ def auroc_of_labelled(scores: Any, labels: Any, true_labels: Any) -> float:
 
 def start_worker() -> None:
     """Quiet and single-threaded."""
-    import torch
+    from lightning_modules.quiet_process import quiet_process
 
-    import lightning_modules  # noqa: F401  Lightning sets the variable below
-
-    # with the NVML check, every optimizer step on a machine without a GPU searches for NVML again: 0.3 ms
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_process()
 
 
 def work(task: tuple[Fit, Path]) -> dict[str, Any] | str:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ports import held_port
+
 
 @pytest.fixture(scope="session")
 def cifar100_root() -> Path:
@@ -153,7 +155,9 @@ def image_list(image_folder_root: Path) -> Path:
 def _environment() -> Iterator[None]:
     """Lightning writes LOCAL_RANK into the environment: a later test that starts two processes would start one."""
     before = dict(os.environ)
-    yield
+    with held_port() as port:
+        os.environ["STANDALONE_PORT"] = str(port)  # Lightning's variable: its processes meet there
+        yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

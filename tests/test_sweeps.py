@@ -2,12 +2,12 @@
 
 import itertools
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.programs import PATIENCE, REPOSITORY
+
 SWEEPS = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))
 
 wandb = pytest.importorskip("wandb")
@@ -56,7 +56,7 @@ def test_the_command_of_the_agent_trains(tmp_path, read_wandb):
         agent._command_run({"run_id": "abcd1234", "program": "", "args": {k: {"value": v} for k, v in values.items()}})
     process = agent._run_processes["abcd1234"]
     try:
-        assert process.wait(timeout=300) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     finally:
         if process.poll() is None:
             process.kill()

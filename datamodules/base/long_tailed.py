@@ -236,7 +236,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
             SettingError: Progressively balanced sampling without a trainer that has ``max_epochs``.
         """
         train, order = self._loaded(self._train), None
-        collate = getattr(train, "collate", self.train_collate)  # images on a device bring their own
+        collate = _collate_of(train, self.train_collate)
         if self.sampling != "instance_balanced":
             order = ClassSampling(self._train_labels, self.sampling, getattr(self.trainer, "max_epochs", None))
         if self.mixup or self.cutmix:
@@ -245,7 +245,7 @@ class LongTailedDataModule(RecordedDataModule, ABC):
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
-        return eval_loader(self._loaded(self._train), self.eval_batch_size, self.eval_collate, self.num_workers)
+        return self._in_order(self._loaded(self._train))
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """The validation batches, or an empty list if nothing is held out and the data set has none of its own."""
@@ -260,6 +260,13 @@ class LongTailedDataModule(RecordedDataModule, ABC):
         return self.test_dataloader()
 
     def _eval_loader(self, dataset: Dataset[Any] | None) -> EvalLoader:
-        dataset = self._loaded(dataset)
-        collate = getattr(dataset, "collate", self.eval_collate)
-        return eval_loader(dataset, self.eval_batch_size, collate, self.num_workers, **ranks(self.trainer))
+        return self._in_order(self._loaded(dataset), **ranks(self.trainer))
+
+    def _in_order(self, dataset: Dataset[Any], **share: int) -> EvalLoader:
+        collate = _collate_of(dataset, self.eval_collate)
+        return eval_loader(dataset, self.eval_batch_size, collate, self.num_workers, **share)
+
+
+def _collate_of(dataset: Dataset[Any], collate: Any) -> Any:
+    """Images that are decoded once and kept bring their own."""
+    return getattr(dataset, "collate", collate)

@@ -199,9 +199,7 @@ class ImageFilesDataModule(ImagesOnDeviceDataModule):
 
     def train_eval_dataloader(self) -> EvalLoader:
         """All training samples in order and without augmentation, on every process, for measurements on them."""
-        plain = replace(self._loaded(self._train), transform=self.eval_transform)
-        collate = getattr(plain, "collate", self.eval_collate)
-        return eval_loader(plain, self.eval_batch_size, collate, self.num_workers)
+        return self._in_order(replace(self._loaded(self._train), transform=self.eval_transform))
 
     def predict_dataloader(self) -> EvalLoader:
         """The images of ``predict``, or the test images again, with their paths."""

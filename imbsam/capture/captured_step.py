@@ -16,11 +16,13 @@ from imbsam.capture.checks import (
     check_method,
     check_module,
     check_one_loss_a_row,
+    check_rows,
     check_signature,
 )
 from imbsam.capture.graphs import CaptureError, Graphs, graphs_on
 from imbsam.capture.pass_sizes import graph_sizes
 from imbsam.capture.static_step import StaticStep
+from imbsam.capture.static_tensors import check_outputs
 from imbsam.errors import SettingError
 from imbsam.first_outputs import FirstOutputs
 from imbsam.parameters import trained_parameters
@@ -107,6 +109,9 @@ class CapturedStep:
             targets = [targets]
         elif len(targets) != len(micro):
             raise SettingError(f"targets has {len(targets)} entries for {len(micro)} micro-batches: give one for each")
+        for one, target in zip(micro, targets, strict=True):
+            check_rows("targets", target, one)
+            check_rows("sharpness_weight", sharpness_weight, one)
         if self._static is not None and whole:
             modules = list(self._sam.module.modules())
             self._captured.check(modules)
@@ -162,6 +167,7 @@ class CapturedStep:
             found = self._losses_of(*(t[rows] for t in inputs))
             if not isinstance(found, tuple):
                 return found
+            check_outputs(found[1], len(rows))
             kept(rows, found[1])
             if len(outputs) == i:
                 outputs.append(kept)

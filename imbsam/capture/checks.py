@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from imbsam.capture.graphs import CaptureError
-from imbsam.distributed import check_hooks, check_modules, forward_communicates
+from imbsam.distributed import check_hook, check_modules, forward_communicates
 from imbsam.errors import SettingError
 from imbsam.parameters import trained_parameters
 
@@ -89,39 +89,54 @@ class Captured:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         self.params = trained_parameters(modules)
-        self._addresses = _addresses(modules)
-        self._hooks = _hooks(modules)
+        self._then = _look(modules)
 
     def check(self, modules: Sequence[nn.Module]) -> None:
         """Refuse a module that has changed, with :class:`ChangedModuleError`, and what the engine refuses at any time.
 
         A hook on a parameter's gradient would not run in a replay.
         """
-        check_hooks(modules)
-        params = trained_parameters(modules)
-        if not _same(params, self.params):
+        now = _look(modules)
+        if not _same(now.params, self.params):
             raise ChangedModuleError(
-                f"module has {len(params)} trained parameters that are not the {len(self.params)} it was captured with "
-                "(one was added, replaced, frozen or unfrozen): call capture() again"
+                f"module has {len(now.params)} trained parameters that are not the {len(self.params)} it was captured "
+                "with (one was added, replaced, frozen or unfrozen): call capture() again"
             )
         if not _same(modules, self.modules):
             raise ChangedModuleError("module has other submodules than it was captured with: call capture() again")
-        if _hooks(modules) != self._hooks:
+        if now.hooks != self._then.hooks:
             raise ChangedModuleError("module has other hooks than it was captured with: call capture() again")
-        if _addresses(modules) != self._addresses:
+        if now.addresses != self._then.addresses:
             raise ChangedModuleError(
                 "module's parameters have moved since capture() (device, dtype, .data): call it again"
             )
 
 
-def _addresses(modules: Sequence[nn.Module]) -> list[int]:
-    return [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
+class _Seen(NamedTuple):
+    params: list[nn.Parameter]
+    """The trained ones, in the order of :func:`trained_parameters`."""
+    addresses: list[int]
+    """Of all parameters."""
+    hooks: list[int]
+    """The numbers of the submodules' hooks, never used again; pruning puts a mask on the same parameter by a hook."""
 
 
-def _hooks(modules: Sequence[nn.Module]) -> list[int]:
-    """Their numbers, which are never used again; pruning puts a mask on the same parameter by a hook."""
-    kinds = ((m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in modules)
-    return [number for hooks in kinds for kind in hooks if kind for number in kind]
+def _look(modules: Sequence[nn.Module]) -> _Seen:
+    """All that is checked in every step, in one walk; refuses hooks on the parameters themselves."""
+    params: dict[int, nn.Parameter] = {}
+    addresses: list[int] = []
+    hooks: list[int] = []
+    for m in modules:
+        for name, p in m._parameters.items():
+            if p is not None:
+                check_hook(modules, p, name)
+                addresses.append(p.data_ptr())
+                if p.requires_grad:
+                    params[id(p)] = p
+        for kind in (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks):
+            if kind:
+                hooks.extend(kind)
+    return _Seen(list(params.values()), addresses, hooks)
 
 
 def _same(now: Sequence[Any], then: Sequence[Any]) -> bool:
@@ -146,7 +161,16 @@ def check_batches(micro: Sequence[Any], example: Sequence[Tensor]) -> bool:
                     f"tensor {i} of the batch has shape {tuple(t.shape)} and dtype {t.dtype}, captured were "
                     f"{tuple(like.shape)} and {like.dtype}: call capture() with such a batch (fewer rows run eagerly)"
                 )
+        rows = [len(t) for t in batch]
+        if min(rows) != max(rows):
+            raise SettingError(f"the batch has tensors of {rows} rows: give as many in each")
     return all(len(t) == len(like) for batch in micro for t, like in zip(batch, example, strict=True))
+
+
+def check_rows(name: str, value: Any, batch: Sequence[Tensor]) -> None:
+    """Refuse targets or sharpness weights of another number of rows than the batch has; None is left out."""
+    if value is not None and len(value) != len(batch[0]):
+        raise SettingError(f"{name} has {len(value)} rows and the batch {len(batch[0])}: give one for each row")
 
 
 def check_one_loss_a_row(decided: "Sequence[Batch]") -> None:

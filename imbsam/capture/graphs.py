@@ -1,8 +1,10 @@
 """What runs the passes of a captured step: CUDA graphs, or a stand-in for them that calls the passes directly."""
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -174,28 +176,45 @@ class CudaGraphs:
             del failure, graph  # or this frame and the error would hold each other, and what the passes have allocated
 
 
+_SYNCHRONISATION = "called a synchronizing CUDA operation"
+"""torch's warning."""
+
+
 @contextlib.contextmanager
 def _no_synchronisation() -> Iterator[None]:
-    """The last warm-up: what waits for the GPU fails here, before a capture has begun.
+    """The last warm-up: what waits for the GPU is found here, before a capture has begun.
 
-    In older torch a capture that fails does not end its use of the memory pool. The mode is the whole process's.
+    In older torch a capture that fails does not end its use of the memory pool. torch's mode is the whole process's, so
+    it is "warn": with "error", another thread that reads a number or copies weights to a checkpoint meanwhile would
+    fail. Only this thread's warnings count; autograd's threads hand theirs to it. What is missed ends in the capture.
 
     Raises:
         CaptureError: for a synchronisation.
     """
-    mode = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        yield
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" not in str(error):
-            raise
+    mode, here = torch.cuda.get_sync_debug_mode(), threading.get_ident()
+    waits = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=_SYNCHRONISATION)
+        show = warnings.showwarning
+
+        def look(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+            nonlocal waits
+            if _SYNCHRONISATION not in str(message):
+                show(message, *args, **kwargs)
+            elif threading.get_ident() == here:
+                waits = True
+
+        warnings.showwarning = look
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    if waits:
         raise CaptureError(
             "the passes wait for the GPU (.item(), float() or a condition on a value, indexing by a mask, a copy to or "
             "from the CPU)"
-        ) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        )
 
 
 _STALE_STREAM = (

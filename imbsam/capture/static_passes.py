@@ -11,7 +11,7 @@ from imbsam.backward_pass import BackwardPass
 from imbsam.batch import SharpGradient
 from imbsam.capture.philox import Generators, Moment
 from imbsam.capture.scratch_buffers import ScratchBuffers, Start
-from imbsam.capture.static_tensors import Results, Slot, weighted_sum
+from imbsam.capture.static_tensors import Results, Slot, check_outputs, weighted_sum
 from imbsam.errors import SettingError
 from imbsam.gradients import Gradients
 from imbsam.perturbation import Ascent, perturbation
@@ -269,6 +269,7 @@ class StaticPasses:
         losses = self._losses_of(*inputs)
         if isinstance(losses, tuple) and len(losses) == 2:
             losses, outputs = losses
+            check_outputs(outputs, size)
             if keep is not None:
                 self._results.keep_outputs(keep, outputs, self._slots[keep].size, into)
         if not isinstance(losses, Tensor) or losses.shape != (size,):

@@ -118,8 +118,9 @@ class StaticStep:
                 sam = self._sam
                 perturbed = self._perturbed(modules)
                 reduction = reduction_over(sam.process_group, self._params, sam.perturbation, plan.perturbs, perturbed)
-                split = type(reduction) is not Reduction
-                recording = self._recording(modules, len(micro), source, rows, first_rows, perturbed, split=split)
+                recording = self._recording(
+                    modules, len(micro), source, rows, first_rows, perturbed, split=reduction.waits
+                )
                 undo_passes = recording.begin()
                 gradients = self._replay(recording, reduction)
                 recording.end()
@@ -141,7 +142,7 @@ class StaticStep:
         """
         passes = recording.passes
         recording.replay(0)
-        if len(passes.programs) > 1 or reduction.waits:
+        if reduction.waits:
             reached = passes.g_s_reached if passes.perturbs else [False] * len(self._params)
             g_s = reduction.mean_g_s(self._results.kept("g_s", reached))
             if passes.perturbs:

@@ -1,10 +1,12 @@
 """The tensors of a captured step that keep their addresses: what it reads, and what it leaves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from imbsam.errors import SettingError
 from imbsam.gradients import Gradients, copy_
 
 
@@ -136,6 +138,16 @@ class Results:
         if (kind, i) not in self._tensors:
             self._tensors[kind, i] = torch.zeros_like(self._params[i], requires_grad=False)
         return self._tensors[kind, i]
+
+
+def check_outputs(outputs: Any, rows: int) -> None:
+    """Refuse what `losses_of` returned beside the losses if it is not one tensor with an entry a row."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != rows:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise SettingError(
+            f"losses_of(x, y) returned {found} beside the losses of {rows} rows: return one tensor with an entry for "
+            "each row, such as the logits"
+        )
 
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One call of the command: its runs, its signals, its exit code."""
 
+import contextvars
 import logging
 import sys
 import warnings
@@ -52,7 +53,8 @@ def main() -> None:
     for args in runs:
         sys.argv[1:] = args  # Lightning launches further processes with it
         with fresh_processes() if len(runs) > 1 else nullcontext():
-            run()
+            # jsonargparse leaves its parser in a context variable, and with it the network
+            contextvars.copy_context().run(run)
 
 
 def run() -> None:

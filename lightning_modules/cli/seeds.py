@@ -1,5 +1,6 @@
 """One command, several seeds: `imbsam fit --config ... --seeds 0 1 2` trains once for each."""
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -54,12 +55,17 @@ def apply_seed(config: Any) -> None:
 
 @contextmanager
 def fresh_processes() -> Iterator[None]:
-    """Clean up between trainings: the process group, and the environment variables that Lightning sets."""
+    """Clean up between trainings: the process group with its store, and the environment variables that Lightning sets.
+
+    While something refers to the group, its store answers at MASTER_PORT, also the processes of the next training, with
+    the addresses of this one's.
+    """
     environment = dict(os.environ)
     try:
         yield
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # the network refers to the group, and to itself
         os.environ.clear()
         os.environ.update(environment)

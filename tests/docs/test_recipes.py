@@ -5,7 +5,6 @@ import io
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.ports import held_port
+from tests.programs import PATIENCE
 
 pytestmark = pytest.mark.processes
 
@@ -116,18 +118,16 @@ class Runs:
             pytest.skip(f"{NEEDS[page]} is not installed: pip install '.[dev]'")
         text = program(page, *changes)
         if (text, ranks) not in self._done:
-            self._done[text, ranks] = self._run(text, WEIGHTS[page], ranks)
+            with held_port() as port:
+                self._done[text, ranks] = self._run(text, WEIGHTS[page], ranks, port)
         return self._done[text, ranks]
 
-    def _run(self, text: str, name: str, ranks: int) -> list[tuple[str, list[torch.Tensor]]]:
+    def _run(self, text: str, name: str, ranks: int, port: int) -> list[tuple[str, list[torch.Tensor]]]:
         folder = self._factory.mktemp("run")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         # what torchrun sets, and what `fabric run --accelerator cpu --devices 2` adds
         shared = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         if ranks > 1:
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
             shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
             shared |= {"LT_CLI_USED": "1", "LT_ACCELERATOR": "cpu", "LT_DEVICES": str(ranks)}
         workers = []
@@ -136,7 +136,7 @@ class Runs:
             workers.append(processes.Process(target=child, args=(text, name, environment, folder)))
             workers[-1].start()
         for worker in workers:
-            worker.join(timeout=120)
+            worker.join(timeout=PATIENCE)
             if worker.is_alive():
                 worker.kill()
         errors = "\n".join(path.read_text() for path in sorted(folder.glob("error*.txt")))

@@ -1,14 +1,14 @@
 """Runs `imbsam` in forked processes, so that a test pays for the imports once; kills them where it is told to.
 
 Reads one request a line from stdin, JSON: `cwd`, `args`, `processes`, `kill` (see `arm`), `signal` (its name, and the
-batch at which it comes), `alarm` (seconds after which a process is killed, each being left to end alone). Answers with
-one line: exit code, stdout and stderr of every process. The code to be killed knows nothing of this file.
+batch at which it comes), `alone` (true: a process that fails leaves the others alone; else they are killed, since they
+would wait for it). Answers with one line: exit code, stdout and stderr of every process. The code to be killed knows
+nothing of this file.
 """
 
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +23,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from imbsam.perturbation import Ascent
 from lightning_modules.classifier import LongTailedClassifier
 from lightning_modules.cli import run as cli
+from tests.ports import held_port
+from tests.programs import PATIENCE
 
 
 def die() -> None:
@@ -90,14 +92,14 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
         os.chdir(request["cwd"])
-        os.environ.update(request.get("env", {}), COLUMNS="120")
+        os.environ.update(request.get("env", {}), COLUMNS="120", STANDALONE_PORT=str(port))
         if request["processes"] > 1:  # as torchrun does
             names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
             names |= {"WORLD_SIZE": request["processes"], "LOCAL_WORLD_SIZE": request["processes"]}
             os.environ.update({name: str(value) for name, value in names.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test")
             rank_zero_only.rank = rank  # Lightning reads it from the environment when it is imported
-        signal.alarm(request.get("alarm", 0))
+        signal.alarm(PATIENCE)
         if request.get("kill"):
             arm(*request["kill"])
         if request.get("signal") and rank == request["processes"] - 1:
@@ -115,20 +117,14 @@ def start(request: dict[str, Any], rank: int, port: int, out: Path, err: Path) -
         os._exit(code)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def main() -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         request.setdefault("processes", 1)
-        with tempfile.TemporaryDirectory() as folder:
-            port, names = free_port(), [Path(folder) / str(rank) for rank in range(request["processes"])]
+        with tempfile.TemporaryDirectory() as folder, held_port() as port:
+            names = [Path(folder) / str(rank) for rank in range(request["processes"])]
             begun = time.monotonic()
             pids = [
                 start(request, rank, port, name.with_suffix(".out"), name.with_suffix(".err"))
@@ -137,7 +133,7 @@ def main() -> None:
             codes = []
             for pid in pids:
                 codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                if codes[-1] and len(pids) > 1 and not request.get("alarm"):  # the others would wait for it
+                if codes[-1] and not request.get("alone"):
                     for other in pids[len(codes) :]:
                         os.kill(other, signal.SIGKILL)
             answer = {

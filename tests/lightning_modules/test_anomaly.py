@@ -76,7 +76,7 @@ def test_two_processes_are_refused_in_an_evaluation_too(run_imbsam, tmp_path):
     config = [*anomaly("devnet", "sgd"), *SHORT, "--trainer.accelerator=cpu"]
     assert run_imbsam(tmp_path, "fit", *config)["codes"] == [0]
     more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    answer = run_imbsam(tmp_path, "test", *config, *more, processes=2, alarm=120)
+    answer = run_imbsam(tmp_path, "test", *config, *more, processes=2, alone=True)
     assert answer["codes"] == [2, 2]
     assert "trainer.devices makes 2 processes" in answer["err"][0]
 

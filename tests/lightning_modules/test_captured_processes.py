@@ -5,8 +5,6 @@ On two GPUs, and on the CPU, where the passes are called.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ from lightning.pytorch import Callback
 
 import lightning_modules.backward_passes
 from imbsam.capture.graphs import DirectCalls
+from tests.programs import REPOSITORY, run_command
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-"""Left in the environment by a test that ran ddp in this process; with them the command would wait for others."""
 ARGS = [
     *("fit", "--config=configs/data/digits_lt.yaml", "--data.batch_size=16", "--trainer.max_epochs=2"),
     *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.precision=64-true"),
@@ -71,7 +67,7 @@ def test_two_processes(run_imbsam, tmp_path):
     folders = [tmp_path / name for name in ("false", "true")]
     for folder in folders:
         stand_in = ["--trainer.callbacks.stand_in=true", "--trainer.accelerator=cpu"]
-        answer = run_imbsam(folder, *arguments(folder, folder.name), *stand_in, processes=2, alarm=240)
+        answer = run_imbsam(folder, *arguments(folder, folder.name), *stand_in, processes=2)
         assert answer["codes"] == [0, 0], answer["err"]
     compare(*folders)
 
@@ -81,17 +77,8 @@ def test_two_processes(run_imbsam, tmp_path):
 def test_two_gpus(tmp_path):
     folders = [tmp_path / name for name in ("false", "true")]
     paths = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    environment = {**{k: v for k, v in os.environ.items() if k not in RANKS}, "PYTHONPATH": paths}
     for folder in folders:
-        command = [sys.executable, "-m", "lightning_modules.cli", *arguments(folder, folder.name)]
-        done = subprocess.run(
-            [*command, "--trainer.accelerator=gpu"],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        command = [*arguments(folder, folder.name), "--trainer.accelerator=gpu"]
+        done = run_command(folder, *command, PYTHONPATH=paths)
         assert done.returncode == 0, done.stderr
     compare(*folders)

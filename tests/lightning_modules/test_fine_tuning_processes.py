@@ -24,7 +24,6 @@ NETWORKS = {
         *("--model.tune=LoRA", "--model.tune.rank=2"),
     ],
 }
-ALARM = 240
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -51,10 +50,10 @@ def test_two_processes_train_as_one_and_resume(network, run_imbsam, tmp_path):
         args = [*ARGS, *settings, f"--trainer.devices={processes}", f"--data.batch_size={32 // processes}"]
         args += ["--trainer.precision=64-true"]
         if processes == 2:
-            answer = run_imbsam(folder, *args, processes=2, signal=["SIGTERM", 5], alarm=ALARM)
+            answer = run_imbsam(folder, *args, processes=2, signal=["SIGTERM", 5])
             assert answer["codes"] == [0, 0], answer["err"]
             assert "resume with --ckpt_path last" in answer["out"][0]
-        answer = run_imbsam(folder, *args, processes=processes, alarm=ALARM)
+        answer = run_imbsam(folder, *args, processes=processes)
         assert answer["codes"] == [0] * processes, answer["err"]
         found.append(last(folder))
     (one, one_log), (two, two_log) = found

@@ -1,9 +1,6 @@
 """MultiLabelClassifier: the same steps as a plain loop around the engine, its log, its files, and the command."""
 
 import csv
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,9 @@ from lightning_modules.callbacks.evaluation_files import EvaluationFiles
 from lightning_modules.callbacks.result_tables import AccuracyTable
 from lightning_modules.tuning.head_init import ClassMeans
 from tests.pieces import configs
+from tests.programs import run_command
 from tests.training import csv_rows, quiet_trainer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-"""Left by a test that ran Lightning's ddp in this process; with them the command would wait for others."""
 SMALL: dict[str, Any] = {"backbone": partial(SmallCNN, width=4), "many": 100, "few": 20}
 
 
@@ -229,14 +224,9 @@ def test_bad_input_is_one_line(edit, option, message, images, imbsam):
 @pytest.mark.processes
 def test_two_processes_measure_what_one_does(tmp_path):
     """Scores of both ranks count: a test of the checkpoint on one process finds the same average precisions."""
-    environment = {name: value for name, value in os.environ.items() if name not in RANKS}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "lightning_modules.cli", *arguments, "--trainer.accelerator=cpu"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run_command(tmp_path, *arguments, "--trainer.accelerator=cpu")
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -4,8 +4,7 @@ import csv
 import os
 import shutil
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,12 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsLTDataModule
+from lightning_modules import LongTailedClassifier
+from tests.programs import REPOSITORY, run_command
 from tests.training import RANKS, csv_rows
 
 pytestmark = pytest.mark.processes
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ARGS = [*RANKS, "--trainer.callbacks+=test_processes.LookOnRank0", "--data.val_share=0.2"]
 
 
@@ -34,16 +34,34 @@ class LookOnRank0(Callback):
     on_validation_epoch_end = on_validation_end = on_test_epoch_end = on_test_end = look
 
 
-ALARM = 240
-"""Seconds until processes that wait for each other are killed."""
-
-
 class PlainValidation(DigitsLTDataModule):
     """A loader of the user's own, which every process reads to its end."""
 
     def val_dataloader(self):
         loader = super().val_dataloader()
         return DataLoader(loader.dataset, batch_size=20, collate_fn=loader.collate_fn)
+
+
+def fail_on_rank_0():
+    """As a user's code does in the process that the user started; it leaves the time."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Path("failed").touch()
+        raise RuntimeError("a bug of the user's")
+
+
+class FailBeforeTheRendezvous(LongTailedClassifier):
+    """A process waits for the first one there for half an hour."""
+
+    def configure_callbacks(self):
+        fail_on_rank_0()
+        return super().configure_callbacks()
+
+
+class FailAfterTheRendezvous(DigitsLTDataModule):
+    """The other process waits until the data are there."""
+
+    def prepare_data(self):
+        fail_on_rank_0()
 
 
 def last(folder):
@@ -65,7 +83,7 @@ def test_one_two_and_four_processes_give_the_same_weights_and_metrics(run_imbsam
             "--trainer.precision=64-true",
         ]
         settings += ["--data.val_share=0.0", "--data.eval_batch_size=45", "--model.backbone.width=8"]
-        answer = run_imbsam(folder, *ARGS, *settings, processes=processes, alarm=ALARM)
+        answer = run_imbsam(folder, *ARGS, *settings, processes=processes)
         assert answer["codes"] == [0] * processes, answer["err"]
         found.append(last(folder))
     for checkpoint, log in found[1:]:
@@ -89,7 +107,7 @@ def test_two_processes_calibrate_decide_and_predict_as_one(run_imbsam, tmp_path,
 
     def run(processes, command, *args):
         devices = f"--trainer.devices={processes}"
-        answer = run_imbsam(tmp_path, command, *args, *cpu, devices, processes=processes, alarm=ALARM)
+        answer = run_imbsam(tmp_path, command, *args, *cpu, devices, processes=processes)
         assert answer["codes"] == [0] * processes, answer["err"]
         assert all("imbsam: wrote" not in out and "predictions:" not in out for out in answer["out"][1:])
 
@@ -126,15 +144,15 @@ def test_two_processes_stop_together_and_resume(run_imbsam, tmp_path):
     settings += ["--model.backbone.width=8", "--model.backbone.norm=batch", "--model.backbone.dropout=0.2"]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2, alarm=ALARM)
+    answer = run_imbsam(tmp_path / "whole", *ARGS, *settings, processes=2)
     assert answer["codes"] == [0, 0], answer["err"]
-    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, signal=["SIGTERM", 5], alarm=ALARM)
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, signal=["SIGTERM", 5])
     assert answer["codes"] == [0, 0], answer["err"]
     assert "imbsam: interrupted by SIGTERM after epoch 0, batch 6; resume with --ckpt_path last" in answer["out"][0]
     assert "test accuracy" not in answer["out"][0]
     assert "imbsam:" not in answer["out"][1]
     settings += ["--data.images_on_device=true"]  # the images are the same
-    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2, alarm=ALARM)
+    answer = run_imbsam(tmp_path / "stopped", *ARGS, *settings, processes=2)
     assert answer["codes"] == [0, 0], answer["err"]
     assert "imbsam: resuming at epoch 0, batch 6" in answer["out"][0]
     (found, log), (wanted, wanted_log) = last(tmp_path / "stopped"), last(tmp_path / "whole")
@@ -155,7 +173,7 @@ def test_a_corrupt_image_ends_both_processes(run_imbsam, image_folder_root, tmp_
     settings += ["--data.num_workers=1", "--data.batch_size=2", "--model=LongTailedClassifier"]
     settings += ["--model.backbone=CifarResNet20", "--model.backbone.width=8"]
     settings += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
-    answer = run_imbsam(tmp_path, *settings, processes=2, alarm=300)
+    answer = run_imbsam(tmp_path, *settings, processes=2, alone=True)
     assert 2 in answer["codes"]
     assert not {0, -14} & {*answer["codes"]}, answer  # -14: the alarm
     line = (
@@ -170,15 +188,25 @@ def test_a_taken_port_ends_all_processes_in_one_line(tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))
         port = other.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_modules.cli", *RANKS, "--trainer.devices=2"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)},
-            capture_output=True,  # returns when no process holds the outputs any more
-            text=True,
-            check=False,
-            timeout=100,
-        )
+        done = run_command(tmp_path, *RANKS, "--trainer.devices=2", MASTER_PORT=str(port))
     assert done.returncode == 2, done
     assert f"imbsam: error: MASTER_PORT is {port}, which another program uses" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "--model=test_processes.FailBeforeTheRendezvous",
+        "--data=test_processes.FailAfterTheRendezvous",
+    ],
+)
+def test_an_unexpected_error_of_the_first_process_ends_both(tmp_path, setting):
+    """With its traceback, and soon: the other one would wait."""
+    paths = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    done = run_command(tmp_path, *RANKS, "--trainer.devices=2", setting, PYTHONPATH=paths)
+    seconds = time.time() - (tmp_path / "failed").stat().st_mtime
+    assert done.returncode == 1, done
+    assert "RuntimeError: a bug of the user's" in done.stderr
+    assert "Traceback" in done.stderr
+    assert seconds < 30

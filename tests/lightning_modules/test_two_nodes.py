@@ -1,7 +1,6 @@
 """The command on two nodes: two torchrun agents on the loopback address, one process each."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.ports import held_port
+from tests.programs import PATIENCE, REPOSITORY
 
 
 class KeepWeights(Callback):
@@ -22,8 +22,6 @@ class KeepWeights(Callback):
 
 def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
     ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        ours.pop(name, None)  # left by a test that ran Lightning's ddp in this process
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"),
@@ -48,15 +46,13 @@ def agent(node: int, port: int, folder: Path) -> subprocess.Popen:
 
 @pytest.mark.processes
 def test_fit_on_two_nodes(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    agents = [agent(node, port, tmp_path) for node in range(2)]
-    try:
-        outputs = [a.communicate(timeout=300)[0] for a in agents]
-    finally:
-        for a in agents:
-            a.terminate()
+    with held_port() as port:
+        agents = [agent(node, port, tmp_path) for node in range(2)]
+        try:
+            outputs = [a.communicate(timeout=PATIENCE)[0] for a in agents]
+        finally:
+            for a in agents:
+                a.terminate()
     assert [a.returncode for a in agents] == [0, 0], outputs
 
     first, second = (torch.load(tmp_path / f"weights{n}_node{n}.pt", weights_only=True) for n in range(2))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.programs import PATIENCE, REPOSITORY
+
 SHORT = [
     "--trainer.max_epochs=2",
     "--trainer.enable_progress_bar=false",
@@ -38,7 +39,7 @@ def start(cwd, *arguments):
 
 def reproduce(cwd, *arguments):
     process = start(cwd, *arguments)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 

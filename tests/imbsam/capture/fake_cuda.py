@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,6 +117,8 @@ def item() -> None:
     """What `.item()` does first, which waits for the GPU."""
     if GPU.sync_debug_mode == 2:
         raise RuntimeError("called a synchronizing CUDA operation")
+    if GPU.sync_debug_mode == 1:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
     if GPU.capturing:
         fail("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
@@ -192,7 +195,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "current_stream": lambda device=None: GPU.stream,
         "stream": on,
         "get_sync_debug_mode": lambda: GPU.sync_debug_mode,
-        "set_sync_debug_mode": lambda mode: setattr(GPU, "sync_debug_mode", {"error": 2}.get(mode, mode)),
+        "set_sync_debug_mode": lambda mode: setattr(GPU, "sync_debug_mode", {"warn": 1, "error": 2}.get(mode, mode)),
         "device": lambda device: contextlib.nullcontext(),
         "default_generators": [DEFAULT],
     }

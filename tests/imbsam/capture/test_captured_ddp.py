@@ -31,7 +31,16 @@ ENGINES: dict[str, Callable[[nn.Module], ClassAwareSAM]] = {
     "layer norm, norm": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturb="norm"),
     "sam, classifier": lambda m: SAM(m, COUNTS, rho=0.3, perturb="classifier"),
     "per rank, classifier": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank", perturb="classifier"),
+    "auxiliary head": lambda m: ImbSAM(m, COUNTS, rho=0.3),
+    "per rank, auxiliary head": lambda m: ImbSAM(m, COUNTS, rho=0.3, perturbation="per_rank"),
 }
+
+
+class AuxiliaryHead(nn.Linear):
+    """As Inception's: without a gradient where it is in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x) if self.training else x
 
 
 def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +57,8 @@ def train(rank: int, name: str, own: bool) -> list[Any]:
     engine = ENGINES[name]
     norm = nn.LayerNorm(8) if name.startswith("layer norm") else nn.BatchNorm1d(8)
     net = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2), nn.Linear(2, 2)).double()
-    net.add_module("unused", nn.Identity())
+    auxiliary = AuxiliaryHead(2, 2) if name.endswith("auxiliary head") else nn.Identity()
+    net.add_module("auxiliary", auxiliary.double())
     model = nn.parallel.DistributedDataParallel(net)
     sam = engine(model)
 
@@ -62,8 +72,9 @@ def train(rank: int, name: str, own: bool) -> list[Any]:
     found = []
     for i in range(STEPS):
         x, y = batch(rank, i)
+        auxiliary.train(i % 2 == 0)
         loss = sam.backward(lambda rows, x=x, y=y: losses_of(x[rows], y[rows]), y) if step is None else step(x, y)
-        found.append((loss.clone(), [p.grad.clone() for p in model.parameters()]))
+        found.append((loss.clone(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]))
         optimizer.step()
         optimizer.zero_grad()
     return [found, [p.detach() for p in model.parameters()], list(model.buffers()), torch.get_rng_state()]

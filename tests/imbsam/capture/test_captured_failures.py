@@ -1,6 +1,7 @@
 """A capture that fails: where the thread, the memory and the graph stand after it, and what the message says."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from imbsam.capture.captured_step import CapturedStep
 from imbsam.capture.graphs import CudaGraphs, DirectCalls
 from tests.imbsam.capture import fake_cuda
 from tests.imbsam.capture.fake_cuda import GPU, Graph, item
-from tests.imbsam.capture.nets import COUNTS, assert_same, batches, captured, losses_of, of_rows, pair
+from tests.imbsam.capture.nets import COUNTS, EAGER_SIZES, assert_same, batches, captured, losses_of, of_rows, pair
 
 X, Y = batches(1)[0]
 
@@ -101,6 +102,32 @@ def test_what_waits_for_the_gpu_fails_before_a_capture_begins():
     assert GPU.graphs == 0
     assert torch.cuda.get_sync_debug_mode() == 1
     assert_same(own.module.state_dict(), before)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_another_thread_may_wait_for_the_gpu_meanwhile():
+    """One that writes a checkpoint: it does not fail, nor do the passes for its sake."""
+    own, eager = pair("imbsam 4", net)
+    failed: list[RuntimeError] = []
+
+    def copy_weights() -> None:
+        try:
+            item()
+        except RuntimeError as error:
+            failed.append(error)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        if not GPU.capturing:
+            thread = threading.Thread(target=copy_weights)
+            thread.start()
+            thread.join()
+        return losses_of(own.module)(x, y)
+
+    CapturedStep(own, losses, (X, Y), graphs=CudaGraphs(torch.device("cuda", 0)), pass_sizes=EAGER_SIZES)(X, Y)
+    assert not failed
+    fake_cuda.DEFAULT.manual_seed(7)
+    eager.backward(of_rows(eager.module, X, Y), Y)
+    assert_same([p.grad for p in own.module.parameters()], [p.grad for p in eager.module.parameters()])
 
 
 @pytest.mark.usefixtures("gpu")

@@ -1,6 +1,7 @@
 """What only a GPU can show of a capture that fails: CUDA's errors, the current stream and the memory."""
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +136,35 @@ def test_a_synchronisation_is_found_before_a_capture_begins(monkeypatch):
     with pytest.raises(SettingError, match=r"cannot be captured: the passes wait for the GPU \(.item\(\), "):
         step(x, y)
     assert not begun
+
+
+def test_another_thread_may_wait_for_the_gpu_meanwhile():
+    """One that writes a checkpoint: the modes of the last warm-up and of the capture do not end it."""
+    model, (x, y) = net(), batch()
+    stop, waited = threading.Event(), 0
+    failed: list[RuntimeError] = []
+
+    def copy_weights() -> None:
+        nonlocal waited
+        values = torch.ones(8, device="cuda")
+        try:
+            while not stop.is_set():
+                values.cpu()
+                waited += 1
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=copy_weights)
+    thread.start()
+    try:
+        step = ImbSAM(model, COUNTS, context_rows=4).capture(losses_of(model), (x, y))
+        for labels in LABELS:
+            assert step(x, torch.tensor(labels)).isfinite()
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+    assert waited
 
 
 def test_failed_captures_keep_no_memory():

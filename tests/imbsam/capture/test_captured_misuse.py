@@ -112,6 +112,29 @@ def test_a_hook_on_a_parameter_is_refused_after_the_capture_too(hook, message):
         assert torch.equal(p.grad, 2 * g)
 
 
+class Counted(dict):
+    """A dictionary that counts how often it is gone through."""
+
+    times = 0
+
+    def items(self):
+        self.times += 1
+        return super().items()
+
+    def values(self):
+        self.times += 1
+        return super().values()
+
+
+def test_the_checks_of_a_step_go_through_the_parameters_once():
+    model = net()
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    step(X, Y)
+    model[0]._parameters = found = Counted(model[0]._parameters)
+    step(X, Y)
+    assert found.times == 1
+
+
 def compiled_step(how: str, mode: str | None) -> CapturedStep:
     model = net()
     losses = losses_of(model)
@@ -165,6 +188,7 @@ def test_frozen_parameters_must_not_move_either():
         (prune, (X, Y), "module has other hooks than it was captured with: call capture\\(\\) again"),
         (move, (X, Y), r"module's parameters have moved since capture\(\)"),
         (None, (X, Y + 9), "targets holds the label 12"),
+        (None, (X, Y[:3]), r"the batch has tensors of \[24, 3\] rows: give as many in each"),
     ],
 )
 def test_what_a_step_refuses(change, batch, message):
@@ -183,6 +207,27 @@ def test_micro_batches_without_their_targets_are_refused():
     step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
     with pytest.raises(SettingError, match="targets has 1 entries for 2 micro-batches"):
         step([(X, Y), (X, Y)], targets=[Y])
+
+
+@pytest.mark.parametrize("name", ["targets", "sharpness_weight"])
+def test_as_many_rows_as_the_batch_has(name):
+    model = net()
+    step = captured(ImbSAM(model, COUNTS), losses_of(model), (X, Y))
+    with pytest.raises(SettingError, match=f"{name} has 3 rows and the batch 24: give one for each row"):
+        step(X, Y, **{name: Y[:3]})
+
+
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [(lambda z: {"logits": z}, "dict"), (lambda z: z.mean(), r"shape \(\)"), (lambda z: z[:3], "shape")],
+)
+@pytest.mark.parametrize("rows", [BATCH, 20], ids=["captured", "eager"])
+def test_outputs_that_are_not_one_tensor_with_an_entry_a_row(kept, found, rows):
+    model = net()
+    step = captured(SAM(model), lambda x, y: (losses_of(model)(x, y), kept(model(x))), (X, Y))
+    with pytest.raises(SettingError, match=rf"losses_of\(x, y\) returned {found}.* beside the losses of {rows} rows"):
+        step(X[:rows], Y[:rows])
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_losses_that_are_not_one_a_row_are_refused():

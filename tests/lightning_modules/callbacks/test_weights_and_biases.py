@@ -216,7 +216,7 @@ def test_two_processes_are_one_run_and_loggers_may_be_listed(tmp_path, run_imbsa
     answer = run_imbsam(
         tmp_path,
         *(*SHORT, *two, f"--trainer.logger={json.dumps(loggers)}"),
-        **{"processes": 2, "alarm": 120, "env": {"WANDB_SILENT": "true"}},
+        **{"processes": 2, "env": {"WANDB_SILENT": "true"}},
     )
     assert answer["codes"] == [0, 0], answer["err"]
     (folder,) = tmp_path.rglob("offline-run-*")

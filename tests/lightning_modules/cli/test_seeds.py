@@ -1,10 +1,6 @@
 """`imbsam fit --seeds 0 1 2`: one run for each seed, as if each had been started by itself."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,8 @@ import yaml
 
 from imbsam import SettingError
 from lightning_modules.cli.seeds import split_seeds
+from tests.programs import run_command
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SHORT = ["--config", "configs/data/digits_lt.yaml", "--trainer.max_epochs=1"]
 
 
@@ -54,20 +50,36 @@ def test_a_wrong_setting_ends_it_with_one_line(imbsam, tmp_path):
     assert (code, "seeds is empty" in err) == (2, True)
 
 
+NETWORKS = """
+import weakref
+from lightning.pytorch import Callback
+
+networks = []
+
+
+class CountNetworks(Callback):
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            networks.append(weakref.ref(pl_module))
+            print("networks:", sum(network() is not None for network in networks))
+"""
+
+
+def test_the_network_of_a_seed_is_gone_when_the_next_begins(imbsam, tmp_path, monkeypatch):
+    """With its memory, and its process group: at one MASTER_PORT the next run would meet in the store of the last."""
+    (tmp_path / "count_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    short = ["--trainer.limit_train_batches=1", "--trainer.callbacks+=count_networks.CountNetworks"]
+    code, out, _ = imbsam("fit", *SHORT, *short, "--seeds", "3", "4")
+    assert (code, out.count("networks: 1"), out.count("networks: 2")) == (0, 2, 0)
+
+
 @pytest.mark.processes
 def test_two_processes_for_each_seed(tmp_path):
-    """Lightning starts the second process anew for every seed."""
+    """Lightning starts the second process anew for every seed; they meet at the same port."""
     arguments = ["fit", *SHORT, "--seeds", "0", "1", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     arguments += ["--trainer.strategy=ddp"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_modules.cli", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    done = run_command(tmp_path, *arguments)
     assert done.returncode == 0, done
     assert sorted(p.name for p in (tmp_path / "logs/digits_lt/imbsam").iterdir()) == ["version_0", "version_1"]
     assert done.stdout.count("test accuracy in %") == 2

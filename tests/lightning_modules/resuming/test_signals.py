@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-RANKS = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # left by a test in this process
+from tests.programs import PATIENCE, REPOSITORY
 
 
 class Command:
     """`imbsam fit` on the digits with a user's defaults, in a process group of its own as a shell makes it."""
 
     def __init__(self, folder: Path, *args: str, file_size: int | None = None) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in RANKS}
         self.folder = folder
         self.out, self.err = folder / "out", folder / "err"
         with self.out.open("w") as out, self.err.open("w") as err:
@@ -29,7 +27,7 @@ class Command:
                     *("--trainer.accelerator=cpu", *args),
                 ],
                 cwd=folder,
-                env={**environment, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -38,7 +36,7 @@ class Command:
 
     def wait_for(self, seen) -> None:
         """Wait until `seen` is true."""
-        end = time.monotonic() + 240
+        end = time.monotonic() + PATIENCE
         while not seen():
             assert self.process.poll() is None, self.err.read_text()
             assert time.monotonic() < end, self.err.read_text()
@@ -52,7 +50,7 @@ class Command:
         """Signal the whole process group, as a terminal does."""
         os.killpg(self.process.pid, number)
 
-    def end(self, seconds: float = 120) -> tuple[int, str, str]:
+    def end(self, seconds: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code, stdout and stderr; no process may be left."""
         try:
             code = self.process.wait(seconds)
