@@ -15,5 +15,5 @@ def held_port() -> Iterator[int]:
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
+        holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
