@@ -48,8 +48,9 @@ def table(checkpoint: Path, rhos: Sequence[float], batches: int, eta: float) -> 
     found = (batch for batch in data.train_dataloader() if 0 < tail[batch[1]].sum() <= len(batch[1]) // 2)
     taken = [(batch[0], batch[1]) for batch in itertools.islice(found, batches)]
     lines = ["| rho | all, SAM | tail, SAM | tail, ImbSAM |", "| --: | --: | --: | --: |"]
+    sam, imbsam = SAM(module.backbone), ImbSAM(module.backbone, module.class_counts, eta=eta)
     for rho in rhos:
-        sam, imbsam = SAM(module.backbone, rho=rho), ImbSAM(module.backbone, module.class_counts, rho=rho, eta=eta)
+        sam.rho = imbsam.rho = rho
         of_sam = torch.stack([loss_after_ascent(module, sam, x, y, tail) for x, y in taken]).mean(dim=0)
         of_imbsam = torch.stack([loss_after_ascent(module, imbsam, x, y, tail) for x, y in taken]).mean(dim=0)
         lines.append(f"| {rho:g} | {of_sam[0]:.2f} | {of_sam[1]:.2f} | {of_imbsam[1]:.2f} |")

@@ -1,6 +1,7 @@
 """Small networks of the real architectures, for tests of pretrained ones: random weights, saved as the libraries do."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from datamodules.base.preprocessing import Preprocessing, PreprocessingSettings
 from datamodules.image_arrays.augmentation import BatchTransform
 from datamodules.image_arrays.dataset import ImageArrays
 from lightning_modules.backbones import Timm
+from lightning_modules.backbones.network import BackboneCallable
+from lightning_modules.backbones.weights import copy_weights, read_weights
 
 TIMM_VIT = Timm("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2})
 HF_VIT = {
@@ -20,6 +23,11 @@ HF_VIT = {
     "image_size": 16,
     "patch_size": 4,
 }
+
+
+def load_weights(network: nn.Module, source: str | Path, backbone: BackboneCallable | None = None) -> list[str]:
+    """Read weights and copy them into a network; returns the names of those that stay as initialised."""
+    return copy_weights(network, read_weights(source, backbone))
 
 
 class TinyImages(LongTailedDataModule):

@@ -16,7 +16,7 @@ from lightning_modules.backbones.network import BackboneCallable
 from lightning_modules.backbones.positions import is_positional_embedding, resample_positions, why_not_interpolated
 from lightning_modules.weight_files import FROZEN_WEIGHTS, is_adapter, mismatch, read_file
 
-__all__ = ["PretrainedWeights", "copy_weights", "load_weights", "read_weights"]
+__all__ = ["PretrainedWeights", "copy_weights", "read_weights"]
 
 PICKLE = "pickle:"
 """Before the path of a file that may run code."""
@@ -60,11 +60,6 @@ class PretrainedWeights:
         if known and library is not None and (size := library.size_setting) is not None:
             known["image_size"] = size  # the positions are interpolated
         return known
-
-
-def load_weights(network: nn.Module, source: str | Path, backbone: BackboneCallable | None = None) -> list[str]:
-    """Read weights and copy them into a network, see :func:`read_weights` and :func:`copy_weights`."""
-    return copy_weights(network, read_weights(source, backbone))
 
 
 def copy_weights(

@@ -14,10 +14,9 @@ from datamodules.image_files.augmentation import ImageTransform
 from imbsam import ImbSAM
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import CosineClassifier, Timm
-from lightning_modules.backbones.weights import load_weights
 from lightning_modules.tuning import HeadOnly, LastBlocks
 from lightning_modules.tuning.head_init import ClassMeans
-from tests.pretrained import TinyImages
+from tests.pretrained import TinyImages, load_weights
 from tests.training import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,9 +1,7 @@
 """The loss at w + e, by rho, of a checkpoint."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,21 +13,12 @@ from lightning_modules.backbones import SmallCNN
 from lightning_modules.cli.run import main
 from tests.pieces import configs
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "perturbed_loss.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("perturbed_loss", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import perturbed_loss
 
 
 @pytest.mark.parametrize("method", ["sam", "imbsam"])
-def test_a_small_rho_raises_the_loss_by_its_gradient_along_e(script, method):
+def test_a_small_rho_raises_the_loss_by_its_gradient_along_e(method):
     torch.manual_seed(0)
     module = LongTailedClassifier(SmallCNN)
     data = DigitsLTDataModule()
@@ -49,18 +38,18 @@ def test_a_small_rho_raises_the_loss_by_its_gradient_along_e(script, method):
 
     rho = 1e-6
     sam = SAM(module.backbone, rho=rho) if method == "sam" else ImbSAM(module.backbone, data.class_counts, rho=rho)
-    _, at_w_plus_e = script.loss_after_ascent(module, sam, x, y, tail)
+    _, at_w_plus_e = perturbed_loss.loss_after_ascent(module, sam, x, y, tail)
     assert float(at_w_plus_e - losses[tail[y]].mean()) == pytest.approx(float(rho * slope), rel=1e-3)
     assert all(p.grad is None for p in params)
 
 
-def test_the_table_of_a_checkpoint(script, tmp_path, monkeypatch):
+def test_the_table_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pieces = configs("data/digits_lt", "method/sgd")
     monkeypatch.setattr(sys, "argv", ["imbsam", "fit", *pieces, "--trainer.max_epochs=1", "--trainer.logger.name=run"])
     main()
     checkpoint = tmp_path / "logs/run/version_0/checkpoints/last.ckpt"
-    lines = script.table(checkpoint, [1e-6, 0.3], batches=3, eta=20).splitlines()
+    lines = perturbed_loss.table(checkpoint, [1e-6, 0.3], batches=3, eta=20).splitlines()
     assert lines[0] == "| rho | all, SAM | tail, SAM | tail, ImbSAM |"
     (_, *at_w), (_, *far) = ([float(cell) for cell in line.strip("| ").split("|")] for line in lines[2:])
     assert at_w[1] == at_w[2]

@@ -18,8 +18,7 @@ from lightning_modules.backbones.hub import _answers
 from lightning_modules.backbones.input_errors import FAILURES, input_error
 from lightning_modules.backbones.library import MissingWeights
 from lightning_modules.backbones.positions import resample_positions
-from lightning_modules.backbones.weights import load_weights
-from tests.pretrained import HF_VIT, TIMM_VIT, hf_vit_folder, randomize
+from tests.pretrained import HF_VIT, TIMM_VIT, hf_vit_folder, load_weights, randomize
 
 
 @pytest.fixture(scope="module")

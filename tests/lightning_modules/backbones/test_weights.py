@@ -15,7 +15,8 @@ from imbsam import Plain, SettingError
 from lightning_modules import LongTailedClassifier
 from lightning_modules.backbones import SmallCNN, Timm
 from lightning_modules.backbones.heads import CosineClassifier, classifier_name, replace_classifier
-from lightning_modules.backbones.weights import copy_weights, load_weights, read_weights
+from lightning_modules.backbones.weights import copy_weights, read_weights
+from tests.pretrained import load_weights
 from tests.training import quiet_trainer
 
 
